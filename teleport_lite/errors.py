@@ -1,0 +1,109 @@
+"""Errors that carry their facts: what was expected, what was found, and the remedy.
+
+Every error the package raises on purpose is a `TeleportError`; its subclasses take facts rather than
+sentences, so that a program can read `.expected`, `.got` and `.remedy` as easily as a person can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class TeleportError(Exception):
+    """Base of all errors of the package.
+
+    Args:
+        expected: what the routine needs.
+        got: what it was given.
+        remedy: what to do about it.
+
+    >>> raise TeleportError("a positive radius", -1.0, "pass radius=1.0")
+    Traceback (most recent call last):
+    teleport_lite.errors.TeleportError: expected a positive radius, got -1.0; pass radius=1.0
+    """
+
+    def __init__(self, expected: object, got: object, remedy: str) -> None:
+        self.expected, self.got, self.remedy = expected, got, remedy
+        super().__init__(f"expected {expected}, got {got}; {remedy}")
+
+
+class UnknownNameError(TeleportError, KeyError):
+    """A name that a registry does not hold; the message lists those it does.
+
+    >>> raise UnknownNameError("objective", "gradnorm", ["gradient_norm", "weight_norm"])
+    Traceback (most recent call last):
+    teleport_lite.errors.UnknownNameError: expected one of 'gradient_norm', 'weight_norm', got 'gradnorm'; \
+pass a known objective
+    """
+
+    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
+        listed = ", ".join(repr(k) for k in known) or "nothing (there is none)"
+        super().__init__(f"one of {listed}", repr(name), f"pass a known {kind}")
+
+    __str__ = Exception.__str__
+
+
+class ShapeError(TeleportError, ValueError):
+    """A tensor whose shape does not fit the symmetry, the group or the model."""
+
+    def __init__(self, name: str, expected: object, got: object, remedy: str = "") -> None:
+        super().__init__(f"{name} of shape {expected}", f"shape {got}", remedy or f"reshape {name}")
+
+
+class ParameterError(TeleportError, ValueError):
+    """A parameter that cannot be teleported: frozen, integer, complex, shared in two roles, or not finite."""
+
+    def __init__(self, name: str, expected: str, got: str, remedy: str) -> None:
+        self.name = name
+        super().__init__(f"parameter {name!r} to be {expected}", got, remedy)
+
+
+class EmptyModelError(TeleportError, ValueError):
+    """A model without any trainable parameter."""
+
+    def __init__(self, model: object) -> None:
+        super().__init__(
+            "a model with trainable parameters",
+            f"{type(model).__name__} with none",
+            "pass a model whose parameters have requires_grad=True",
+        )
+
+
+class NoSymmetryError(TeleportError, ValueError):
+    """A teleport was asked for, and the symmetry has no factor to move along."""
+
+    def __init__(self, reasons: Iterable[str]) -> None:
+        self.reasons = list(reasons)
+        super().__init__(
+            "a symmetry with at least one factor",
+            "none (" + ("; ".join(self.reasons) or "an empty product") + ")",
+            "pass symmetry=..., or use a model that find_symmetries understands",
+        )
+
+
+class ActivationError(TeleportError, ValueError):
+    """An activation without the property that the asked symmetry needs."""
+
+    def __init__(self, activation: object, needs: str, remedy: str) -> None:
+        super().__init__(f"an activation that is {needs}", repr(activation), remedy)
+
+
+class BatchError(TeleportError, ValueError):
+    """A batch smaller or larger than a mini-batch symmetry needs."""
+
+    def __init__(self, expected: str, got: object, remedy: str) -> None:
+        super().__init__(expected, got, remedy)
+
+
+class LossError(TeleportError, ValueError):
+    """A loss that cannot be teleported on: not a scalar, independent of the net, or nondeterministic."""
+
+
+class DataError(TeleportError, OSError):
+    """A dataset file that is missing, truncated or of another format; the message names the file."""
+
+    def __init__(self, path: object, expected: str, got: str, remedy: str) -> None:
+        self.path = str(path)
+        super().__init__(f"{expected} in {path}", got, remedy)
+
+    __str__ = Exception.__str__

@@ -1,0 +1,157 @@
+r"""What a teleport improves: objectives by name, or any callable on parameters.
+
+An objective turns a `Problem` (a loss at a point) and a symmetry into a function of the coordinates `xi`. Where one
+gradient tells the whole orbit, `gradient_norm` needs no further pass over the data: see *Gradient transport* in the
+chapter *Teleporting*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teleport_lite.errors import LossError, TeleportError, UnknownNameError
+from teleport_lite.params import Loss, Params, check_scalar, norm, value_and_grad
+from teleport_lite.symmetries.base import Symmetry
+
+AlongOrbit = Callable[[Any], Tensor]  # the objective as a function of the coordinates xi
+
+
+@dataclass
+class Problem:
+    """A loss at a point, with its value and gradient computed once, when asked for."""
+
+    loss: Loss
+    params: Params
+    _gradient: tuple[Tensor, Params] | None = field(default=None, repr=False)
+
+    @property
+    def gradient(self) -> Params:
+        """The gradient of the loss, without graph."""
+        if self._gradient is None:
+            self._gradient = value_and_grad(self.loss, self.params)
+        return self._gradient[1]
+
+    @cached_property
+    def value(self) -> Tensor:
+        """The loss, without graph."""
+        if self._gradient is not None:
+            return self._gradient[0]
+        return self.at(self.params)
+
+    def at(self, params: Params) -> Tensor:
+        """The loss at other parameters, without graph."""
+        with torch.no_grad():
+            return check_scalar(self.loss(params))
+
+
+class Objective:
+    """What a teleport improves, as a function on the orbit.
+
+    Args:
+        name: how reports call it.
+        along: (problem, symmetry) -> function of xi, differentiable in xi.
+        quadratic: "params" or "gradient" when the objective is the norm of the moved parameters or of the transported
+            gradient, so that closed forms apply.
+    """
+
+    def __init__(
+        self, name: str, along: Callable[[Problem, Symmetry], AlongOrbit], *, quadratic: str | None = None
+    ) -> None:
+        self.name, self.along, self.quadratic = name, along, quadratic
+
+    def before(self, problem: Problem, symmetry: Symmetry) -> Tensor:
+        """The objective at the identity, without graph."""
+        if self.quadratic is None:
+            return self.along(problem, symmetry)(symmetry.zeros(problem.params)).detach()
+        return norm(problem.gradient if self.quadratic == "gradient" else problem.params)
+
+    def __repr__(self) -> str:
+        return f"Objective({self.name})"
+
+
+def _gradient_at(problem: Problem, symmetry: Symmetry, moved: Params, xi: Any) -> Params:
+    """The gradient at the moved parameters, differentiable in xi: transported when exact, differentiated otherwise."""
+    if symmetry.exact:
+        return symmetry.transport(problem.gradient, xi, None if symmetry.linear else problem.params)
+    return value_and_grad(problem.loss, moved, create_graph=True)[1]
+
+
+def _gradient_norm(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
+    def along(xi):
+        moved = {} if symmetry.exact else symmetry.act(problem.params, xi)
+        return norm(_gradient_at(problem, symmetry, moved, xi))
+
+    return along
+
+
+def _weight_norm(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
+    return lambda xi: norm(symmetry.act(problem.params, xi))
+
+
+def one_step_loss(lr: float = 0.1) -> Objective:
+    r"""The loss after one gradient step of size `lr` from the moved point, $L(g\cdot w - \eta \nabla L(g \cdot w))$; minimise it.
+
+    Raises:
+        TeleportError: when `lr` is not positive.
+
+    >>> one_step_loss(lr=0.01)
+    Objective(one_step_loss)
+    """
+    if not lr > 0:
+        raise TeleportError("a positive lr", lr, "pass the learning rate of the optimizer")
+
+    def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
+        def along(xi):
+            moved = symmetry.act(problem.params, xi)
+            grads = _gradient_at(problem, symmetry, moved, xi)
+            return check_scalar(problem.loss({name: moved[name] - lr * grads[name] for name in moved}))
+
+        return along
+
+    return Objective("one_step_loss", bind)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "gradient_norm": Objective("gradient_norm", _gradient_norm, quadratic="gradient"),
+    "weight_norm": Objective("weight_norm", _weight_norm, quadratic="params"),
+    "one_step_loss": one_step_loss(),
+}
+
+
+def as_objective(objective: str | Objective | Callable[[Params], Tensor]) -> Objective:
+    """The objective of that name, an `Objective` as it is, or any callable on parameters as an objective.
+
+    Raises:
+        UnknownNameError: for an unknown name.
+        TeleportError: for anything else.
+
+    >>> as_objective("gradient_norm")
+    Objective(gradient_norm)
+    >>> as_objective(lambda params: params["weight"].abs().max())
+    Objective(<lambda>)
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if isinstance(objective, str):
+        if objective not in OBJECTIVES:
+            raise UnknownNameError("objective", objective, OBJECTIVES)
+        return OBJECTIVES[objective]
+    if not callable(objective):
+        raise TeleportError("the name of an objective or a callable on params", objective, f"pass one of {[*OBJECTIVES]}")
+
+    def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
+        def along(xi):
+            value = objective(symmetry.act(problem.params, xi))
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise LossError("a scalar tensor from the objective", type(value).__name__, "return a tensor of one entry")
+            return value.reshape(())
+
+        return along
+
+    return Objective(getattr(objective, "__name__", type(objective).__name__), bind)

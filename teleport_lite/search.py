@@ -1,0 +1,209 @@
+r"""How a group element is chosen: in closed form, by ascent in the algebra, or at random.
+
+Norms of transported gradients and of moved weights are sums of exponentials of `xi`, convex along the orbit: their
+maximum over a ball is at its boundary, their minimum is the balanced point. Both are found factor by factor, each
+factor exactly given the others. Derived in the chapter *Teleporting*.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from teleport_lite.errors import UnknownNameError
+from teleport_lite.groups import GeneralLinear, PositiveScaling
+from teleport_lite.objectives import AlongOrbit, Objective, Problem
+from teleport_lite.params import Params
+from teleport_lite.symmetries.base import Product, Symmetry
+from teleport_lite.symmetries.neurons import NeuronSymmetry
+
+SWEEPS_UP = 6  # a corner maximum has been stable after 1 to 4 sweeps wherever it was measured
+SWEEPS_DOWN = 100  # balancing converges linearly, by about cos^2(pi / depth) a sweep
+STEPS = 30  # of an ascent
+
+
+def search(
+    problem: Problem,
+    symmetry: Product,
+    objective: Objective,
+    *,
+    how: str | None = None,
+    maximize: bool = True,
+    radius: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, ...]:
+    """Coordinates that improve `objective` along the orbit, within `radius`.
+
+    Args:
+        problem: the loss at a point.
+        symmetry: where to move.
+        objective: what to improve.
+        how: "closed_form", "ascent", "random", or None for the closed form where there is one and ascent elsewhere.
+        maximize: the direction.
+        radius: bound on the operator norm of the coordinates.
+        generator: for "random", and for random starts of an ascent (without one it starts at the identity only).
+
+    Raises:
+        UnknownNameError: when there is no such search.
+    """
+    if how is None:
+        how = "closed_form" if has_closed_form(symmetry, objective) else "ascent"
+    if how == "random":
+        return symmetry.sample(problem.params, radius=radius, generator=generator)
+    if how == "closed_form" and has_closed_form(symmetry, objective):
+        tensors = problem.gradient if objective.quadratic == "gradient" else problem.params
+        return closed_form(symmetry, tensors, objective.quadratic == "gradient", maximize=maximize, radius=radius)
+    if how == "ascent":
+        starts = [symmetry.zeros(problem.params)]
+        if generator is not None:
+            starts += [symmetry.sample(problem.params, radius=radius, generator=generator) for _ in range(4)]
+        along = objective.along(problem, symmetry)
+        return ascent(along, symmetry, starts, maximize=maximize, radius=radius)
+    known = ["closed_form", "ascent", "random"] if has_closed_form(symmetry, objective) else ["ascent", "random"]
+    raise UnknownNameError(f"search for {objective.name}", how, known)
+
+
+def has_closed_form(symmetry: Product, objective: Objective) -> bool:
+    """Whether each factor can be optimised exactly given the others."""
+    return objective.quadratic is not None and all(_is_solvable(f) or _is_neutral(f) for f in symmetry)
+
+
+def _is_neutral(factor: Symmetry) -> bool:
+    """A factor that preserves all norms: nothing to choose."""
+    return isinstance(factor, NeuronSymmetry) and factor.group.isometry
+
+
+def _is_solvable(factor: Symmetry) -> bool:
+    """A scaling or mixing with at most one leg on each tensor."""
+    return (
+        isinstance(factor, NeuronSymmetry)
+        and isinstance(factor.group, (PositiveScaling, GeneralLinear))
+        and len({leg.name for leg in factor.legs}) == len(factor.legs)
+    )
+
+
+@torch.no_grad()
+def closed_form(
+    symmetry: Product, tensors: Params, gradients: bool, *, maximize: bool = True, radius: float = 1.0
+) -> tuple[Tensor, ...]:
+    r"""Extremise the norm of `tensors` along the orbit, by sweeps of exact updates of one factor at a time.
+
+    A scaling sees only squares, and a tensor only the sums of its squares over the dimensions on which nothing acts, so
+    a sweep costs less than one pass over the parameters.
+
+    Args:
+        symmetry: scalings, mixings, and norm-preserving factors, which stay at the identity.
+        tensors: parameters, or gradients with respect to them.
+        gradients: whether `tensors` transform like gradients.
+        maximize: to a corner of the box, or down to the balanced point.
+        radius: bound on the operator norm of each factor.
+    """
+    sweep = _sweep_squares if all(isinstance(f.group, PositiveScaling) for f in _moving(symmetry)) else _sweep_tensors
+    found = iter(sweep(_moving(symmetry), tensors, gradients, maximize, radius))
+    return tuple(f.zeros(tensors) if _is_neutral(f) else next(found).to(tensors[f.names[0]]) for f in symmetry)
+
+
+def _moving(symmetry: Product) -> list[NeuronSymmetry]:
+    return [f for f in symmetry if isinstance(f, NeuronSymmetry) and not f.group.isometry]
+
+
+def _sweep_squares(
+    factors: list[NeuronSymmetry], tensors: Params, gradients: bool, maximize: bool, radius: float
+) -> list[Tensor]:
+    r"""Scalings only: with s the squares of a tensor, its squared norm is the contraction of s with vectors $e^{\pm 2\xi}$."""
+    dims = {(leg.name, leg.dim) for f in factors for leg in f.legs}
+    squares = {name: _summed_squares(tensors[name], {d for n, d in dims if n == name}) for name, _ in dims}
+    vectors = {(name, dim): squares[name].new_ones(squares[name].shape[dim]) for name, dim in dims}
+    others = {leg: [d for n, d in dims if n == leg[0] and d != leg[1]] for leg in dims}
+    xis = [f.group.zeros(squares[f.names[0]]) for f in factors]
+    for _ in range(SWEEPS_UP if maximize else SWEEPS_DOWN):
+        for k, factor in enumerate(factors):
+            totals: list[Tensor | float] = [0.0, 0.0]  # coefficients of e^{2 xi} and of e^{-2 xi}
+            for leg in factor.legs:
+                rest = squares[leg.name]
+                for dim in sorted(others[leg.name, leg.dim], reverse=True):
+                    rest = torch.tensordot(rest, vectors[leg.name, dim], ([dim], [0]))
+                totals[leg.dual != gradients] += rest.flatten().narrow(0, leg.start, factor.group.n)
+            xis[k] = factor.group.extremum(*totals, maximize=maximize, radius=radius)  # type: ignore[attr-defined]
+            stretch = (2 * xis[k]).exp()
+            for leg in factor.legs:
+                part = vectors[leg.name, leg.dim].narrow(0, leg.start, factor.group.n)
+                part.copy_(stretch.reciprocal() if leg.dual != gradients else stretch)
+    return xis
+
+
+def _sweep_tensors(
+    factors: list[NeuronSymmetry], tensors: Params, gradients: bool, maximize: bool, radius: float
+) -> list[Tensor]:
+    """Mixings among them: undo one factor, take the Gram matrices of what it acts on, and move it to its extremum."""
+    state = {name: tensors[name].double() for f in factors for name in f.names}
+    xis = [f.zeros(state) for f in factors]
+    for _ in range(SWEEPS_UP if maximize else SWEEPS_DOWN):
+        for k, factor in enumerate(factors):
+            apply = factor.transport if gradients else factor.act
+            own = apply({name: state[name] for name in factor.names}, factor.inverse(xis[k]))
+            totals: list[Tensor | float] = [0.0, 0.0]
+            for leg in factor.legs:
+                totals[leg.dual != gradients] += factor.group.gram(factor.axis(own[leg.name], leg), leg.dim)  # type: ignore[attr-defined]
+            xis[k] = factor.group.extremum(*totals, maximize=maximize, radius=radius)  # type: ignore[attr-defined]
+            state |= apply(own, xis[k])
+    return xis
+
+
+def _summed_squares(tensor: Tensor, dims: set[int]) -> Tensor:
+    """Squares of `tensor`, summed over all dimensions but `dims` (which stay in place), in float64."""
+    rest = [d for d in range(tensor.ndim) if d not in dims]
+    wide = tensor if tensor.dtype.itemsize >= 4 else tensor.float()
+    return (torch.linalg.vector_norm(wide, dim=rest, keepdim=True) if rest else wide).double().square()
+
+
+def ascent(
+    along: AlongOrbit, symmetry: Product, starts: list[tuple[Tensor, ...]], *, maximize: bool = True, radius: float = 1.0
+) -> tuple[Tensor, ...]:
+    """Improve `along` from each of `starts` by gradient steps in the algebra, clipped to the ball; the best point found.
+
+    A step that improves is kept and the next one is longer; one that does not is undone and the next one is shorter.
+    Finite groups stay where they start.
+
+    Args:
+        along: the objective as a function of the coordinates.
+        symmetry: gives the norm and the clipping of each factor.
+        starts: coordinates to begin at.
+        maximize: the direction.
+        radius: bound on the operator norm of each factor.
+    """
+    sign = 1.0 if maximize else -1.0
+    groups = [f.group for f in symmetry]
+
+    def slope(xi: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        points = [x.detach().requires_grad_() if g.dim else x for x, g in zip(xi, groups, strict=True)]
+        free = [x for x in points if x.requires_grad]
+        with torch.enable_grad():
+            value = sign * along(tuple(points))
+            grads = iter(torch.autograd.grad(value, free, allow_unused=True) if free and value.requires_grad else free)
+        directions = []
+        for x, g in zip(points, groups, strict=True):
+            d = next(grads) if x.requires_grad else None
+            d = torch.zeros_like(x, dtype=value.dtype) if d is None or not value.requires_grad else d
+            directions.append(d / g.norm(d).clamp(min=torch.finfo(d.dtype).tiny) if g.dim else d)
+        return value.detach(), directions
+
+    best, best_value = starts[0], None
+    for xi in starts:
+        value, directions = slope(xi)
+        step = torch.full_like(value, radius / 2)
+        for _ in range(STEPS):
+            trial = tuple(
+                g.clip(x + step.to(x) * d, radius) if g.dim else x for x, d, g in zip(xi, directions, groups, strict=True)
+            )
+            trial_value, trial_directions = slope(trial)
+            better = trial_value > value
+            xi = tuple(torch.where(better, t, x) for t, x in zip(trial, xi, strict=True))
+            directions = [torch.where(better, t, d) for t, d in zip(trial_directions, directions, strict=True)]
+            value = torch.where(better, trial_value, value)
+            step = torch.where(better, 1.5 * step, step / 3)
+        keep = torch.ones_like(value, dtype=torch.bool) if best_value is None else ~(value <= best_value)
+        best = tuple(torch.where(keep, x, b) for x, b in zip(xi, best, strict=True))
+        best_value = value if best_value is None else torch.where(keep, value, best_value)
+    return best
+

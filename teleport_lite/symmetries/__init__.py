@@ -1,0 +1,22 @@
+"""The symmetries: what acts on the parameters of a network without changing what it computes."""
+
+from teleport_lite.symmetries.base import Product, Symmetry
+from teleport_lite.symmetries.minibatch import IncomingMixing, OutgoingMixing, minibatch_symmetries
+from teleport_lite.symmetries.neurons import Leg, NeuronSymmetry, mixing, permutation, scaling, sign
+from teleport_lite.symmetries.plane import PlaneRotation, TestFunction
+
+__all__ = [
+    "IncomingMixing",
+    "Leg",
+    "NeuronSymmetry",
+    "OutgoingMixing",
+    "PlaneRotation",
+    "Product",
+    "Symmetry",
+    "TestFunction",
+    "minibatch_symmetries",
+    "mixing",
+    "permutation",
+    "scaling",
+    "sign",
+]

@@ -1,0 +1,140 @@
+r"""Symmetries of hidden neurons: scaling, mixing, permutation and sign.
+
+The neurons of one layer form an axis of length h. Incoming weights have it as output axis and transform by g,
+outgoing weights pair with it and transform by $g^{-\top}$; between them stands an activation that commutes with g.
+One `Leg` says where the axis shows up in one tensor, so that Linear and convolution layers, biases and tied
+parameters are all the same case. Proved in the chapter *Symmetries of networks*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from teleport_lite.errors import ShapeError, TeleportError
+from teleport_lite.groups import GeneralLinear, Group, Permutation, PositiveScaling, Signs
+from teleport_lite.params import Params
+from teleport_lite.symmetries.base import Symmetry
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One place where the hidden axis shows up: dimension `dim` of parameter `name`, from entry `start` on.
+
+    Args:
+        name: name of the parameter.
+        dim: its dimension along which the group acts.
+        dual: False for incoming weights and biases (they transform by g), True for outgoing weights.
+        start: first entry of the axis along that dimension, where it is a slice of a longer one.
+    """
+
+    name: str
+    dim: int
+    dual: bool = False
+    start: int = 0
+
+
+class NeuronSymmetry(Symmetry):
+    r"""A group acting on the hidden axis that the `legs` describe: $V \mapsto gV,\ b \mapsto gb,\ U \mapsto U g^{-1}$.
+
+    The gradient with respect to a leg transforms like its dual, so gradients are transported by the same code with
+    dual coordinates.
+    """
+
+    def __init__(self, group: Group, legs: Iterable[Leg]) -> None:
+        self.group, self.legs = group, tuple(legs)
+        if not self.legs:
+            raise TeleportError("at least one leg", "none", "name the incoming and outgoing weights")
+        self.names = tuple(dict.fromkeys(leg.name for leg in self.legs))
+
+    def move(self, params, xi):
+        g, dual = self.group.exp(xi), self.group.exp(self.group.dual(xi))
+        moved = {name: params[name] for name in self.names}
+        for leg in self.legs:
+            moved[leg.name] = self.along(dual if leg.dual else g, moved[leg.name], leg)
+        return moved
+
+    def transport(self, grads: Params, xi: Tensor, params: Params | None = None) -> Params:
+        r"""Carry a gradient along: incoming weights by $g^{-\top}$, outgoing weights by g; see `Symmetry.transport`."""
+        return self.act(grads, self.group.dual(xi))
+
+    def check(self, params: Params) -> None:
+        super().check(params)
+        for leg in self.legs:
+            shape = params[leg.name].shape
+            if leg.dim >= len(shape) or shape[leg.dim] < leg.start + self.group.n:
+                expected = f"at least {leg.start + self.group.n} along dimension {leg.dim}"
+                raise ShapeError(leg.name, expected, tuple(shape), "pass the parameters that the symmetry was made for")
+
+    def axis(self, tensor: Tensor, leg: Leg) -> Tensor:
+        """The slice of a parameter-like tensor on which the group acts."""
+        return tensor.narrow(leg.dim, leg.start, self.group.n)
+
+    def along(self, g: Tensor, tensor: Tensor, leg: Leg) -> Tensor:
+        """`tensor` with `g` applied to its slice of the hidden axis."""
+        if tensor.shape[leg.dim] == self.group.n:
+            return self.group.along(g, tensor, leg.dim)
+        moved = self.group.along(g, self.axis(tensor, leg), leg.dim)
+        return tensor.slice_scatter(moved, leg.dim, leg.start, leg.start + self.group.n)
+
+    def __str__(self) -> str:
+        sides = (dict.fromkeys(leg.name for leg in self.legs if leg.dual == dual) for dual in (False, True))
+        return " -> ".join(", ".join(side) for side in sides if side)
+
+
+def _legs(incoming: str, outgoing: str, bias: str | None) -> list[Leg]:
+    biases = [] if bias is None else [Leg(bias, 0)]
+    return [Leg(incoming, 0), *biases, Leg(outgoing, 1, dual=True)]
+
+
+def scaling(width: int, incoming: str, outgoing: str, bias: str | None = None) -> NeuronSymmetry:
+    r"""Positive scaling of `width` neurons, $V \mapsto DV,\ b \mapsto Db,\ U \mapsto U D^{-1}$ with $D = \operatorname{diag}(e^{\xi})$.
+
+    Exact for positively homogeneous activations (ReLU, leaky ReLU, PReLU). Proposition 2.3 of the chapter *Symmetries
+    of networks*.
+
+    Args:
+        width: number of hidden neurons h.
+        incoming: name of V, `[h, in_features]` (or `[h, in_channels, ...]`).
+        outgoing: name of U, `[out_features, h]`.
+        bias: name of b, `[h]`.
+
+    >>> scaling(16, "0.weight", "2.weight", bias="0.bias")
+    NeuronSymmetry(0.weight, 0.bias -> 2.weight; (R>0)^16, dim 16, all inputs)
+    """
+    return NeuronSymmetry(PositiveScaling(width), _legs(incoming, outgoing, bias))
+
+
+def mixing(width: int, incoming: str, outgoing: str, bias: str | None = None) -> NeuronSymmetry:
+    r"""Mixing of `width` neurons by GL(h), $V \mapsto gV,\ b \mapsto gb,\ U \mapsto U g^{-1}$ with $g = e^{\xi}$.
+
+    Exact where no activation stands between the two layers. Arguments as for `scaling`.
+
+    >>> mixing(8, "0.weight", "1.weight").dim
+    64
+    """
+    return NeuronSymmetry(GeneralLinear(width), _legs(incoming, outgoing, bias))
+
+
+def permutation(width: int, incoming: str, outgoing: str, bias: str | None = None) -> NeuronSymmetry:
+    r"""Permutation of `width` neurons, $V \mapsto PV,\ b \mapsto Pb,\ U \mapsto U P^{\top}$.
+
+    Exact for every elementwise activation. Arguments as for `scaling`.
+
+    >>> permutation(8, "0.weight", "2.weight").group
+    S(8)
+    """
+    return NeuronSymmetry(Permutation(width), _legs(incoming, outgoing, bias))
+
+
+def sign(width: int, incoming: str, outgoing: str, bias: str | None = None) -> NeuronSymmetry:
+    r"""Sign flips of `width` neurons, $V \mapsto SV,\ b \mapsto Sb,\ U \mapsto U S$.
+
+    Exact for odd activations (tanh, erf, sin). Arguments as for `scaling`.
+
+    >>> sign(8, "0.weight", "2.weight").group
+    {1,-1}^8
+    """
+    return NeuronSymmetry(Signs(width), _legs(incoming, outgoing, bias))
