@@ -1,0 +1,403 @@
+"""teleport: what it improves, what it promises, and that it is exact or nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import hidden_product, mlp, params_of, relative
+from torch import nn
+
+import teleport_lite as tl
+from teleport_lite.errors import (
+    EmptyModelError,
+    LossError,
+    NoSymmetryError,
+    ParameterError,
+    TeleportError,
+    UnknownNameError,
+)
+from teleport_lite.symmetries import permutation, scaling
+from teleport_lite.teleport import commit
+
+X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+Y = torch.randn(40, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def loss_fn(net):
+    return nn.functional.mse_loss(net(X), Y)
+
+
+def gradient_norm(model) -> float:
+    model.zero_grad()
+    loss_fn(model).backward()
+    value = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    model.zero_grad()
+    return float(value)
+
+
+@pytest.fixture
+def model():
+    return mlp([6, 12, 10, 3], nn.ReLU())
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+def test_gradient_norm(model, maximize):
+    before, ids, outputs = gradient_norm(model), [id(p) for p in model.parameters()], model(X).detach()
+    report = tl.teleport(model, loss_fn, maximize=maximize)
+    assert report.accepted and report.reason == ""
+    assert report.objective_before == pytest.approx(before, rel=1e-12)
+    assert report.objective_after == pytest.approx(gradient_norm(model), rel=1e-12)
+    assert report.objective_after > 1.5 * before if maximize else report.objective_after < 0.99 * before
+    assert report.invariance_error < 1e-12 and relative(model(X), outputs) < 1e-12
+    assert ids == [id(p) for p in model.parameters()]
+
+
+def test_the_report_prints_as_a_short_table(model):
+    text = str(tl.teleport(model, loss_fn))
+    assert text.splitlines()[0] == "Teleported"
+    assert [line.split()[0] for line in text.splitlines()[2:]] == ["loss", "gradient_norm", "invariance", "seconds"]
+
+
+def test_weight_norm_in_any_direction(model):
+    small = tl.teleport(copy.deepcopy(model), loss_fn, objective="weight_norm", maximize=False)
+    large = tl.teleport(copy.deepcopy(model), loss_fn, objective="weight_norm")
+    norm = float(torch.stack([p.detach().norm() for p in model.parameters()]).norm())
+    assert small.objective_before == pytest.approx(norm) == large.objective_before
+    assert small.objective_after < norm < large.objective_after
+
+
+def test_one_step_loss_is_the_loss_after_one_step(model):
+    report = tl.teleport(model, loss_fn, objective=tl.one_step_loss(lr=0.3), maximize=False)
+    assert report.accepted and report.objective_after < report.objective_before
+    model.zero_grad()
+    loss_fn(model).backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.sub_(0.3 * p.grad)
+        assert report.objective_after == pytest.approx(float(loss_fn(model)), rel=1e-10)
+
+
+def test_any_callable_is_an_objective(model):
+    def spread(params):
+        return params["2.weight"].norm(dim=1).log().var()
+
+    before = float(spread(params_of(model)))
+    report = tl.teleport(model, loss_fn, objective=spread, maximize=False)
+    assert report.accepted and report.objective == "spread"
+    assert report.objective_before == pytest.approx(before)
+    assert report.objective_after == pytest.approx(float(spread(params_of(model))))
+    assert report.objective_after < 0.1 * before
+
+
+@pytest.mark.parametrize("objective", ["gradient_norm", "weight_norm"])
+@pytest.mark.parametrize("maximize", [True, False])
+def test_ascent_agrees_with_the_closed_form(model, objective, maximize, generator):
+    closed, climbed = (
+        tl.teleport(copy.deepcopy(model), loss_fn, None, objective, maximize, search=how, generator=g)
+        for how, g in (("closed_form", None), ("ascent", generator))
+    )
+    gain = closed.objective_after - closed.objective_before
+    assert (climbed.objective_after - climbed.objective_before) / gain > 0.6
+    assert abs(climbed.objective_after - climbed.objective_before) <= abs(gain) * (1 + 1e-9)
+
+
+def test_random_teleports_are_reproducible_and_bounded(model):
+    twins = [copy.deepcopy(model) for _ in range(2)]
+    for twin in twins:
+        report = tl.teleport(twin, loss_fn, radius=0.5, search="random", generator=torch.Generator().manual_seed(7))
+        assert report.accepted
+    assert all(torch.equal(a, b) for a, b in zip(twins[0].parameters(), twins[1].parameters(), strict=True))
+    assert gradient_norm(twins[0]) != pytest.approx(gradient_norm(model))
+
+
+def test_radius_bounds_the_stretch(model):
+    (symmetry, _) = hidden_product(scaling, model)
+    weight = model[0].weight.detach().clone()
+    tl.teleport(model, loss_fn, symmetry, radius=0.25)
+    ratio = (model[0].weight / weight).detach().log().abs()
+    assert float(ratio.max()) == pytest.approx(0.25, rel=1e-9)
+
+
+def test_optimizer_references_stay_valid(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tl.teleport(model, loss_fn)
+    before = loss_fn(model).detach()
+    loss_fn(model).backward()
+    optimizer.step()
+    assert float(loss_fn(model).detach()) != float(before)
+
+
+def test_gradients_of_the_parameters_are_left_alone(model):
+    loss_fn(model).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    tl.teleport(model, loss_fn)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+
+
+def test_float32_and_bfloat16():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = mlp([6, 12, 10, 3], nn.ReLU()).to(dtype)
+        report = tl.teleport(model, lambda net, dtype=dtype: (net(X.to(dtype)) - Y.to(dtype)).square().mean())
+        assert report.accepted and all(p.dtype == dtype for p in model.parameters())
+
+
+# Atomicity ---------------------------------------------------------------------------------------------------------
+
+
+class Everything(nn.Module):
+    """A model with buffers, dropout in evaluation mode, mixed modes and a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.body = mlp([6, 12, 10, 3], nn.ReLU())
+        self.drop = nn.Dropout().eval()
+        self.double()
+
+    def forward(self, x):
+        return self.drop(self.body(self.norm(x)))
+
+
+class Snapshot:
+    """All that a teleport must leave bit for bit as it was."""
+
+    def __init__(self, model, optimizer):
+        self.model, self.optimizer = model, optimizer
+        self.ids = [id(p) for p in model.parameters()]
+        self.state, self.slots = self.take()
+        self.modes = [m.training for m in model.modules()]
+        self.rng = torch.get_rng_state()
+
+    def take(self):
+        state = copy.deepcopy(self.model.state_dict())
+        return state, copy.deepcopy(self.optimizer.state_dict()["state"])
+
+    def assert_unchanged(self, parameters=True):
+        state, slots = self.take()
+        for name, old in self.state.items():
+            if parameters or "weight" not in name and "bias" not in name:
+                assert torch.equal(state[name], old), name
+        for k, slot in self.slots.items():
+            assert all(torch.equal(torch.as_tensor(slots[k][n]), torch.as_tensor(v)) for n, v in slot.items())
+        assert [id(p) for p in self.model.parameters()] == self.ids
+        assert [m.training for m in self.model.modules()] == self.modes
+        assert torch.equal(torch.get_rng_state(), self.rng)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules())
+
+
+@pytest.fixture
+def whole():
+    model = Everything()
+    optimizer = torch.optim.Adam(model.parameters())
+    loss_fn(model).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def calls_of(**options) -> int:
+    """How often a teleport calls the loss."""
+    count = 0
+
+    def counting(net):
+        nonlocal count
+        count += 1
+        return loss_fn(net)
+
+    assert tl.teleport(Everything(), counting, **options).accepted
+    return count
+
+
+OPTIONS = {
+    "closed form": {},
+    "one step": {"objective": tl.one_step_loss(0.1), "maximize": False},
+    "random": {"search": "random", "generator": torch.Generator().manual_seed(0)},
+}
+FAULTS = [
+    (case, k, fault)
+    for case, options in OPTIONS.items()
+    for k in range(1, min(calls_of(**options), 12) + 1)
+    for fault in ("interrupt", "raise", "nan", "drift")
+]
+
+
+def test_buffers_modes_and_random_state_survive_a_success(whole):
+    snapshot = Snapshot(*whole)
+    assert tl.teleport(whole[0], loss_fn).accepted
+    snapshot.assert_unchanged(parameters=False)
+
+
+@pytest.mark.parametrize(("case", "k", "fault"), FAULTS)
+def test_a_fault_at_any_call_leaves_everything_as_it_was(whole, case, k, fault):
+    snapshot, count = Snapshot(*whole), 0
+
+    def faulty(net):
+        nonlocal count
+        count += 1
+        value = loss_fn(net)
+        if count != k:
+            return value
+        if fault == "interrupt":
+            raise KeyboardInterrupt
+        if fault == "raise":
+            raise RuntimeError("injected")
+        return value * float("nan") if fault == "nan" else value + 0.1
+
+    if fault in ("interrupt", "raise"):
+        with pytest.raises(KeyboardInterrupt if fault == "interrupt" else RuntimeError):
+            tl.teleport(whole[0], faulty, **OPTIONS[case])
+        snapshot.assert_unchanged()
+        return
+    try:
+        report = tl.teleport(whole[0], faulty, **OPTIONS[case])
+    except LossError as error:
+        assert "deterministic" in str(error)
+        snapshot.assert_unchanged()
+        return
+    if not report.accepted:
+        assert report.reason
+        snapshot.assert_unchanged()
+    else:  # a fault in a call whose value is only searched by, or only gives inputs, does not matter
+        snapshot.assert_unchanged(parameters=False)
+        assert report.invariance_error < 1e-10
+
+
+@pytest.mark.parametrize("name", ["0.weight", "2.weight", "4.weight"])
+def test_an_interrupt_while_committing_restores_all(model, name, monkeypatch):
+    before, moved = params_of(copy.deepcopy(model)), {n: p + 1 for n, p in params_of(model).items()}
+    parameters, copy_, done = dict(model.named_parameters()), torch.Tensor.copy_, []
+
+    def interrupted(self, value):
+        if self is parameters[name] and not done:
+            done.append(name)
+            raise KeyboardInterrupt
+        return copy_(self, value)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        commit(model, moved)
+    monkeypatch.undo()
+    assert done and all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "noisy",
+    [
+        lambda net: loss_fn(net) + 0.1 * torch.rand(()),
+        lambda net: nn.functional.mse_loss(nn.functional.dropout(net(X), 0.5), Y),
+    ],
+)
+def test_a_nondeterministic_loss_is_refused(whole, noisy):
+    snapshot = Snapshot(*whole)
+    with pytest.raises(LossError, match="deterministic loss, got .* at the same parameters"):
+        tl.teleport(whole[0], noisy)
+    snapshot.assert_unchanged()
+
+
+def test_a_move_beyond_tol_is_refused(model):
+    before = copy.deepcopy(model.state_dict())
+    wrong = hidden_product(scaling, mlp([6, 12, 10, 3], nn.Tanh()))
+    tanh = nn.Sequential(model[0], nn.Tanh(), model[2], nn.Tanh(), model[4])
+    report = tl.teleport(tanh, loss_fn, wrong)
+    assert not report.accepted and "beyond the relative tolerance 1e-10" in report.reason
+    assert report.invariance_error == pytest.approx(abs(report.loss_after - report.loss_before) / report.loss_before)
+    assert "Not teleported" in str(report)
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+
+
+def test_nothing_better_is_said(model):
+    report = tl.teleport(model, loss_fn, hidden_product(permutation, model))
+    assert not report.accepted and report.reason == "nothing larger was found within the radius"
+
+
+# Bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_frozen_parameters_are_never_moved(model):
+    model[2].weight.requires_grad_(False)
+    with pytest.raises(ParameterError, match="'2.weight' to be trainable, got requires_grad=False"):
+        tl.teleport(model, loss_fn, hidden_product(scaling, model))
+    with pytest.raises(NoSymmetryError, match="2.weight is frozen"):
+        tl.teleport(model, loss_fn)
+    deeper = mlp([6, 8, 8, 8, 3], nn.ReLU())
+    deeper[6].weight.requires_grad_(False)
+    frozen = deeper[6].weight.detach().clone()
+    assert tl.teleport(deeper, loss_fn).accepted
+    assert torch.equal(deeper[6].weight, frozen)
+
+
+def test_shared_parameters_stay_shared():
+    first = nn.Linear(6, 6)
+    model = nn.Sequential(first, nn.ReLU(), first, nn.ReLU(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    outputs, shared = model(X).detach(), first.weight.detach().clone()
+    report = tl.teleport(model, loss_fn)
+    assert report.accepted and model[0].weight is model[2].weight
+    assert torch.equal(first.weight, shared) and relative(model(X), outputs) < 1e-12
+
+
+def test_nan_parameters_are_named(model):
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    symmetry = tl.find_symmetries(mlp([6, 12, 10, 3], nn.ReLU()), X)
+    with pytest.raises(ParameterError, match="'2.weight' to be finite"):
+        tl.teleport(model, loss_fn, symmetry)
+
+
+def test_integer_parameters_are_refused():
+    class Quantised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 6, dtype=torch.int8), requires_grad=False)
+            self.scale = nn.Parameter(torch.ones(4, 3))
+
+        def forward(self, x):
+            return x @ self.weight.T.to(x) @ self.scale.T.to(x)
+
+    with pytest.raises(ParameterError, match="torch.int8"):
+        tl.teleport(Quantised(), lambda net: net(X).sum(), scaling(3, "weight", "scale"))
+
+
+def test_bad_arguments(model):
+    with pytest.raises(UnknownNameError, match="'gradient_norm', 'weight_norm', 'one_step_loss', got 'gradnorm'"):
+        tl.teleport(model, loss_fn, objective="gradnorm")
+    with pytest.raises(UnknownNameError, match="'closed_form', 'ascent', 'random', got 'newton'"):
+        tl.teleport(model, loss_fn, search="newton")
+    with pytest.raises(UnknownNameError, match="'ascent', 'random', got 'closed_form'"):
+        tl.teleport(model, loss_fn, objective="one_step_loss", search="closed_form")
+    with pytest.raises(UnknownNameError, match="got '9.weight'"):
+        tl.teleport(model, loss_fn, scaling(3, "9.weight", "2.weight"))
+    for radius in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(TeleportError, match="positive finite radius"):
+            tl.teleport(model, loss_fn, radius=radius)
+    with pytest.raises(TeleportError, match="positive tol"):
+        tl.teleport(model, loss_fn, tol=0.0)
+    with pytest.raises(TeleportError, match="generator for a random teleport"):
+        tl.teleport(model, loss_fn, search="random")
+    with pytest.raises(TeleportError, match="positive lr"):
+        tl.one_step_loss(lr=0.0)
+    with pytest.raises(TeleportError, match="name of an objective"):
+        tl.teleport(model, loss_fn, objective=3)
+    with pytest.raises(EmptyModelError):
+        tl.teleport(nn.ReLU(), lambda net: net(X).sum())
+    with pytest.raises(NoSymmetryError, match="no hidden layer"):
+        tl.teleport(nn.Linear(6, 3).double(), loss_fn)
+    with pytest.raises(NoSymmetryError, match="an empty product"):
+        tl.teleport(model, loss_fn, tl.Product([]))
+
+
+def test_bad_losses(model):
+    symmetry = tl.find_symmetries(model, X)
+    with pytest.raises(LossError, match=r"shape \(40, 3\)"):
+        tl.teleport(model, lambda net: net(X), symmetry)
+    with pytest.raises(LossError, match="got float"):
+        tl.teleport(model, lambda net: float(net(X).detach().sum()), symmetry)
+    with pytest.raises(LossError, match="without a gradient"):
+        tl.teleport(model, lambda net: net(X).detach().sum(), symmetry)
+    with pytest.raises(LossError, match="uses none of them"):
+        tl.teleport(model, lambda net: loss_fn(model), symmetry)
+    with pytest.raises(LossError, match="calls the given net"):
+        tl.teleport(model, lambda net: loss_fn(model))
+    with pytest.raises(LossError, match="scalar tensor from the objective"):
+        tl.teleport(model, loss_fn, symmetry, objective=lambda params: 3.0)
