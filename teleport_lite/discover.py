@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from teleport_lite.errors import EmptyModelError
 from teleport_lite.groups import GeneralLinear, Group, Permutation, PositiveScaling, Signs
+from teleport_lite.params import Params
 from teleport_lite.symmetries.base import Product
 from teleport_lite.symmetries.neurons import Leg, NeuronSymmetry
 from teleport_lite.trace import Hidden, Inputs, Trace, as_inputs, copy_of, double, kept_random_state, trace
@@ -75,11 +76,9 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
     return Product(factors, reasons)
 
 
-def _invariance_error(
-    model: nn.Module, inputs: Inputs, symmetry: NeuronSymmetry, generator: torch.Generator
-) -> float:
+def _invariance_error(model: nn.Module, inputs: Inputs, symmetry: NeuronSymmetry, generator: torch.Generator) -> float:
     """The largest change of the outputs under a random element of radius 1, relative to the largest output."""
-    params = dict(model.named_parameters())
+    params: Params = dict(model.named_parameters())
     moved = symmetry.act(params, symmetry.sample(params, generator=generator))
     return _distance(_outputs(functional_call(model, moved, inputs)), _outputs(model(*inputs)))
 
@@ -106,15 +105,17 @@ def _not_understood(probe: nn.Module, hidden: Hidden, traced: Trace) -> str | No
 
 
 def _propose(probe: nn.Module, hidden: Hidden, generator: torch.Generator) -> Iterator[NeuronSymmetry]:
-    """The groups that what stands between the two maps commutes with; GL alone where there is GL, as it holds the others."""
+    """The groups that commute with what stands between the maps; GL alone where there is GL, as it holds the others."""
     n = hidden.between(hidden.sample.clone()).shape[-1]
-    gated = n != hidden.width  # a GLU: the first half is the value, the second its gate
-    starts = {Permutation: (0, n) if gated else (0,)}
-    kinds = [k for k in (PositiveScaling, Signs, Permutation) if _commutes(hidden, k(n), starts.get(k, (0,)), generator)]
-    if len(kinds) == 3 and _commutes(hidden, GeneralLinear(n), (0,), generator):
-        kinds = [GeneralLinear]
-    for kind in kinds:
-        yield NeuronSymmetry(kind(n), _legs(probe, hidden, kind(n), starts.get(kind, (0,))))
+    value = (0,)
+    both = (0, n) if n != hidden.width else value  # of a GLU, which has values in the first half and their gates after
+    small: list[tuple[Group, tuple[int, ...]]]
+    small = [(PositiveScaling(n), value), (Signs(n), value), (Permutation(n), both)]
+    found = [(group, starts) for group, starts in small if _commutes(hidden, group, starts, generator)]
+    if len(found) == len(small) and _commutes(hidden, GeneralLinear(n), value, generator):
+        found = [(GeneralLinear(n), value)]
+    for group, starts in found:
+        yield NeuronSymmetry(group, _legs(probe, hidden, group, starts))
 
 
 def _commutes(hidden: Hidden, group: Group, starts: tuple[int, ...], generator: torch.Generator) -> bool:
@@ -128,7 +129,7 @@ def _commutes(hidden: Hidden, group: Group, starts: tuple[int, ...], generator: 
     rows = 1 + 256 // hidden.sample.numel()  # few numbers would miss a kink
     like = hidden.sample.repeat(rows, *[1] * (hidden.sample.ndim - 1)) if hidden.sample.ndim > 1 else hidden.sample
     for scale in SCALES:
-        z = scale * _fresh(like, generator)
+        z = scale * _normal(like, generator)
         g = group.exp(group.sample(z, generator=generator))
         permuted = {k: group.along(g, p, 0) for k, p in between.items()} if isinstance(group, Permutation) else {}
         moved = z
@@ -162,13 +163,15 @@ def _perturb(probe: nn.Module, generator: torch.Generator) -> None:
     for p in probe.parameters():
         if p.is_floating_point():
             spread = p.square().mean().sqrt().clamp(min=0.1)
-            p.add_(spread * _fresh(p, generator))
+            p.add_(spread * _normal(p, generator))
 
 
-def _fresh(like: object, generator: torch.Generator) -> object:
-    """Normal random numbers shaped like a floating-point tensor; anything else as it is."""
-    if not isinstance(like, Tensor) or not like.is_floating_point():
-        return like
+def _fresh(x: object, generator: torch.Generator) -> object:
+    """A fresh input in place of `x`: normal random numbers when it holds real ones, else `x` itself."""
+    return _normal(x, generator) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
 

@@ -86,7 +86,7 @@ class Group(ABC):
         return self.symbol
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.n == other.n  # type: ignore[attr-defined]
+        return type(self) is type(other) and isinstance(other, Group) and self.n == other.n
 
     def __hash__(self) -> int:
         return hash((type(self), self.n))
@@ -198,7 +198,7 @@ class GeneralLinear(Group):
         return rows @ rows.mT
 
     def extremum(self, up: Tensor, down: Tensor, *, maximize: bool, radius: float) -> Tensor:
-        r"""Extremise $\operatorname{tr}(A M) + \operatorname{tr}(B M^{-1})$, $M = e^{2\xi}$, $\xi$ symmetric, $\|\xi\| \le r$.
+        r"""Extremise $\mathrm{tr}(A M) + \mathrm{tr}(B M^{-1})$ over $M = e^{2\xi}$, $\xi$ symmetric, $\|\xi\| \le r$.
 
         Convex in M. The maximum is attained where all eigenvalues of $\xi$ are $\pm r$, with the sign of
         the eigenvalues of $A - B$. The minimum is the geometric mean $M = A^{-1} \# B$; where that leaves the ball,

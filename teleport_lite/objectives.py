@@ -95,7 +95,9 @@ def _weight_norm(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
 
 
 def one_step_loss(lr: float = 0.1) -> Objective:
-    r"""The loss after one gradient step of size `lr` from the moved point, $L(g\cdot w - \eta \nabla L(g \cdot w))$; minimise it.
+    r"""The loss after one gradient step of size `lr` from the moved point; minimise it.
+
+    $L(g \cdot w - \eta \nabla L(g \cdot w))$ as a function of g.
 
     Raises:
         TeleportError: when `lr` is not positive.
@@ -124,7 +126,7 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def as_objective(objective: str | Objective | Callable[[Params], Tensor]) -> Objective:
+def as_objective(objective: object) -> Objective:
     """The objective of that name, an `Objective` as it is, or any callable on parameters as an objective.
 
     Raises:
@@ -143,13 +145,15 @@ def as_objective(objective: str | Objective | Callable[[Params], Tensor]) -> Obj
             raise UnknownNameError("objective", objective, OBJECTIVES)
         return OBJECTIVES[objective]
     if not callable(objective):
-        raise TeleportError("the name of an objective or a callable on params", objective, f"pass one of {[*OBJECTIVES]}")
+        known = ", ".join(OBJECTIVES)
+        raise TeleportError("the name of an objective or a callable on params", objective, f"pass one of {known}")
 
     def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
         def along(xi):
-            value = objective(symmetry.act(problem.params, xi))
+            value: object = objective(symmetry.act(problem.params, xi))
             if not isinstance(value, Tensor) or value.numel() != 1:
-                raise LossError("a scalar tensor from the objective", type(value).__name__, "return a tensor of one entry")
+                got = type(value).__name__
+                raise LossError("a scalar tensor from the objective", got, "return a tensor of one entry")
             return value.reshape(())
 
         return along

@@ -128,7 +128,7 @@ def hvp(loss: Loss, params: Params, vector: Params) -> Params:
     points = {name: p.detach().requires_grad_() for name, p in params.items()}
     _, grads = value_and_grad(loss, points, create_graph=True)
     with torch.enable_grad():
-        slope = sum((grads[name] * vector[name]).sum() for name in params)
+        slope = torch.stack([(grads[name] * vector[name]).sum() for name in params]).sum()
         rows = torch.autograd.grad(slope, list(points.values()), allow_unused=True)
     return {n: torch.zeros_like(p) if row is None else row for (n, p), row in zip(points.items(), rows, strict=True)}
 

@@ -7,6 +7,8 @@ factor exactly given the others. Derived in the chapter *Teleporting*.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -98,19 +100,16 @@ def closed_form(
         maximize: to a corner of the box, or down to the balanced point.
         radius: bound on the operator norm of each factor.
     """
-    sweep = _sweep_squares if all(isinstance(f.group, PositiveScaling) for f in _moving(symmetry)) else _sweep_tensors
-    found = iter(sweep(_moving(symmetry), tensors, gradients, maximize, radius))
+    moving = [f for f in symmetry if isinstance(f, NeuronSymmetry) and not f.group.isometry]
+    sweep = _sweep_squares if all(isinstance(f.group, PositiveScaling) for f in moving) else _sweep_tensors
+    found = iter(sweep(moving, tensors, gradients, maximize, radius))
     return tuple(f.zeros(tensors) if _is_neutral(f) else next(found).to(tensors[f.names[0]]) for f in symmetry)
-
-
-def _moving(symmetry: Product) -> list[NeuronSymmetry]:
-    return [f for f in symmetry if isinstance(f, NeuronSymmetry) and not f.group.isometry]
 
 
 def _sweep_squares(
     factors: list[NeuronSymmetry], tensors: Params, gradients: bool, maximize: bool, radius: float
 ) -> list[Tensor]:
-    r"""Scalings only: with s the squares of a tensor, its squared norm is the contraction of s with vectors $e^{\pm 2\xi}$."""
+    r"""Scalings only: a squared norm is the contraction of the squared entries with vectors $e^{\pm 2\xi}$."""
     dims = {(leg.name, leg.dim) for f in factors for leg in f.legs}
     squares = {name: _summed_squares(tensors[name], {d for n, d in dims if n == name}) for name, _ in dims}
     vectors = {(name, dim): squares[name].new_ones(squares[name].shape[dim]) for name, dim in dims}
@@ -124,7 +123,8 @@ def _sweep_squares(
                 for dim in sorted(others[leg.name, leg.dim], reverse=True):
                     rest = torch.tensordot(rest, vectors[leg.name, dim], ([dim], [0]))
                 totals[leg.dual != gradients] += rest.flatten().narrow(0, leg.start, factor.group.n)
-            xis[k] = factor.group.extremum(*totals, maximize=maximize, radius=radius)  # type: ignore[attr-defined]
+            group: Any = factor.group
+            xis[k] = group.extremum(*totals, maximize=maximize, radius=radius)
             stretch = (2 * xis[k]).exp()
             for leg in factor.legs:
                 part = vectors[leg.name, leg.dim].narrow(0, leg.start, factor.group.n)
@@ -140,12 +140,13 @@ def _sweep_tensors(
     xis = [f.zeros(state) for f in factors]
     for _ in range(SWEEPS_UP if maximize else SWEEPS_DOWN):
         for k, factor in enumerate(factors):
+            group: Any = factor.group
             apply = factor.transport if gradients else factor.act
             own = apply({name: state[name] for name in factor.names}, factor.inverse(xis[k]))
             totals: list[Tensor | float] = [0.0, 0.0]
             for leg in factor.legs:
-                totals[leg.dual != gradients] += factor.group.gram(factor.axis(own[leg.name], leg), leg.dim)  # type: ignore[attr-defined]
-            xis[k] = factor.group.extremum(*totals, maximize=maximize, radius=radius)  # type: ignore[attr-defined]
+                totals[leg.dual != gradients] += group.gram(factor.axis(own[leg.name], leg), leg.dim)
+            xis[k] = group.extremum(*totals, maximize=maximize, radius=radius)
             state |= apply(own, xis[k])
     return xis
 
@@ -158,9 +159,14 @@ def _summed_squares(tensor: Tensor, dims: set[int]) -> Tensor:
 
 
 def ascent(
-    along: AlongOrbit, symmetry: Product, starts: list[tuple[Tensor, ...]], *, maximize: bool = True, radius: float = 1.0
+    along: AlongOrbit,
+    symmetry: Product,
+    starts: list[tuple[Tensor, ...]],
+    *,
+    maximize: bool = True,
+    radius: float = 1.0,
 ) -> tuple[Tensor, ...]:
-    """Improve `along` from each of `starts` by gradient steps in the algebra, clipped to the ball; the best point found.
+    """Improve `along` from each of `starts` by clipped gradient steps in the algebra; the best point found.
 
     A step that improves is kept and the next one is longer; one that does not is undone and the next one is shorter.
     Finite groups stay where they start.
@@ -194,7 +200,8 @@ def ascent(
         step = torch.full_like(value, radius / 2)
         for _ in range(STEPS):
             trial = tuple(
-                g.clip(x + step.to(x) * d, radius) if g.dim else x for x, d, g in zip(xi, directions, groups, strict=True)
+                g.clip(x + step.to(x) * d, radius) if g.dim else x
+                for x, d, g in zip(xi, directions, groups, strict=True)
             )
             trial_value, trial_directions = slope(trial)
             better = trial_value > value
@@ -206,4 +213,3 @@ def ascent(
         best = tuple(torch.where(keep, x, b) for x, b in zip(xi, best, strict=True))
         best_value = value if best_value is None else torch.where(keep, value, best_value)
     return best
-

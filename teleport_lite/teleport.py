@@ -57,7 +57,8 @@ class Report:
                 head,
                 f"  {'':<{width}}  {'before':>10}  {'after':>10}",
                 f"  {'loss':<{width}}  {self.loss_before:>10.5g}  {self.loss_after:>10.5g}",
-                f"  {self.objective:<{width}}  {self.objective_before:>10.5g}  {self.objective_after:>10.5g}  x{ratio:.4g}",
+                f"  {self.objective:<{width}}  {self.objective_before:>10.5g}  {self.objective_after:>10.5g}"
+                f"  x{ratio:.4g}",
                 f"  {'invariance error':<{width}}  {'':>10}  {self.invariance_error:>10.1e}",
                 f"  {'seconds':<{width}}  {'':>10}  {self.seconds:>10.2g}",
             ]
@@ -120,7 +121,8 @@ def teleport(
     if tol is not None and not tol > 0:
         raise TeleportError("a positive tol", tol, "leave it out for the default of the dtype")
     if search == "random" and generator is None:
-        raise TeleportError("a generator for a random teleport", None, "pass generator=torch.Generator().manual_seed(0)")
+        remedy = "pass generator=torch.Generator().manual_seed(0)"
+        raise TeleportError("a generator for a random teleport", None, remedy)
     params = {name: p.detach() for name, p in trainable(model).items()}
 
     with kept_random_state(model):
@@ -141,12 +143,17 @@ def teleport(
         loss_after = problem.at(moved)
         scores = [goal.before(problem, product), goal.along(problem, product)(xi).detach()]
 
-        before, repeated, after, old, new = torch.stack([t.double() for t in (loss_before, again, loss_after, *scores)]).tolist()
+        measured = torch.stack([t.double() for t in (loss_before, again, loss_after, *scores)])
+        before, repeated, after, old, new = measured.tolist()  # the one time that the host waits for the device
         dtype = params[product.names[0]].dtype
         tol = TOLERANCES[dtype] if tol is None else tol
         noise = 8 * torch.finfo(dtype).eps
         if not _close(repeated, before, tol, noise):
-            _refuse(params, before, repeated)
+            raise LossError(
+                "a deterministic loss",
+                f"{before:.6g} and {repeated:.6g} at the same parameters",
+                "fix the batch and the random numbers, and put dropout in evaluation mode (model.eval())",
+            )
         reason = _reason(before, after, old, new, tol, noise, product, params, maximize, search)
         if not reason:
             commit(model, {name: moved[name] for name in product.names})
@@ -170,7 +177,11 @@ def commit(model: nn.Module, moved: Params) -> None:
 
 
 def _inputs_of(model: nn.Module, loss_fn: Callable[[Callable], Tensor]) -> tuple:
-    """The inputs with which `loss_fn` calls its net."""
+    """The inputs with which `loss_fn` calls its net.
+
+    Raises:
+        LossError: when it does not call it.
+    """
     net = Net(model, {})
     with torch.no_grad():
         loss_fn(net)
@@ -180,7 +191,11 @@ def _inputs_of(model: nn.Module, loss_fn: Callable[[Callable], Tensor]) -> tuple
 
 
 def _check_movable(model: nn.Module, product: Product) -> None:
-    """Refuse a symmetry that does not fit the model, or moves frozen parameters."""
+    """Check that the symmetry fits the model.
+
+    Raises:
+        ParameterError: when it moves a frozen parameter.
+    """
     everything: dict[str, Any] = dict(model.named_parameters())
     product_params = {name: p.detach() for name, p in everything.items()}
     for factor in product:
@@ -196,14 +211,6 @@ def _close(a: float, b: float, tol: float, noise: float) -> bool:
     return a == b or abs(a - b) <= tol * abs(b) + noise or a - b != a - b
 
 
-def _refuse(params: Params, before: float, repeated: float) -> None:
-    raise LossError(
-        "a deterministic loss",
-        f"{before:.6g} and {repeated:.6g} at the same parameters",
-        "fix the batch and the random numbers, and put dropout in evaluation mode (model.eval())",
-    )
-
-
 def _reason(
     before: float,
     after: float,
@@ -216,7 +223,11 @@ def _reason(
     maximize: bool,
     search: str | None,
 ) -> str:
-    """Why the move must not be committed, or nothing."""
+    """Why the move must not be committed, or nothing.
+
+    Raises:
+        ParameterError: when a parameter is not finite.
+    """
     finite = torch.tensor([before, after, old, new]).isfinite().tolist()
     if not finite[0] or not finite[2]:
         for name, p in params.items():

@@ -10,6 +10,7 @@ import copy
 from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,8 @@ def copy_of(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).eval().double()
     except Exception as error:
         remedy = "pass symmetry=... built by hand from teleport_lite.symmetries"
-        raise TeleportError("a model that copy.deepcopy can copy", f"{type(error).__name__}: {error}", remedy) from error
+        got = f"{type(error).__name__}: {error}"
+        raise TeleportError("a model that copy.deepcopy can copy", got, remedy) from error
 
 
 def double(inputs: Inputs) -> Inputs:
@@ -113,13 +115,14 @@ def trace(probe: nn.Module, inputs: Inputs) -> Trace:
     hidden: list[Hidden] = []
     reasons: list[str] = []
     linear = [i for i, (_, module, _, _) in enumerate(calls) if isinstance(module, nn.Linear)]
-    for i, j in zip(linear, linear[1:], strict=False):
+    for i, j in pairwise(linear):
         broken = next((calls[k][0] for k in range(i + 1, j + 1) if calls[k][2] is not calls[k - 1][3]), None)
         if broken is None:
             between = nn.Sequential(*(module for _, module, _, _ in calls[i + 1 : j]))
             hidden.append(Hidden(calls[i][0], calls[j][0], between, samples[i]))
         else:
-            reasons.append(f"{calls[i][0]} -> {calls[j][0]}: the input of {broken} is not what the module before it gave")
+            pair = f"{calls[i][0]} -> {calls[j][0]}"
+            reasons.append(f"{pair}: the input of {broken} is not what the module before it gave")
     if len(linear) < 2:
         count = "no nn.Linear" if not linear else "one nn.Linear only"
         reasons.append(f"the model calls {count}, hence there is no hidden layer between two of them")

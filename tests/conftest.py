@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -10,12 +12,12 @@ import teleport_lite as tl
 from teleport_lite.params import Params
 
 
-def mlp(widths: list[int], activation: nn.Module, *, bias: bool = True, dtype=torch.float64, seed: int = 0) -> nn.Sequential:
+def mlp(widths, activation: nn.Module, *, bias: bool = True, dtype=torch.float64, seed: int = 0) -> nn.Sequential:
     """A multilayer perceptron; `activation` stands after each layer but the last."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for n, m in zip(widths, widths[1:], strict=False):
+        for n, m in pairwise(widths):
             layers += [nn.Linear(n, m, bias=bias, dtype=dtype), activation]
         return nn.Sequential(*layers[:-1])
 
@@ -25,7 +27,7 @@ def hidden_product(build, model: nn.Sequential) -> tl.Product:
     linear = [(i, layer) for i, layer in enumerate(model) if isinstance(layer, nn.Linear)]
     return tl.Product(
         build(first.out_features, f"{i}.weight", f"{j}.weight", bias=None if first.bias is None else f"{i}.bias")
-        for (i, first), (j, _) in zip(linear, linear[1:], strict=False)
+        for (i, first), (j, _) in pairwise(linear)
     )
 
 

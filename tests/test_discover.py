@@ -56,7 +56,8 @@ def test_every_activation_of_torch(kind, generator):
 
 def test_linear_layers_mix_and_dropout_restricts():
     x = torch.zeros(3, 4)
-    assert kinds(tl.find_symmetries(nn.Sequential(nn.Linear(4, 6), nn.Identity(), nn.Linear(6, 2)), x)) == ["GeneralLinear"]
+    linear = nn.Sequential(nn.Linear(4, 6), nn.Identity(), nn.Linear(6, 2))
+    assert kinds(tl.find_symmetries(linear, x)) == ["GeneralLinear"]
     dropped = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 2))
     assert kinds(tl.find_symmetries(dropped, x)) == ["PositiveScaling", "Signs", "Permutation"]
 

@@ -82,7 +82,9 @@ def test_minimum_change_is_the_nearest_solution(kind, generator):
     assert relative(features @ a.T, features @ b.T) < 1e-10  # both solve the same equations
     assert float((a - params[name]).norm()) < float((b - params[name]).norm())
     null = torch.eye(features.shape[1], dtype=torch.float64) - torch.linalg.pinv(features) @ features
-    assert float(((a - params[name]) @ null).abs().max()) < 1e-10  # the correction has no part that the batch cannot see
+    assert (
+        float(((a - params[name]) @ null).abs().max()) < 1e-10
+    )  # the correction has no part that the batch cannot see
 
 
 @pytest.mark.parametrize("kind", ["outgoing", "incoming"])

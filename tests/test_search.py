@@ -80,7 +80,7 @@ def test_weight_norm_minimum_of_one_hidden_layer_is_the_balanced_point():
 
 
 def test_minimum_within_a_radius_is_clipped_and_stationary_inside():
-    symmetry, params, grads = problem([6, 20, 3])
+    symmetry, _, grads = problem([6, 20, 3])
     (xi,) = closed_form(symmetry, grads, True, maximize=False, radius=0.3)
     (slope,) = torch.autograd.grad(transported_norm(symmetry, grads, True, (xi.requires_grad_(),)), (xi,))
     inside = xi.detach().abs() < 0.3
@@ -156,7 +156,5 @@ def test_hessian_vector_products_against_the_dense_hessian(generator):
     dense = torch.autograd.functional.hessian(flat, tuple(params.values()))
     product = hvp(loss, params, vector)
     for i, name in enumerate(names):
-        row = sum(
-            torch.tensordot(dense[i][j], vector[other], dims=params[other].ndim) for j, other in enumerate(names)
-        )
+        row = sum(torch.tensordot(dense[i][j], vector[other], dims=params[other].ndim) for j, other in enumerate(names))
         assert torch.allclose(product[name], row, atol=1e-12)

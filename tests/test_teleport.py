@@ -177,7 +177,7 @@ class Snapshot:
     def assert_unchanged(self, parameters=True):
         state, slots = self.take()
         for name, old in self.state.items():
-            if parameters or "weight" not in name and "bias" not in name:
+            if parameters or ("weight" not in name and "bias" not in name):
                 assert torch.equal(state[name], old), name
         for k, slot in self.slots.items():
             assert all(torch.equal(torch.as_tensor(slots[k][n]), torch.as_tensor(v)) for n, v in slot.items())
@@ -252,8 +252,8 @@ def test_a_fault_at_any_call_leaves_everything_as_it_was(whole, case, k, fault):
         return
     try:
         report = tl.teleport(whole[0], faulty, **OPTIONS[case])
-    except LossError as error:
-        assert "deterministic" in str(error)
+    except LossError:  # the drift showed as nondeterminism
+        assert fault == "drift"
         snapshot.assert_unchanged()
         return
     if not report.accepted:

@@ -51,17 +51,18 @@ class Symmetry(ABC):
     def transport(self, grads: Params, xi: Any, params: Params | None = None) -> Params:
         r"""Carry a gradient at w to the gradient at $e^{\xi} \cdot w$.
 
-        Because L is constant along the action, $\nabla L(e^{\xi} \cdot w) = J^{-\top} \nabla L(w)$ with J the Jacobian of the
-        action at w: one vector-Jacobian product with the action of the inverse. Where the action is linear, J does
-        not depend on w; elsewhere pass the `params` w at which `grads` was taken.
+        Because L is constant along the action, $\nabla L(e^{\xi} \cdot w) = J^{-\top} \nabla L(w)$ with J the Jacobian
+        of the action at w: one vector-Jacobian product with the action of the inverse. Where the action is affine, J
+        does not depend on w; elsewhere pass the `params` w at which `grads` was taken.
 
         Raises:
             TeleportError: when the action is nonlinear and `params` is missing.
         """
         if params is None and not self.linear:
-            raise TeleportError("params, because the action is nonlinear", None, "pass the params at which grads was taken")
+            remedy = "pass the params at which grads was taken"
+            raise TeleportError("params, because the action is nonlinear", None, remedy)
         end = self.act(grads if params is None else params, xi)
-        _, pull = torch.func.vjp(lambda w: self.act(w, self.inverse(xi)), end)
+        pull = torch.func.vjp(lambda w: self.act(w, self.inverse(xi)), end)[1]
         return pull(grads)[0]
 
     def zeros(self, params: Params) -> Any:
@@ -87,7 +88,12 @@ class Symmetry(ABC):
         return "all inputs" if self.exact else "one batch"
 
     def check(self, params: Params) -> None:
-        """Refuse parameters that the action cannot move; the errors are those of `act`."""
+        """Refuse parameters that the action cannot move.
+
+        Raises:
+            UnknownNameError: when a moved parameter is missing.
+            ParameterError: when a moved parameter is not of a real floating-point type.
+        """
         for name in self.names:
             if name not in params:
                 raise UnknownNameError("parameter", name, params)
@@ -194,7 +200,6 @@ def check_radius(radius: float) -> float:
         TeleportError: otherwise.
     """
     if not 0 < radius < float("inf"):
-        raise TeleportError(
-            "a positive finite radius", radius, "the gradient norm has no maximum on an unbounded orbit: pass radius=1.0"
-        )
+        remedy = "the gradient norm has no maximum on an unbounded orbit: pass radius=1.0"
+        raise TeleportError("a positive finite radius", radius, remedy)
     return float(radius)

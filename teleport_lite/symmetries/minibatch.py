@@ -1,21 +1,22 @@
 r"""Symmetries of the loss on one mini-batch: mixing of neurons through a nonlinearity.
 
-With inputs X [k, n] of a layer, $H = X V^\top + b$ its pre-activations [k, h] and $A = \sigma(H)$, GL(h) can mix neurons through
-any activation when one of the two weights makes up for it on the k samples at hand:
+With inputs X [k, n] of a layer, pre-activations $H = X V^\top + b$ [k, h] and $A = \sigma(H)$, GL(h) can mix neurons
+through any activation when one of the two weights makes up for it on the k samples at hand:
 
-- `OutgoingMixing` (arXiv:2305.13404): $V \mapsto gV$, and U is solved for: $B\,U'^\top = A\,U^\top$ with $B = \sigma(H g^\top)$.
-- `IncomingMixing` [T22] (arXiv:2205.10637): $U \mapsto U g^{-1}$, and V is solved for: $X V'^\top = \sigma^{-1}(A g^\top)$.
+- `OutgoingMixing` (arXiv:2305.13404): $V \mapsto gV$; U' solves $B\,U'^\top = A\,U^\top$, where $B = \sigma(H g^\top)$.
+- `IncomingMixing` [T22] (arXiv:2205.10637): $U \mapsto U g^{-1}$; V' solves $X V'^\top = \sigma^{-1}(A g^\top)$.
 
-Both keep the outputs on the batch when the matrix to be inverted ($B$, $X$) has full row rank k; otherwise they are least-squares
-approximations. The published formulas solve for the new weights outright, and so replace them by a projection even at g = I;
-the minimum-change solution, the default here, adds the smallest correction and is the identity at g = I. Neither is a group
-action: see the chapter *Mini-batch symmetries*.
+Both keep the outputs on the batch when the matrix to be inverted ($B$, $X$) has full row rank k; otherwise they are
+least-squares approximations. The published formulas solve for the new weights outright, and so replace them by a
+projection even at g = I; the minimum-change solution, the default here, adds the smallest correction and is the
+identity at g = I. Neither is a group action: see the chapter *Mini-batch symmetries*.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from teleport_lite.params import Net, Params
 from teleport_lite.symmetries.base import Product, Symmetry
 from teleport_lite.trace import Hidden, as_inputs, copy_of, double, trace
 
-INVERSES: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
+INVERSES: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     nn.Identity: lambda module, y: y,
     nn.LeakyReLU: lambda module, y: torch.where(y > 0, y, y / module.negative_slope),
     nn.Tanh: lambda module, y: y.atanh(),
@@ -136,7 +137,11 @@ class MiniBatchMixing(Symmetry):
 
 
 class OutgoingMixing(MiniBatchMixing):
-    r"""$V \mapsto gV$, $U \mapsto U + (U\sigma(H) - U\sigma(gH))\,\sigma(gH)^+$ (columns are samples); as published, $U\sigma(H)\sigma(gH)^+$."""
+    r"""Mix the incoming weights, solve for the outgoing ones (arXiv:2305.13404).
+
+    With samples as columns, $V \mapsto gV$ and $U \mapsto U + (U\sigma(H) - U\sigma(gH))\,\sigma(gH)^+$; as published,
+    $U \mapsto U\sigma(H)\,\sigma(gH)^+$. Propositions 3.2 and 3.5 of the chapter *Mini-batch symmetries*.
+    """
 
     def solve(self, x, v, u, xi):
         v_new = self.group.exp(xi) @ v
@@ -148,10 +153,13 @@ class OutgoingMixing(MiniBatchMixing):
 
 
 class IncomingMixing(MiniBatchMixing):
-    r"""$U \mapsto U g^{-1}$, $V \mapsto V + (\sigma^{-1}(g\sigma(H)) - H)\,X^+$ (columns are samples); as published, $\sigma^{-1}(g\sigma(H))X^+$.
+    r"""Mix the outgoing weights, solve for the incoming ones [T22] (arXiv:2205.10637).
 
-    The activation must be invertible, and $g\sigma(H)$ must stay in its range: elsewhere the new weights are NaN, which a
-    teleport refuses.
+    With samples as columns, $U \mapsto U g^{-1}$ and $V \mapsto V + (\sigma^{-1}(g\sigma(H)) - H)\,X^+$; as published,
+    $V \mapsto \sigma^{-1}(g\sigma(H))\,X^+$. Propositions 3.1 and 3.5 of the chapter *Mini-batch symmetries*.
+
+    The activation must be invertible, and $g\sigma(H)$ must stay in its range: elsewhere the new weights are NaN, which
+    a teleport refuses.
     """
 
     def __init__(self, model: nn.Module, inputs: object, hidden: Hidden, *, minimum_change: bool = True) -> None:
@@ -187,6 +195,7 @@ def minibatch_symmetries(
     Raises:
         NoSymmetryError: when the model has no such layer.
         ActivationError: when the activation does not fit.
+        UnknownNameError: when `compensate` is neither.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     >>> minibatch_symmetries(net, torch.ones(5, 4))

@@ -90,7 +90,7 @@ def _legs(incoming: str, outgoing: str, bias: str | None) -> list[Leg]:
 
 
 def scaling(width: int, incoming: str, outgoing: str, bias: str | None = None) -> NeuronSymmetry:
-    r"""Positive scaling of `width` neurons, $V \mapsto DV,\ b \mapsto Db,\ U \mapsto U D^{-1}$ with $D = \operatorname{diag}(e^{\xi})$.
+    r"""Positive scaling of `width` neurons, $V \mapsto DV,\ b \mapsto Db,\ U \mapsto U D^{-1}$, D = diag(e^xi).
 
     Exact for positively homogeneous activations (ReLU, leaky ReLU, PReLU). Proposition 2.3 of the chapter *Symmetries
     of networks*.

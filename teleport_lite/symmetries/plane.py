@@ -1,7 +1,7 @@
 r"""Test functions of the plane whose level sets are circles in disguise, with their SO(2) symmetry.
 
-Each is $f(w) = u^2 + v^2$ in suitable coordinates $(u, v) = \varphi(w)$; rotating $(u, v)$ keeps f. The functions are those
-of [T22] (arXiv:2205.10637); the chapter *Orbits* derives the actions, *Teleporting* uses them.
+Each is $f(w) = u^2 + v^2$ in suitable coordinates $(u, v) = \varphi(w)$; rotating $(u, v)$ keeps f. The functions are
+those of [T22] (arXiv:2205.10637); the chapter *Orbits* derives the actions, *Teleporting* uses them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ CHARTS = {
 
 
 class PlaneRotation(Symmetry):
-    r"""SO(2) rotating $(u, v) = \varphi(w)$: $w \mapsto \varphi^{-1}(R(\xi)\,\varphi(w))$, with `xi` of shape [1], the angle in radians.
+    r"""Rotation of $(u, v) = \varphi(w)$ by SO(2): $w \mapsto \varphi^{-1}(R(\xi)\,\varphi(w))$.
+
+    `xi` has shape [1]: the angle in radians.
 
     Args:
         chart: the coordinates in which f is $u^2 + v^2$.
