@@ -19,7 +19,7 @@ from teleport_lite.params import Params
 from teleport_lite.symmetries.base import Product, Symmetry
 from teleport_lite.symmetries.neurons import NeuronSymmetry
 
-SWEEPS_UP = 6  # a corner maximum has been stable after 1 to 4 sweeps wherever it was measured
+SWEEPS_UP = 4  # a corner maximum has been stable after 1 to 4 sweeps wherever it was measured
 SWEEPS_DOWN = 100  # balancing converges linearly, by about cos^2(pi / depth) a sweep
 STEPS = 30  # of an ascent
 
@@ -112,6 +112,8 @@ def _sweep_squares(
     r"""Scalings only: a squared norm is the contraction of the squared entries with vectors $e^{\pm 2\xi}$."""
     dims = {(leg.name, leg.dim) for f in factors for leg in f.legs}
     squares = {name: _summed_squares(tensors[name], {d for n, d in dims if n == name}) for name, _ in dims}
+    if not maximize:  # a corner is a choice of signs, a minimum is a number
+        squares = {name: s.double() for name, s in squares.items()}
     vectors = {(name, dim): squares[name].new_ones(squares[name].shape[dim]) for name, dim in dims}
     others = {leg: [d for n, d in dims if n == leg[0] and d != leg[1]] for leg in dims}
     xis = [f.group.zeros(squares[f.names[0]]) for f in factors]
@@ -152,10 +154,10 @@ def _sweep_tensors(
 
 
 def _summed_squares(tensor: Tensor, dims: set[int]) -> Tensor:
-    """Squares of `tensor`, summed over all dimensions but `dims` (which stay in place), in float64."""
+    """Squares of `tensor`, summed over all dimensions but `dims` (which stay in place), in float32 at least."""
     rest = [d for d in range(tensor.ndim) if d not in dims]
     wide = tensor if tensor.dtype.itemsize >= 4 else tensor.float()
-    return (torch.linalg.vector_norm(wide, dim=rest, keepdim=True) if rest else wide).double().square()
+    return (torch.linalg.vector_norm(wide, dim=rest, keepdim=True) if rest else wide).square()
 
 
 def ascent(

@@ -132,28 +132,26 @@ def teleport(
         if not len(product):
             raise NoSymmetryError(product.reasons)
         _check_movable(model, product)
+        if search != "random":
+            product = product.continuous
+            if not len(product):
+                raise NoSymmetryError(["all its groups are finite: only search='random' moves along them"])
 
         problem = Problem(loss_of(model, loss_fn), params)
         if goal.quadratic == "gradient" and product.exact:
             _ = problem.gradient  # gives the value along with it
         loss_before = problem.value
-        again = problem.at(params)
         xi = find(problem, product, goal, how=search, maximize=maximize, radius=radius, generator=generator)
         moved = product.act(params, xi)
-        loss_after = problem.at(moved)
         scores = [goal.before(problem, product), goal.along(problem, product)(xi).detach()]
 
-        measured = torch.stack([t.double() for t in (loss_before, again, loss_after, *scores)])
-        before, repeated, after, old, new = measured.tolist()  # the one time that the host waits for the device
+        measured = torch.stack([t.double() for t in (loss_before, problem.at(moved), *scores)])
+        before, after, old, new = measured.tolist()  # the one time that the host waits for the device
         dtype = params[product.names[0]].dtype
         tol = TOLERANCES[dtype] if tol is None else tol
         noise = 8 * torch.finfo(dtype).eps
-        if not _close(repeated, before, tol, noise):
-            raise LossError(
-                "a deterministic loss",
-                f"{before:.6g} and {repeated:.6g} at the same parameters",
-                "fix the batch and the random numbers, and put dropout in evaluation mode (model.eval())",
-            )
+        if not _close(after, before, tol, noise):
+            _check_deterministic(problem, before, tol, noise)
         reason = _reason(before, after, old, new, tol, noise, product, params, maximize, search)
         if not reason:
             commit(model, {name: moved[name] for name in product.names})
@@ -204,6 +202,21 @@ def _check_movable(model: nn.Module, product: Product) -> None:
         if not everything[name].requires_grad:
             remedy = "unfreeze it, or call find_symmetries again, which leaves frozen parameters out"
             raise ParameterError(name, "trainable", "requires_grad=False", remedy)
+
+
+def _check_deterministic(problem: Problem, before: float, tol: float, noise: float) -> None:
+    """Evaluate the loss again at the old parameters, to tell a broken symmetry from a loss that changes by itself.
+
+    Raises:
+        LossError: when it does.
+    """
+    again = float(problem.at(problem.params))
+    if not _close(again, before, tol, noise):
+        raise LossError(
+            "a deterministic loss",
+            f"{before:.6g} and {again:.6g} at the same parameters",
+            "fix the batch and the random numbers, and put dropout in evaluation mode (model.eval())",
+        )
 
 
 def _close(a: float, b: float, tol: float, noise: float) -> bool:

@@ -308,8 +308,16 @@ def test_a_move_beyond_tol_is_refused(model):
 
 
 def test_nothing_better_is_said(model):
-    report = tl.teleport(model, loss_fn, hidden_product(permutation, model))
+    report = tl.teleport(model, loss_fn, objective=lambda params: params["4.bias"].sum())
     assert not report.accepted and report.reason == "nothing larger was found within the radius"
+
+
+def test_finite_groups_are_moved_along_at_random_only(model, generator):
+    symmetry = hidden_product(permutation, model)
+    with pytest.raises(NoSymmetryError, match="all its groups are finite"):
+        tl.teleport(model, loss_fn, symmetry)
+    report = tl.teleport(model, loss_fn, symmetry, search="random", generator=generator)
+    assert report.accepted and report.objective_after == pytest.approx(report.objective_before)
 
 
 # Bad input ---------------------------------------------------------------------------------------------------------

@@ -166,6 +166,11 @@ class Product(Symmetry, Sequence):
     def dim(self) -> int:
         return sum(f.dim for f in self.factors)
 
+    @property
+    def continuous(self) -> Product:
+        """The factors whose group is not finite."""
+        return Product([f for f in self.factors if f.dim], self.reasons)
+
     def _check_coordinates(self, params, xi):
         if not isinstance(xi, (tuple, list)) or len(xi) != len(self.factors):
             got = f"length {len(xi)}" if isinstance(xi, (tuple, list)) else type(xi).__name__
