@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import os
 import pickle
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,9 +60,15 @@ class Dataset:
         return self.x[chosen], self.y[chosen]
 
     def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch in random order, in batches of `size`; a smaller rest is dropped."""
-        for chosen in self._order(generator)[: len(self) // size * size].split(size):
-            yield self.x[chosen], self.y[chosen]
+        """One epoch in random order, in batches of `size`; a smaller rest is dropped.
+
+        Raises:
+            TeleportError: when there are fewer samples than `size`.
+        """
+        if not 0 < size <= len(self):
+            raise TeleportError(f"batches of 1 to {len(self)} samples", size, "ask for smaller ones")
+        order = self._order(generator)[: len(self) // size * size]
+        return ((self.x[chosen], self.y[chosen]) for chosen in order.split(size))
 
     def _order(self, generator: torch.Generator | None) -> Tensor:
         device = self.x.device if generator is None else generator.device
@@ -73,6 +80,8 @@ class Dataset:
 
 def load(name: str = "digits", *, root: str | os.PathLike | None = None) -> tuple[Dataset, Dataset]:
     """The training set and the test set of that name.
+
+    Pixels are divided by their largest possible value, 16 for digits and 255 otherwise, and each image becomes one row.
 
     Args:
         name: "digits" (8 x 8, with scikit-learn), "mnist", "fashion_mnist" (28 x 28) or "cifar10" (3 x 32 x 32).
@@ -109,23 +118,35 @@ def _idx_pair(name: str, folder: str) -> Callable[[Path], tuple[Dataset, Dataset
     def read(root: Path) -> tuple[Dataset, Dataset]:
         sets = []
         for part in ("train", "t10k"):
-            images = _idx(root / folder / "raw" / f"{part}-images-idx3-ubyte", dims=3)
-            path = root / folder / "raw" / f"{part}-labels-idx1-ubyte"
+            path = _plain_or_gz(root / folder / "raw" / f"{part}-images-idx3-ubyte")
+            images = _idx(path, dims=3)
+            if images.shape[1:] != (28, 28):
+                raise DataError(path, "images of 28 x 28", " x ".join(map(str, images.shape[1:])), _remedy(path))
+            path = _plain_or_gz(root / folder / "raw" / f"{part}-labels-idx1-ubyte")
             labels = _idx(path, dims=1)
             if len(labels) != len(images):
-                raise DataError(path, f"{len(images)} labels, one an image,", f"{len(labels)}", _REMEDY)
-            if len(labels) and int(labels.max()) > 9:
-                raise DataError(path, "labels from 0 to 9", f"{int(labels.max())}", _REMEDY)
+                raise DataError(path, f"{len(images)} labels, one an image,", f"{len(labels)}", _remedy(path))
+            if int(labels.max()) > 9:
+                raise DataError(path, "labels from 0 to 9", f"{int(labels.max())}", _remedy(path))
             sets.append(Dataset(name, images.flatten(1).float() / 255, labels.long()))
         return sets[0], sets[1]
 
     return read
 
 
-_REMEDY = (
-    "put the standard files there (unpacked or as .gz), or point TELEPORT_LITE_DATA to the folder that holds them; "
-    "load('digits') needs no files"
-)
+_TORCHVISION = {"MNIST": "MNIST", "FashionMNIST": "FashionMNIST", "cifar-10-batches-py": "CIFAR10"}
+
+
+def _remedy(path: Path) -> str:
+    source = next(_TORCHVISION[part] for part in reversed(path.parts) if part in _TORCHVISION)
+    return (
+        f"torchvision.datasets.{source}(FOLDER, download=True) writes the standard files, root= or TELEPORT_LITE_DATA "
+        "names the FOLDER; load('digits') needs no files"
+    )
+
+
+def _plain_or_gz(path: Path) -> Path:
+    return path if path.is_file() else path.with_name(path.name + ".gz")
 
 
 def _idx(path: Path, dims: int) -> Tensor:
@@ -134,18 +155,18 @@ def _idx(path: Path, dims: int) -> Tensor:
     Raises:
         DataError: when it is missing, truncated or of another format.
     """
-    path = path if path.is_file() else path.with_name(path.name + ".gz")
     content = _read(path)
     if len(content) < 4 + 4 * dims:
-        raise DataError(path, "an idx header", f"{len(content)} bytes", _REMEDY)
+        raise DataError(path, "an idx header", f"{len(content)} bytes", _remedy(path))
     if content[:4] != bytes([0, 0, 8, dims]):
-        raise DataError(path, f"the idx magic number 0x0000080{dims}", f"0x{content[:4].hex()}", _REMEDY)
+        raise DataError(path, f"the idx magic number 0x0000080{dims}", f"0x{content[:4].hex()}", _remedy(path))
     shape = [int.from_bytes(content[4 + 4 * d : 8 + 4 * d], "big") for d in range(dims)]
-    size = torch.Size(shape).numel()
-    if len(content) != 4 + 4 * dims + size:
-        raise DataError(path, f"{size} bytes of data", f"{len(content) - 4 - 4 * dims}: it is truncated", _REMEDY)
+    size, found = torch.Size(shape).numel(), len(content) - 4 - 4 * dims
+    if found != size:
+        got = f"{found}, it is truncated" if found < size else f"{found}"
+        raise DataError(path, f"{size} bytes of data", got, _remedy(path))
     if not size:
-        raise DataError(path, "at least one sample", "none", _REMEDY)
+        raise DataError(path, "at least one sample", "none", _remedy(path))
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
@@ -156,19 +177,24 @@ def _read(path: Path) -> bytes:
         DataError: when it is missing or cannot be unpacked.
     """
     if not path.is_file():
-        raise DataError(path, "a file", "none", _REMEDY)
+        raise DataError(path, "a file", "none", _remedy(path))
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, OSError) as error:
-        raise DataError(path, "a whole gzip file", f"{error}", _REMEDY) from error
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(path, "a whole gzip file", f"{error}", _remedy(path)) from error
+
+
+_HARMLESS = {
+    *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),
+    *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
+}
 
 
 class _ArraysOnly(pickle.Unpickler):
     """Unpickles what the CIFAR-10 files hold, arrays and plain containers, and refuses everything else."""
 
     def find_class(self, module: str, name: str):
-        arrays = module.split(".")[0] == "numpy" and name in {"_reconstruct", "ndarray", "dtype"}
-        if arrays or (module, name) == ("_codecs", "encode"):
+        if f"{module}.{name}" in _HARMLESS:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
@@ -180,16 +206,17 @@ def _cifar10(root: Path) -> tuple[Dataset, Dataset]:
         for file in files:
             path = root / "cifar-10-batches-py" / file
             if not path.is_file():
-                raise DataError(path, "a file", "none", _REMEDY)
+                raise DataError(path, "a file", "none", _remedy(path))
             try:
                 with path.open("rb") as stream:
                     content = _ArraysOnly(stream, encoding="latin1").load()
                 x, y = torch.from_numpy(content["data"]), torch.tensor(content["labels"])
             except Exception as error:
-                raise DataError(path, "a CIFAR-10 batch", f"{type(error).__name__}: {error}", _REMEDY) from error
-            if x.shape != (len(y), 3072) or not len(y) or not 0 <= int(y.min()) <= int(y.max()) <= 9:
-                got = f"{tuple(x.shape)} and {len(y)} labels"
-                raise DataError(path, "images [n, 3072] and n labels from 0 to 9", got, _REMEDY)
+                raise DataError(path, "a CIFAR-10 batch", f"{type(error).__name__}: {error}", _remedy(path)) from error
+            right = x.shape == (len(y), 3072) and x.dtype == torch.uint8 and y.dtype == torch.int64
+            if not right or not len(y) or not 0 <= int(y.min()) <= int(y.max()) <= 9:
+                got = f"{x.dtype} {list(x.shape)} and {len(y)} labels"
+                raise DataError(path, "images (bytes, [n, 3072]) and n labels from 0 to 9", got, _remedy(path))
             images.append(x)
             labels.append(y)
         sets.append(Dataset("cifar10", torch.cat(images).float() / 255, torch.cat(labels).long()))

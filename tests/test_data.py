@@ -72,14 +72,24 @@ def test_the_environment_names_the_folder(mnist, monkeypatch):
             "expected a whole gzip file in",
         ),
         ("train-images-idx3-ubyte.gz", b"not gzip", "expected a whole gzip file in"),
+        (
+            "train-images-idx3-ubyte.gz",
+            gzip.compress(b"")[:10] + b"\xff" * 20,
+            "expected a whole gzip file in",
+        ),
         ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((12, 28, 28)))[:-1]), "truncated"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((12, 28, 28))) + b"!"), "bytes of data"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((12, 28, 27)))), "expected images of 28 x 28 in"),
         ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros(12))), "the idx magic number 0x00000803"),
         ("train-images-idx3-ubyte.gz", gzip.compress(b"\0\0\10"), "expected an idx header in"),
         ("t10k-labels-idx1-ubyte", idx(np.arange(4)), "expected 5 labels, one an image, in"),
         ("t10k-labels-idx1-ubyte", idx(np.full(5, 10)), "expected labels from 0 to 9 in"),
         ("t10k-labels-idx1-ubyte", idx(np.zeros(0)), "expected at least one sample in"),
     ],
-    ids=["missing", "cut", "not packed", "short", "labels", "no header", "too few", "too large", "empty"],
+    ids=[
+        *("missing", "cut", "not packed", "damaged", "short", "long", "narrow"),
+        *("labels", "no header", "too few", "too large", "empty"),
+    ],
 )
 def test_bad_files_are_named_with_the_remedy(mnist, file, content, message):
     path = mnist / "MNIST" / "raw" / file
@@ -87,7 +97,7 @@ def test_bad_files_are_named_with_the_remedy(mnist, file, content, message):
         path.unlink()
     else:
         path.write_bytes(content)
-    with pytest.raises(DataError, match="TELEPORT_LITE_DATA") as caught:
+    with pytest.raises(DataError, match=r"torchvision\.datasets\.MNIST.*TELEPORT_LITE_DATA") as caught:
         data.load("mnist", root=mnist)
     assert message in str(caught.value) and file in str(caught.value) and caught.value.path == str(path)
 
@@ -109,14 +119,36 @@ def test_cifar10(cifar):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", pickle.dumps({"data": np.zeros((4, 10), np.uint8), "labels": [0] * 4}), pickle.dumps(os.system), None],
-    ids=["empty", "other shape", "code", "missing"],
+    [
+        None,
+        b"",
+        pickle.dumps(os.system),
+        pickle.dumps({"data": np.zeros((4, 3072), np.uint8)}),
+        pickle.dumps({"data": np.zeros((4, 10), np.uint8), "labels": [0] * 4}),
+        pickle.dumps({"data": np.zeros((4, 3072)), "labels": [0] * 4}),
+        pickle.dumps({"data": np.zeros((4, 3072), np.uint8), "labels": [0.5] * 4}),
+        pickle.dumps({"data": np.zeros((4, 3072), np.uint8), "labels": [0, 1, 2, 10]}),
+    ],
+    ids=["missing", "empty", "code", "no labels", "other shape", "floats", "soft labels", "11 classes"],
 )
 def test_bad_cifar_files_are_named_and_never_run(cifar, content):
     path = cifar / "cifar-10-batches-py" / "data_batch_3"
     path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(DataError, match="data_batch_3"):
+    with pytest.raises(DataError, match=r"data_batch_3.*torchvision\.datasets\.CIFAR10"):
         data.load("cifar10", root=cifar)
+
+
+def test_cifar10_as_python_2_wrote_it(cifar):
+    """The published files are pickles of Python 2, with its strings and the old name of numpy's core."""
+    images = np.random.default_rng(1).integers(0, 256, (2, 3072)).astype(np.uint8)
+    old = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85U\1b\x87R(K\1K\2M\0\x0c\x86"
+    old += b"cnumpy\ndtype\nU\2u1K\0K\1\x87R(K\3U\1|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
+    old += b"\x89T" + struct.pack("<i", images.size) + images.tobytes() + b"tb"
+    file = b"\x80\2}(U\4data" + old + b"U\6labels](K\3K\te" + b"U\x0bbatch_labelU\6test 1u."
+    (cifar / "cifar-10-batches-py" / "test_batch").write_bytes(file)
+    _, test = data.load("cifar10", root=cifar)
+    assert test.y.tolist() == [3, 9]
+    assert np.array_equal((test.x * 255).round().numpy(), images)
 
 
 def test_batches_cover_an_epoch_and_batch_draws_without_replacement():
@@ -125,11 +157,14 @@ def test_batches_cover_an_epoch_and_batch_draws_without_replacement():
         torch.cat([y for _, y in train.batches(100, generator=torch.Generator().manual_seed(s))]) for s in (1, 1, 2)
     ]
     assert len(order[0]) == 1400 and torch.equal(order[0], order[1]) and not torch.equal(order[0], order[2])
+    epoch = torch.cat([x for x, _ in train[:100].batches(20)])
+    assert sorted(epoch.tolist()) == sorted(train.x[:100].tolist()) and not torch.equal(epoch, train.x[:100])
     x, y = train[:10].batch(10)
-    assert torch.equal(x.sum(0), train.x[:10].sum(0)) or torch.allclose(x.sum(0), train.x[:10].sum(0))
-    assert sorted(y.tolist()) == sorted(train.y[:10].tolist())
+    assert sorted(zip(x.tolist(), y, strict=True)) == sorted(zip(train.x[:10].tolist(), train.y[:10], strict=True))
     with pytest.raises(TeleportError, match="a batch of 1 to 10 samples, got 11"):
         train[:10].batch(11)
+    with pytest.raises(TeleportError, match="batches of 1 to 10 samples, got 11"):
+        train[:10].batches(11)
 
 
 def test_unknown_names_list_the_known_ones():
