@@ -1,11 +1,12 @@
-"""Sphinx extension: theorems written as plain block quotes become numbered boxes on the site.
+"""Sphinx extension: statements written as plain block quotes become boxes on the site.
 
 A chapter opens in Colab as it is, so its statements are ordinary Markdown,
 
     > **Theorem 2.1 (Positive scaling).** Let ...
 
-and links to them ordinary links, `[Theorem 2.1](orbits.ipynb#theorem-2-1)`. When Sphinx reads a page, this extension
-turns the first into sphinx-proof directives with the author's number and an anchor, and the second into links to it.
+and links to them ordinary links, `[Theorem 2.1](orbits.ipynb#theorem-2-1)`. When Sphinx reads a page, each statement
+becomes a sphinx-proof box with the author's number; its anchor is made known to MyST, which then resolves the links as
+it resolves links to headings, and warns of those that lead nowhere.
 """
 
 from __future__ import annotations
@@ -14,67 +15,79 @@ import json
 import re
 
 from docutils import nodes
+from sphinx.transforms import SphinxTransform
+from sphinx_proof.nodes import proof_node, unenumerable_node
 
 KINDS = ("Definition", "Theorem", "Proposition", "Lemma", "Corollary", "Example", "Remark", "Algorithm")
-STATEMENT = rf"(?P<kind>{'|'.join(KINDS)}) (?P<number>\d+\.\d+)(?: \((?P<title>.+)\))?"
-HEAD = re.compile(rf"> \*\*(?:{STATEMENT}|Proof(?P<of> .+?)?)\.\*\* ?(?P<rest>.*)")
-LINK = re.compile(rf"\[([^\]]+)\]\(([^()\s#]*)#((?:{'|'.join(k.lower() for k in KINDS)})-\d+-\d+)\)")
-FENCE = re.compile(r"\s*(`{3,}|~{3,})")
+HEAD = re.compile(
+    rf"> \*\*(?P<name>(?P<kind>{'|'.join(KINDS)}) (?P<number>\d+\.\d+)(?: \(.+\))?|Proof(?: .+?)?)\.\*\*(?P<rest>.*)"
+)
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
 def anchor(kind: str, number: str) -> str:
-    """The anchor of a statement: Theorem 2.1 is at #theorem-2-1."""
+    """Where a statement is.
+
+    >>> anchor("Theorem", "2.1")
+    'theorem-2-1'
+    """
     return f"{kind.lower()}-{number.replace('.', '-')}"
 
 
+def outside_code(lines: list[str]) -> list[bool]:
+    """Which lines are neither in a fenced code block nor one of its fences.
+
+    >>> outside_code(["text", "```", "code", "```", "text"])
+    [True, False, False, False, True]
+    """
+    outside, fence = [], ""
+    for line in lines:
+        mark = FENCE.match(line)
+        outside.append(not fence and not mark)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and mark[1].startswith(fence) and line.strip() == mark[1]:
+            fence = ""
+    return outside
+
+
 def box(head: re.Match, body: list[str]) -> list[str]:
-    """The sphinx-proof directive for a statement; its fence is longer than any inside."""
-    ticks = "`" * (1 + max([3, *(len(m[1]) for line in body if (m := FENCE.match(line)))]))
-    content = [head["rest"], *body]
-    if head["kind"] is None:
-        first = f"({head['of'].strip()}) {head['rest']}" if head["of"] else head["rest"]
-        return [f"{ticks}{{prf:proof}}", first, *body, ticks]
-    title = f"{head['number']} ({head['title']})" if head["title"] else head["number"]
-    options = [f":label: {anchor(head['kind'], head['number'])}", ":nonumber:"]
-    return [f"{ticks}{{prf:{head['kind'].lower()}}} {title}", *options, "", *content, ticks]
-
-
-def link(match: re.Match) -> str:
-    """A link to a statement, as the HTML page will have it."""
-    text, page, target = match.groups()
-    return f'<a class="reference internal" href="{re.sub(r"[.](ipynb|md)$", ".html", page)}#{target}">{text}</a>'
+    """The sphinx-proof directive of one statement or proof, its fence longer than any inside."""
+    fence = "~" * max(3, *(1 + len(run) for line in body for run in re.findall("~+", line)), 3)
+    if not head["kind"]:
+        return [fence + "{prf:proof}", f"**{head['name']}.**{head['rest']}", *body, fence]
+    options = [f":label: {anchor(head['kind'], head['number'])}", ":nonumber:", ""]
+    return [f"{fence}{{prf:{head['kind'].lower()}}} {head['name']}", *options, head["rest"].strip(), *body, fence]
 
 
 def transform(markdown: str) -> str:
-    """Markdown with statements as directives and links to them as HTML; code blocks stay as they are.
+    """Markdown with statements and proofs as directives; all else, code blocks included, stays as it is.
 
-    >>> print(transform("> **Theorem 2.1 (A name).** It holds."))
-    ````{prf:theorem} 2.1 (A name)
+    >>> print(transform("> **Theorem 2.1 (A name).** It holds.\\n>\\n> $$ a = b $$"))
+    ~~~{prf:theorem} Theorem 2.1 (A name)
     :label: theorem-2-1
     :nonumber:
     <BLANKLINE>
     It holds.
-    ````
+    <BLANKLINE>
+    $$ a = b $$
+    ~~~
     """
-    lines, out, i, fence = markdown.split("\n"), [], 0, ""
+    lines = markdown.split("\n")
+    heads = [HEAD.fullmatch(line) if outside else None for line, outside in zip(lines, outside_code(lines), strict=True)]
+    result, i = [], 0
     while i < len(lines):
-        mark = FENCE.match(lines[i])
-        if mark and not fence:
-            fence = mark[1]
-        elif mark and mark[1].startswith(fence) and lines[i].strip() == mark[1]:
-            fence = ""
-        head = None if fence else HEAD.match(lines[i])
-        if head:
+        start, i = i, i + 1
+        if not (head := heads[start]):
+            result.append(lines[start])
+            continue
+        while i < len(lines) and lines[i].startswith(">") and not heads[i]:
             i += 1
-            body = []
-            while i < len(lines) and lines[i].startswith(">") and not HEAD.match(lines[i]):
-                body.append(lines[i].removeprefix(">").removeprefix(" "))
-                i += 1
-            out += [*(LINK.sub(link, line) for line in box(head, body)), ""]
-        else:
-            out.append(lines[i] if fence else LINK.sub(link, lines[i]))
-            i += 1
-    return "\n".join(out).rstrip("\n") + ("\n" if markdown.endswith("\n") else "")
+        body = [line.removeprefix(">").removeprefix(" ") for line in lines[start + 1 : i]]
+        while body and not body[-1]:
+            body.pop()
+        result += box(head, body)
+    return "\n".join(result)
 
 
 def on_source_read(app, docname: str, source: list[str]) -> None:
@@ -89,15 +102,49 @@ def on_source_read(app, docname: str, source: list[str]) -> None:
     source[0] = json.dumps(notebook)
 
 
-def on_doctree_read(app, doctree: nodes.document) -> None:
-    """Take away the ids that sphinx-proof gives to several elements of one page."""
-    for node in doctree.findall(nodes.Element):
-        if node.get("ids") in (["proof-content"], ["proof"]):
-            node["ids"] = []
+class Statements(SphinxTransform):
+    """Boxes with the author's title and one anchor each, where sphinx-proof gives several elements the same one."""
+
+    default_priority = 870  # before MyST looks for the targets of links
+
+    def apply(self, **kwargs) -> None:
+        """Rewrite the page."""
+        anchors = self.document.myst_slugs = getattr(self.document, "myst_slugs", {})
+        for node in list(self.document.findall(unenumerable_node)):
+            title, content = node.children
+            title["ids"] = []
+            node.replace_self(nodes.admonition("", title, *content.children, ids=node["ids"], classes=node["classes"]))
+            anchors[node["label"]] = (node.line or 0, node["label"], title.astext())
+        for node in list(self.document.findall(proof_node)):
+            (inner,) = node.children
+            inner[0].pop(0)  # its word "Proof.", before the author's own
+            node.replace_self(nodes.admonition("", *inner.children, classes=inner["classes"]))
+        self.env.metadata[self.env.docname]["myst_slugs"] = anchors
+
+
+class Equations(SphinxTransform):
+    r"""Display mathematics as it was written: Sphinx would wrap what has a \\ in an environment that forbids \tag."""
+
+    default_priority = 870
+
+    def apply(self, **kwargs) -> None:
+        r"""Take the \[ and \] upon ourselves."""
+        for node in self.document.findall(nodes.math_block):
+            if not node["nowrap"] and not node["label"] and r"\\" in node.astext():
+                node[0] = nodes.Text(rf"\[{node.astext()}\]")
+                node["nowrap"] = True
+
+
+def use_titles(app, config) -> None:
+    """A title is all that stands in the head of a box: the statement's name is part of it."""
+    config.proof_title_format = "%t"
 
 
 def setup(app) -> dict:
     """Connect to Sphinx."""
+    app.setup_extension("sphinx_proof")
+    app.connect("config-inited", use_titles)
     app.connect("source-read", on_source_read)
-    app.connect("doctree-read", on_doctree_read)
+    app.add_transform(Statements)
+    app.add_transform(Equations)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
