@@ -74,7 +74,9 @@ def transform(markdown: str) -> str:
     ~~~
     """
     lines = markdown.split("\n")
-    heads = [HEAD.fullmatch(line) if outside else None for line, outside in zip(lines, outside_code(lines), strict=True)]
+    heads = [
+        HEAD.fullmatch(line) if outside else None for line, outside in zip(lines, outside_code(lines), strict=True)
+    ]
     result, i = [], 0
     while i < len(lines):
         start, i = i, i + 1
