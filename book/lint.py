@@ -1,250 +1,476 @@
 """Lint of the chapters: what keeps a notebook readable in Colab and on the site, and true.
 
-    python book/lint.py [CHAPTER.ipynb ...]      (all chapters without an argument)
+    python book/lint.py [NOTEBOOK.ipynb ...]      (all of the book without an argument)
 
-Each rule is a function from a `Chapter` to findings; `make lint` runs them all.
+A rule is a function from a notebook to its findings.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+
+import yaml
+from matplotlib.colors import is_color_like
+from nbformat.validator import iter_validate
 
 BOOK = Path(__file__).resolve().parent
 sys.path.insert(0, str(BOOK / "_ext"))
-from theorems import FENCE, HEAD, LINK, anchor
+from theorems import HEAD, KINDS, anchor, outside_code
 
-SECTIONS = ("What you will learn", "When it does not help", "Exercises", "Summary", "What to read next")
-LIMIT_MB = 2.0
-Rule = Callable[["Chapter"], Iterator[str]]
+ADDRESS = "https://colab.research.google.com/github/teleport-lite/teleport-lite/blob/main/"
+BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+SETUP = """\
+try:
+    import teleport_lite as tl
+except ImportError:  # on Colab, for example
+    %pip install -q "teleport-lite[book] @ git+https://github.com/teleport-lite/teleport-lite"
+    import teleport_lite as tl
+
+import torch
+import matplotlib.pyplot as plt
+from teleport_lite import plot
+
+plot.use_style()
+generator = torch.Generator().manual_seed(0)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+print(f"teleport_lite {tl.__version__}, torch {torch.__version__}, {device}")
+"""
+SECTIONS = ["What you will learn", "When it does not help", "Exercises", "Summary", "What to read next"]
+LIMIT = 2_000_000  # bytes
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+KIND = "|".join(KINDS)
+LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+CODE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)")
+DISPLAY = re.compile(r"\$\$([^$]+)\$\$")
+MATH = re.compile(r"\$\$[^$]+\$\$|\$[^$]+\$")
+ENVIRONMENT = re.compile(r"\\begin\{([\w*]+)\}.*?\\end\{\1\}|\\substack\{(?:[^{}]|\{[^{}]*\})*\}", re.S)
+PARAGRAPH = re.compile(r"\n[>\s]*\n")
+HOLE = "\0"  # where inline code or mathematics was
+
+Rule = Callable[["Notebook"], Iterator[str]]
 RULES: dict[str, Rule] = {}
 
 
 def rule(function: Rule) -> Rule:
-    """Register a rule."""
+    """Register a rule under its name."""
     RULES[function.__name__] = function
     return function
 
 
-def toc() -> list[str]:
-    """The chapters of the table of contents, in order, as paths relative to the repository."""
-    text = (BOOK.parent / "_toc.yml").read_text()
-    return [f"{name}.ipynb" for name in re.findall(r"file: (book/\d\S+)", text)]
+def without_code(text: str) -> list[str]:
+    """The lines of some Markdown, blank where there is a code block."""
+    lines = text.split("\n")
+    outside = outside_code([line.lstrip("> ") for line in lines])
+    return [line if out else "" for line, out in zip(lines, outside, strict=True)]
+
+
+def statements(lines: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """By anchor, the kind and the number of each statement."""
+    heads = filter(None, map(HEAD.fullmatch, lines))
+    return {anchor(h["kind"], h["number"]): (h["kind"], h["number"]) for h in heads if h["kind"]}
 
 
 @dataclass(frozen=True)
-class Chapter:
-    """A notebook, its number in the book, and where it lies."""
+class Notebook:
+    """A notebook, and what the rules look at."""
 
     path: Path
-    number: int
-    text: str
 
     @cached_property
-    def notebook(self) -> dict:
-        return json.loads(self.text)
-
-    def cells(self, kind: str) -> list[dict]:
-        return [c for c in self.notebook["cells"] if c["cell_type"] == kind]
+    def root(self) -> Path | None:
+        """The folder of the table of contents that is nearest above it."""
+        return next((p for p in self.path.resolve().parents if (p / "_toc.yml").is_file()), None)
 
     @cached_property
-    def prose(self) -> str:
-        """All Markdown, without its code blocks."""
-        out, fence = [], ""
-        for line in "\n\n".join("".join(c["source"]) for c in self.cells("markdown")).split("\n"):
-            mark = FENCE.match(line)
-            if mark and not fence:
-                fence = mark[1]
-            elif mark and line.strip().startswith(fence):
-                fence = ""
-            elif not fence:
-                out.append(line)
-        return "\n".join(out)
+    def name(self) -> str:
+        return self.path.resolve().relative_to(self.root).as_posix()
 
     @cached_property
-    def plain(self) -> str:
-        """The prose without inline code and mathematics."""
-        text = re.sub(r"\$\$.+?\$\$", "", re.sub(r"`[^`\n]+`", "", self.prose), flags=re.S)
-        return re.sub(r"(?<!\\)\$[^$]+?(?<!\\)\$", "", text, flags=re.S)
+    def toc(self) -> dict:
+        return yaml.safe_load((self.root / "_toc.yml").read_text("utf8"))
+
+    @cached_property
+    def number(self) -> int | None:
+        """Which chapter it is; None for a page that is not a chapter."""
+        parts = [part for part in self.toc["parts"] if part.get("numbered", True)]
+        chapters = [f"{c['file']}.ipynb" for part in parts for c in part["chapters"]]
+        return 1 + chapters.index(self.name) if self.name in chapters else None
+
+    @cached_property
+    def content(self) -> dict:
+        return json.loads(self.path.read_text("utf8"))
 
     @cached_property
     def code(self) -> list[dict]:
-        return [c for c in self.cells("code") if "".join(c["source"]).strip()]
+        return [c for c in self.content["cells"] if c["cell_type"] == "code"]
 
     @cached_property
-    def statements(self) -> list[re.Match]:
-        return [m for line in self.prose.split("\n") if (m := HEAD.match(line)) and m["kind"]]
+    def markdown(self) -> list[str]:
+        return [source(c) for c in self.content["cells"] if c["cell_type"] == "markdown"]
+
+    @cached_property
+    def lines(self) -> list[str]:
+        """All Markdown; blank where there is a code block, and between two cells."""
+        return [line for text in self.markdown for line in [*without_code(text), ""]]
+
+    @cached_property
+    def prose(self) -> str:
+        """The Markdown without code."""
+        return CODE.sub(HOLE, "\n".join(self.lines).replace(r"\$", ""))
+
+    @cached_property
+    def words(self) -> str:
+        """The Markdown without code and mathematics."""
+        return MATH.sub(HOLE, self.prose)
+
+    def section(self, title: str) -> list[dict]:
+        """The cells from a heading of the second level on, up to the next."""
+        found, inside = [], False
+        for cell in self.content["cells"]:
+            headings = sections(source(cell)) if cell["cell_type"] == "markdown" else []
+            found += [cell] * (title in headings or (inside and not headings))
+            inside = headings[-1] == title if headings else inside
+        return found
 
 
-def read(path: Path) -> Chapter:
-    """The chapter at `path`."""
-    chapters = toc()
-    name = path.resolve().relative_to(BOOK.parent).as_posix()
-    return Chapter(path, 1 + chapters.index(name) if name in chapters else 0, path.read_text())
+def sections(text: str) -> list[str]:
+    """The headings of the second level."""
+    return [line[3:].strip() for line in without_code(text) if line.startswith("## ")]
+
+
+def source(cell: dict) -> str:
+    """The text of a cell."""
+    return "".join(cell["source"])
+
+
+def where(cell: dict) -> str:
+    """How a reader finds a code cell."""
+    first = source(cell).strip().partition("\n")[0]
+    return f"In [{cell['execution_count'] or ' '}] ({first[:30]})"
+
+
+def pictures(cell: dict) -> list[dict]:
+    """The outputs of a code cell that are pictures."""
+    return [o for o in cell["outputs"] if any(mime.startswith("image/") for mime in o.get("data", {}))]
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+FOREIGN = {
+    "a directive": re.compile(r"^[>\s]*(?:[`~]{3,}\s*\{|:{3,}).*", re.M),
+    "a role": re.compile(r"\{[\w:.+-]+\}" + HOLE),
+    "a label": re.compile(r"^\([\w.-]+\)=", re.M),
+    "a comment": re.compile(r"^%.*|^\+\+\+.*", re.M),
+    "a footnote": re.compile(r"\[\^[\w-]+\]"),
+    "a link without text": re.compile(r"(?<!!)\[\]\([^)]*\)"),
+    "a picture beside the notebook": re.compile(r"!\[[^\]]*\]\((?!https?:|data:|attachment:)[^)]*\)"),
+}
+FOREIGN_MATH = re.compile(r"\\(?:(?:re)?newcommand|def|let|DeclareMathOperator|label|ref|eqref)\b")
 
 
 @rule
-def renders_everywhere(chapter: Chapter) -> Iterator[str]:
-    """No directive, role, label, macro or cross-document syntax that only the site understands."""
-    for cell in chapter.cells("markdown"):
-        source = "".join(cell["source"])
-        for pattern, name in [
-            (r"^\s*(`{3,}|:{3,}|~{3,})\s*\{", "a directive"),
-            (r"\{[a-z:-]+\}`", "a role"),
-            (r"^\([\w-]+\)=", "a label"),
-            (r"\\(newcommand|def|DeclareMathOperator)\b", "a macro"),
-            (r"\{\{", "a substitution"),
-        ]:
-            if match := re.search(pattern, source, re.M):
-                yield f"{name} does not render in Colab: {match[0].strip()!r}"
+def renders_everywhere(nb: Notebook) -> Iterator[str]:
+    """No syntax that only the site understands."""
+    fences = "\n".join(nb.markdown)
+    for name, pattern in FOREIGN.items():
+        for match in pattern.finditer(fences if name == "a directive" else nb.words):
+            yield f"{name} does not show in Colab: {match[0].strip().replace(HOLE, '`…`')}"
+    for match in FOREIGN_MATH.finditer(nb.prose):
+        yield f"a macro or a reference does not show in Colab: {match[0]}"
 
 
 @rule
-def mathematics_is_closed(chapter: Chapter) -> Iterator[str]:
-    """Every dollar sign has its partner, and display mathematics stands on lines of its own."""
-    rest = chapter.plain.replace(r"\$", "  ")
-    if "$" in rest:
-        yield f"an unpaired $ near {rest[max(0, rest.index('$') - 40) :][:60]!r}"
+def mathematics_is_whole(nb: Notebook) -> Iterator[str]:
+    r"""Every dollar sign has its partner in the same paragraph; \\ stands inside an environment."""
+    for paragraph in PARAGRAPH.split(nb.prose):
+        if "$" in (rest := MATH.sub(HOLE, paragraph)):
+            yield f"a $ without its partner in its paragraph: {rest[max(0, rest.index('$') - 30) :][:60].strip()!r}"
+        for formula in DISPLAY.findall(paragraph):
+            if r"\\" in ENVIRONMENT.sub("", formula):
+                yield rf"a \\ outside of \begin{{aligned}}: {formula.strip()[:60]!r}"
 
 
 @rule
-def statements_are_numbered(chapter: Chapter) -> Iterator[str]:
-    """Statements count 1, 2, 3 ... within their chapter, and what looks like one is one."""
-    numbers = [m["number"] for m in chapter.statements]
-    expected = [f"{chapter.number}.{i}" for i in range(1, len(numbers) + 1)]
-    if numbers != expected:
-        yield f"statements are numbered {numbers}, expected {expected}"
-    for line in chapter.prose.split("\n"):
-        if re.match(r"> ?\*\*[A-Z][a-z]+ ?[\d.]*", line) and not HEAD.match(line):
-            yield f"not a statement, nor a proof: {line[:60]!r}"
+def statements_are_boxes(nb: Notebook) -> Iterator[str]:
+    """What looks like a statement or a proof is one, and each of its lines starts with >."""
+    looks = re.compile(rf"[>\s]*\*\*(?:{KIND}) \d|>[>\s]*\*\*(?:[A-Z]\w+ \d|(?:{KIND}|Proof)\b)")
+    for line in nb.lines:
+        if looks.match(line) and not HEAD.fullmatch(line):
+            yield f"neither '> **Theorem 1.2 (Title).** …' nor '> **Proof.** …': {line[:60]!r}"
+    for line, following in pairwise(nb.lines):
+        if line.startswith(">") and following.strip() and not following.startswith(">"):
+            yield f"no blank line and no > after a block quote: {following[:60]!r}"
 
 
 @rule
-def links_lead_somewhere(chapter: Chapter) -> Iterator[str]:
-    """Links to statements find them under the name they give, relative links find a file."""
-    for text, page, target in LINK.findall(chapter.prose):
-        goal = chapter if not page else None
-        if page and (chapter.path.parent / page).is_file():
-            goal = read(chapter.path.parent / page)
-        found = {anchor(m["kind"], m["number"]): f"{m['kind']} {m['number']}" for m in goal.statements} if goal else {}
-        if target not in found:
-            yield f"no statement {target} in {page or 'this chapter'}"
-        elif re.search(r"\d+\.\d+", text) and found[target].split()[1] not in text:
-            yield f"the link {text!r} leads to {found[target]}"
-    for page in re.findall(r"\]\((?!https?:|#|mailto:)([^)\s#]+)", chapter.prose):
-        if not (chapter.path.parent / page).is_file():
+def statements_are_numbered(nb: Notebook) -> Iterator[str]:
+    """Statements count 1, 2, 3 ... within their chapter, whatever their kind."""
+    found = [h["number"] for h in map(HEAD.fullmatch, nb.lines) if h and h["kind"]]
+    expected = [f"{nb.number}.{k}" for k in range(1, 1 + len(found))]
+    if nb.number and found != expected:
+        k = next(k for k, pair in enumerate(zip(found, expected, strict=True)) if len(set(pair)) > 1)
+        yield f"statement {found[k]} where {expected[k]} is expected"
+
+
+@rule
+def equations_are_numbered(nb: Notebook) -> Iterator[str]:
+    r"""Each \tag starts with the number of the chapter and is its only one."""
+    tags = re.findall(r"\\tag\*?\{([^}]*)\}", nb.prose)
+    if nb.number:
+        yield from (f"\\tag{{{t}}} in chapter {nb.number}" for t in tags if not re.fullmatch(rf"{nb.number}\.\d+", t))
+    yield from (f"\\tag{{{t}}} stands {n} times" for t, n in Counter(tags).items() if n > 1)
+
+
+@rule
+def links_lead_somewhere(nb: Notebook) -> Iterator[str]:
+    """A relative link finds its file; a link to a statement finds the statement that it names."""
+    for text, target in LINK.findall(nb.words):
+        if re.match(r"[a-z]+:", target):
+            continue
+        page, _, fragment = target.partition("#")
+        goal = nb.path.parent / page if page else nb.path
+        if not goal.is_file():
             yield f"no file {page}"
+            continue
+        numbers, kinds = re.findall(r"\d+\.\d+", text), re.findall(KIND, text)
+        if not re.fullmatch(rf"(?:{KIND.lower()})-\d+-\d+", fragment):
+            if numbers and kinds:
+                yield f"[{text}] leads to no statement, but to {target}"
+            continue
+        lines = Notebook(goal).lines if goal.suffix == ".ipynb" else without_code(goal.read_text("utf8"))
+        if fragment not in (found := statements(lines)):
+            yield f"no statement {fragment} in {page or 'this notebook'}"
+            continue
+        kind, number = found[fragment]
+        if (numbers and numbers != [number]) or (kinds and kinds != [kind]):
+            yield f"[{text}] leads to {kind} {number}"
+
+
+# --- template ---------------------------------------------------------------------------------------------------------
 
 
 @rule
-def equations_are_numbered(chapter: Chapter) -> Iterator[str]:
-    r"""Each \tag is unique and starts with the number of the chapter."""
-    tags = re.findall(r"\\tag\{([^}]*)\}", chapter.prose)
-    for tag in tags:
-        if not re.fullmatch(rf"{chapter.number}\.\d+", tag):
-            yield f"equation tag {tag} in chapter {chapter.number}"
-    for tag in sorted({t for t in tags if tags.count(t) > 1}):
-        yield f"equation tag {tag} stands twice"
+def is_listed(nb: Notebook) -> Iterator[str]:
+    """The table of contents names it."""
+    listed = [nb.toc["root"], *(c["file"] for part in nb.toc["parts"] for c in part["chapters"])]
+    if nb.name.removesuffix(".ipynb") not in listed:
+        yield "not in _toc.yml"
 
 
 @rule
-def everything_was_run(chapter: Chapter) -> Iterator[str]:
-    """Every code cell was executed, in order, without error or warning."""
-    counts = [c["execution_count"] for c in chapter.code]
-    if counts != list(range(1, len(counts) + 1)):
-        yield f"not run from top to bottom in a fresh kernel: execution counts {counts}"
-    for cell in chapter.code:
-        for output in cell["outputs"]:
-            if output["output_type"] == "error" or output.get("name") == "stderr":
-                yield f"cell {cell['execution_count']} shows an error or a warning"
+def starts_alike(nb: Notebook) -> Iterator[str]:
+    """A title, a badge that opens this file in Colab, and the setup cell."""
+    if not nb.number:
+        return
+    first = source(nb.content["cells"][0])
+    titles = re.findall(r"^# .+", "\n".join(nb.lines), re.M)
+    if len(titles) != 1 or not first.startswith(titles[0]):
+        yield f"one title, in the first line, is expected; got {titles}"
+    if f"{BADGE}({ADDRESS}{nb.name})" not in first:
+        yield f"no badge in the first cell: {BADGE}({ADDRESS}{nb.name})"
+    if "**Prerequisites.**" not in nb.prose:
+        yield "no '**Prerequisites.**'"
+    if not nb.code or source(nb.code[0]).strip() != SETUP.strip():
+        yield "the first code cell is not the setup cell, SETUP in book/lint.py"
+    elif "nbval-ignore-output" not in nb.code[0]["metadata"].get("tags", []):
+        yield "the setup cell prints versions and has no tag nbval-ignore-output"
 
 
 @rule
-def is_small(chapter: Chapter) -> Iterator[str]:
-    """A notebook stays below the budget."""
-    size = len(chapter.text.encode()) / 1e6
-    if size > LIMIT_MB:
-        yield f"{size:.1f} MB, more than {LIMIT_MB:g}"
-
-
-@rule
-def keeps_the_template(chapter: Chapter) -> Iterator[str]:
-    """Title, badge, what you will learn, prerequisites, setup, explorer, limits, exercises with solutions, summary."""
-    first = "".join(chapter.notebook["cells"][0]["source"])
-    if not first.startswith("# "):
-        yield "the first cell does not begin with the title"
-    badge = f"/blob/main/{chapter.path.resolve().relative_to(BOOK.parent).as_posix()})"
-    if badge not in first or "colab.research.google.com/github/" not in first:
-        yield f"no Colab badge for {badge}"
-    for section in SECTIONS:
-        if not re.search(rf"^## {section}\s*$", chapter.prose, re.M):
-            yield f"no section '## {section}'"
-    if "**Prerequisites" not in chapter.prose:
-        yield "no **Prerequisites**"
-    if (
-        len(re.findall(r"^\*\*Exercise \d", chapter.prose, re.M))
-        + len(re.findall(r"^### Exercise \d", chapter.prose, re.M))
-        < 3
-        or chapter.prose.count("<details>") < 3
-    ):
-        yield "fewer than three exercises with solutions"
-    if chapter.prose.count("<details>") != chapter.prose.count("</details>"):
-        yield "a <details> is not closed"
-    setup = "".join(chapter.code[0]["source"]) if chapter.code else ""
-    if not setup.startswith("try:\n    import teleport_lite as tl\nexcept ImportError:"):
-        yield "the first code cell is not the setup cell"
-    if not any("plot.explorer(" in "".join(c["source"]) for c in chapter.code):
+def keeps_the_template(nb: Notebook) -> Iterator[str]:
+    """The sections in their order, each with what belongs into it; an explorer."""
+    if not nb.number:
+        return
+    headings = [h for text in nb.markdown for h in sections(text) if h in SECTIONS]
+    if headings != SECTIONS:
+        yield f"sections {headings}, expected {SECTIONS}"
+    if not any("html" in mime and "tl-player" in "".join(html) for mime, html in outputs(nb)):
         yield "no explorer"
+    if not any(c["cell_type"] == "code" for c in nb.section("When it does not help")):
+        yield "'When it does not help' measures nothing: it has no code cell"
+    exercises = nb.section("Exercises")
+    text = "\n\n".join(source(c) for c in exercises if c["cell_type"] == "markdown")
+    asked = len(re.findall(r"^(?:#+ |\*\*)Exercise \d", text, re.M))
+    solved = len(re.findall(r"<summary>[^<]*[Ss]olution", text))
+    if asked < 3 or solved < asked:
+        yield f"{asked} exercises ('**Exercise 1') and {solved} solutions, expected at least 3, and a solution for each"
+    if not any(c["cell_type"] == "code" and "assert " in source(c) for c in exercises):
+        yield "the exercises have no cell that checks an answer"
 
 
 @rule
-def figures_speak(chapter: Chapter) -> Iterator[str]:
-    """Each figure has a caption and alt text; plotting cells end with plt.show(); only the palette colours."""
-    for cell in chapter.code:
-        source, where = "".join(cell["source"]), f"cell {cell['execution_count']}"
-        if any("image/png" in o.get("data", {}) for o in cell["outputs"]):
-            meta = cell["metadata"].get("mystnb", {})
-            if not meta.get("figure", {}).get("caption") or not meta.get("figure", {}).get("name"):
-                yield f"{where} shows a figure without caption or name"
-            if not meta.get("image", {}).get("alt"):
-                yield f"{where} shows a figure without alt text"
-            if source.rstrip().split("\n")[-1] != "plt.show()":
-                yield f"{where} plots and does not end with plt.show()"
-        if match := re.search(r"""["'](#[0-9a-fA-F]{6}|C\d|tab:\w+|red|blue|green|orange|purple)["']""", source):
-            yield f"{where} uses the colour {match[1]}, which is not from plot.COLOURS"
+def solutions_open(nb: Notebook) -> Iterator[str]:
+    """Markdown inside <details> has blank lines around it and no heading, or it would not be rendered."""
+    for text in nb.markdown:
+        parts = re.findall(r"<details>(.*?)</details>", text, re.S)
+        if not len(parts) == text.count("<details") == text.count("</details>"):
+            yield "a <details> is not closed in its own cell"
+        for part in parts:
+            if not re.fullmatch(r"\s*<summary>[^\n]+</summary>[ \t]*\n[ \t]*\n.*\n[ \t]*\n", part, re.S):
+                yield f"no blank line after </summary> or before </details>: {part.strip()[:60]!r}"
+            if any(re.match("#+ ", line) for line in without_code(part)):
+                yield f"a heading inside <details>: {part.strip()[:60]!r}"
+
+
+# --- code and outputs -------------------------------------------------------------------------------------------------
+
+
+def outputs(nb: Notebook) -> Iterator[tuple[str, str | list[str]]]:
+    """All stored outputs, as pairs of a type and a text."""
+    for cell in nb.code:
+        for output in cell["outputs"]:
+            yield from output.get("data", {"text/plain": output.get("text", "")}).items()
 
 
 @rule
-def is_reproducible(chapter: Chapter) -> Iterator[str]:
-    """No timings printed, no volatile metadata, no widget state, cell ids in place."""
-    for cell in chapter.code:
-        source, where = "".join(cell["source"]), f"cell {cell['execution_count']}"
-        if "execution" in cell["metadata"]:
-            yield f"{where} stores when it was run"
-        if re.search(r"perf_counter|time\.time\(", source):
-            yield f"{where} measures time, which differs from run to run"
-        if any("application/vnd.jupyter.widget-view+json" in o.get("data", {}) for o in cell["outputs"]):
-            yield f"{where} stores a widget, which is dead without its kernel: run make refresh"
-    if chapter.notebook["metadata"].get("kernelspec", {}).get("name") != "python3":
+def was_run(nb: Notebook) -> Iterator[str]:
+    """Every code cell was run, from top to bottom in a fresh kernel, without an error or a warning."""
+    counts = [c["execution_count"] for c in nb.code]
+    if counts != list(range(1, 1 + len(counts))):
+        yield f"not run from top to bottom in a fresh kernel: {counts}"
+    for cell in nb.code:
+        if any(o["output_type"] == "error" or o.get("name") == "stderr" for o in cell["outputs"]):
+            yield f"{where(cell)} shows an error or a warning"
+
+
+@rule
+def figures_speak(nb: Notebook) -> Iterator[str]:
+    """A figure has a cell of its own that ends with plt.show(), a name, a caption and alt text."""
+    names: Counter[str] = Counter()
+    for cell in nb.code:
+        last = source(cell).rstrip().rpartition("\n")[2]
+        if last.endswith(";"):
+            yield f"{where(cell)} ends with ';', which hides nothing from nbval"
+        if not (shown := pictures(cell)):
+            continue
+        meta = cell["metadata"].get("mystnb", {})
+        name = meta.get("figure", {}).get("name", "")
+        names[name] += 1
+        if len(shown) > 1:
+            yield f"{where(cell)} shows {len(shown)} figures under one caption"
+        if last != "plt.show()":
+            yield f"{where(cell)} plots and does not end with plt.show()"
+        if not name.startswith("fig-") or names[name] > 1:
+            yield f"{where(cell)} needs a figure name of its own, 'fig-…', not {name!r}"
+        if not meta.get("figure", {}).get("caption", "").strip():
+            yield f"{where(cell)} shows a figure without a caption"
+        if not meta.get("image", {}).get("alt", "").strip():
+            yield f"{where(cell)} shows a figure without alt text"
+
+
+COLOUR = re.compile(r"[ef]?c|m[ef]c|\w*colors?")
+FORMAT = re.compile(r"[-:.,o^v<>1-4sPp*hH+xXDd|_]*(?:[bgrcmykw]|C\d)[-:.,o^v<>1-4sPp*hH+xXDd|_]*")
+NEUTRAL = {"none", "white"}
+
+
+def raw_colours(code: str) -> Iterator[str]:
+    """Colours that are written down: hexadecimal anywhere; names, letters and C0 where matplotlib takes a colour."""
+    tree = ast.parse(re.sub(r"^(\s*)[%!].*", r"\1pass", code, flags=re.M))
+    places: list[ast.AST] = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Constant(value=str(text)) if re.fullmatch("#(?:[0-9A-Fa-f]{3,4}){1,2}", text):
+                yield text
+            case ast.Call(func=ast.Attribute(attr=method), args=arguments, keywords=keywords):
+                places += [k.value for k in keywords if k.arg and COLOUR.fullmatch(k.arg)]
+                places += arguments if re.fullmatch(r"set_\w*color", method) else []
+                if re.fullmatch("plot|semilog[xy]|loglog|errorbar|step|stem", method):
+                    texts = [a.value for a in arguments if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+                    yield from filter(FORMAT.fullmatch, texts)
+            case ast.Call(keywords=keywords):
+                places += [k.value for k in keywords if k.arg and COLOUR.fullmatch(k.arg)]
+            case ast.Dict(keys=keys, values=values):
+                pairs = zip(keys, values, strict=True)
+                places += [v for k, v in pairs if isinstance(k, ast.Constant) and str(k.value).endswith("color")]
+    for node in (inner for place in places for inner in ast.walk(place)):
+        match node:
+            case ast.Constant(value=str(text)) if text[:1] != "#" and text not in NEUTRAL and is_color_like(text):
+                yield text
+
+
+@rule
+def colours_are_the_palette(nb: Notebook) -> Iterator[str]:
+    """Colours come from plot.COLOURS, so that one arm looks the same everywhere."""
+    for cell in nb.code:
+        try:
+            yield from (f"{where(cell)} uses the colour {c!r}: take plot.COLOURS" for c in raw_colours(source(cell)))
+        except SyntaxError as error:
+            yield f"{where(cell)} is not Python: {error.msg}"
+
+
+FLEETING = {
+    "measures time": re.compile(r"\b(?:perf_counter|process_time|timeit|time\.(?:time|monotonic))\b|^%%?time\b", re.M),
+    "shows how long a teleport took": re.compile(r"\.seconds\b"),
+    "moves while it runs": re.compile(r"\btqdm\b|\bclear_output\b"),
+}
+
+
+@rule
+def runs_alike(nb: Notebook) -> Iterator[str]:
+    """Nothing that differs from run to run: no times, no progress bars, no addresses of objects."""
+    for cell in nb.code:
+        yield from (f"{where(cell)} {what}" for what, pattern in FLEETING.items() if pattern.search(source(cell)))
+    for mime, text in outputs(nb):
+        if mime == "text/plain" and (match := re.search(r"\S+ (?:object )?at 0x[0-9a-fA-F]+", "".join(text))):
+            yield f"an output shows where an object lies in memory: {match[0]}"
+
+
+@rule
+def is_clean(nb: Notebook) -> Iterator[str]:
+    """A small notebook of format 4.5 for the kernel python3, without what editors and runs leave behind."""
+    if (size := nb.path.stat().st_size) > LIMIT:
+        yield f"{size / 1e6:.1f} MB, more than {LIMIT / 1e6:g}"
+    if (version := (nb.content["nbformat"], nb.content["nbformat_minor"])) < (4, 5):
+        yield f"notebook format {version}, expected at least 4.5"
+    ids = Counter(c.get("id") for c in nb.content["cells"])
+    yield from (f"{n} cells with the id {i}" for i, n in ids.items() if n > 1)
+    meta = nb.content["metadata"]
+    if meta.get("kernelspec", {}).get("name") != "python3":
         yield "the kernel is not python3"
-    if not all("id" in cell for cell in chapter.notebook["cells"]):
-        yield "a cell has no id"
+    left = [k for k in meta if k not in ("kernelspec", "language_info", "widgets")]
+    left += [f"language_info.{k}" for k in meta.get("language_info", {}) if k not in ("name", "pygments_lexer")]
+    left += [k for c in nb.content["cells"] for k in c["metadata"] if k not in ("tags", "mystnb")]
+    if left:
+        yield f"metadata that changes by itself, or that nothing reads: {sorted(set(left))} (make refresh)"
+    views = [o["data"] for c in nb.code for o in c["outputs"] if WIDGET in o.get("data", {})]
+    if any("text/html" in data for data in views) or (views and "widgets" not in meta):
+        yield "stores a widget that waits for its kernel (make refresh)"
 
 
-def lint(chapter: Chapter) -> list[str]:
-    """All findings in a chapter."""
-    return [f"{finding}  [{name}]" for name, check in RULES.items() for finding in check(chapter)]
+# --- front ------------------------------------------------------------------------------------------------------------
+
+
+def lint(path: Path) -> list[str]:
+    """What is wrong with a notebook, in words; empty when nothing is."""
+    nb = Notebook(Path(path))
+    try:
+        if invalid := [f"not a valid notebook: {error.message[:200]}" for error in iter_validate(nb.content)]:
+            return invalid
+    except ValueError as error:
+        return [f"not a notebook: {error}"]
+    if nb.root is None:
+        return ["in no book: no folder above it has a _toc.yml"]
+    return [f"{finding} [{name}]" for name, check in RULES.items() for finding in check(nb)]
+
+
+def notebooks(folder: Path = BOOK) -> list[Path]:
+    """All notebooks of the book."""
+    return sorted(p for p in folder.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
 
 def main(arguments: list[str]) -> int:
-    """Lint the chapters named, or all; 1 when there is a finding."""
-    paths = [Path(a) for a in arguments] or sorted(BOOK.rglob("*.ipynb"))
-    findings = [f"{path}: {finding}" for path in paths for finding in lint(read(path))]
+    """Lint the notebooks named, or all; 1 when there is a finding."""
+    findings = [f"{path}: {finding}" for path in map(Path, arguments or notebooks()) for finding in lint(path)]
     print("\n".join(findings), end="\n" if findings else "")
     return int(bool(findings))
 

@@ -35,8 +35,8 @@ def sgd_step(weights: list[Tensor], x: Tensor, y: Tensor, rates: Tensor) -> Tens
         back = torch.bmm(delta, weight)
         weight.baddbmm_((rates[:, None, None] * delta).transpose(1, 2), state, alpha=-1)
         delta = torch.where(state > 0, back, SLOPE * back)
-    first = (rates[:, None, None] * delta).transpose(0, 1).flatten(1).T @ x
-    weights[0].sub_(first.view_as(weights[0]))
+    first = (rates[:, None, None] * delta).transpose(0, 1).flatten(1)
+    weights[0].view(-1, x.shape[1]).addmm_(first.T, x, alpha=-1)
     return losses
 
 

@@ -1,16 +1,17 @@
-"""What one teleport does to a network on MNIST, and to the ten epochs that follow.
+"""One teleport of a network on MNIST: what it changes at once, and what becomes of the ten epochs that follow.
 
-    TELEPORT_LITE_DATA=... python experiments/mnist_teleport.py [--network 784-16-10-10] [--quick]
+    TELEPORT_LITE_DATA=... python experiments/mnist_teleport.py [--network 784-16-10-10] [--epochs 10] [--quick]
 
-For every seed, all arms and learning rates are trained together from the same initial weights on the same batches.
-Results go to book/results/mnist_teleport.json, one entry a network and seed as soon as it is there; entries that are
-there are not computed again, so an interrupted run goes on where it stopped.
+For every seed, all arms and learning rates start from the same function and see the same batches; they are trained
+together as one ensemble. Results go to book/results/mnist_teleport.json, seed by seed as they come; what is there is
+not computed again, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -22,16 +23,20 @@ from torch import nn
 from tqdm import tqdm
 
 import teleport_lite as tl
+from teleport_lite.data import Dataset
+from teleport_lite.params import hvp, loss_of, trainable, value_and_grad
 
 RESULTS = Path(__file__).resolve().parent.parent / "book" / "results" / "mnist_teleport.json"
-NETWORKS = {  # widths, batch size, learning rates
-    "784-16-10-10": ((784, 16, 10, 10), 20, (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)),
-    "784-512-512-10": ((784, 512, 512, 10), 100, (0.02, 0.05, 0.1, 0.2, 0.4)),
-}
-ARMS = {  # how each arm moves before training
-    "plain": None,
+ARMS = {  # by name, the options of its teleport
+    "plain": {},
     "teleport": {"radius": 1.0},
     "random": {"radius": 1.0, "search": "random"},
+    "half": {"radius": 0.5},
+    "balance": {"radius": 1.0, "objective": "weight_norm", "maximize": False},
+}
+NETWORKS = {  # widths, batch size, arms, learning rates
+    "784-16-10-10": ((784, 16, 10, 10), 20, tuple(ARMS), (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)),
+    "784-512-512-10": ((784, 512, 512, 10), 100, ("plain", "teleport", "random"), (0.02, 0.05, 0.1, 0.2, 0.4)),
 }
 RADII = (0.25, 0.5, 1.0, 2.0)
 SEEDS = 5
@@ -47,58 +52,75 @@ def mlp(widths, seed: int) -> nn.Sequential:
     return nn.Sequential(*[module for pair in layers for module in pair][:-1])
 
 
-def split(quick: bool) -> tuple[tl.data.Dataset, tl.data.Dataset, tl.data.Dataset]:
+def split(quick: bool) -> tuple[Dataset, Dataset, Dataset]:
     """50,000 images to train on, 10,000 to choose the learning rate with, 10,000 to test on."""
     if quick:
         generator = torch.Generator().manual_seed(0)
-        data = tl.data.Dataset(
-            "synthetic", torch.rand(900, 784, generator=generator), torch.randint(10, (900,), generator=generator)
-        )
+        x, y = torch.rand(900, 784, generator=generator), torch.randint(10, (900,), generator=generator)
+        data = Dataset("synthetic", x, y)
         return data[:500], data[500:700], data[700:]
     train, test = tl.data.load("mnist")
     return train[:50000], train[50000:], test
 
 
-def loss_on(net, data) -> float:
-    with torch.no_grad():
-        return float(F.cross_entropy(net(data.x), data.y))
+def loss_on(data: Dataset):
+    return lambda net: F.cross_entropy(net(data.x), data.y)
 
 
-def first_move(widths, seed: int, train, validation) -> list[dict]:
-    """Teleports of every radius from the initial weights: what they change, and what they must not."""
+def jump(widths, seed: int, train: Dataset, options: dict) -> tuple[nn.Sequential, tl.Report | None]:
+    """The network of that seed, teleported with `options` on a batch of the training set."""
+    net = mlp(widths, seed)
+    if not options:
+        return net, None
     x, y = train.batch(TELEPORT_BATCH, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(1000 + seed)
+    report = tl.teleport(net, lambda n: F.cross_entropy(n(x), y), generator=generator, **options)
+    assert report.accepted, report
+    return net, report
+
+
+def slope(net: nn.Module, data: Dataset) -> tuple[float, float, float]:
+    """The loss, the squared norm of its gradient g, and its curvature along g, which is g.Hg / g.g."""
+    loss, params = loss_of(net, loss_on(data)), {name: p.detach() for name, p in trainable(net).items()}
+    value, g = value_and_grad(loss, params)
+    hg = hvp(loss, params, g)
+    gg, ghg = (float(sum((a[n] * b[n]).sum() for n in params)) for a, b in ((g, g), (g, hg)))
+    return float(value), gg, ghg / gg
+
+
+def moves(widths, seed: int, train: Dataset, held_out: Dataset) -> list[dict]:
+    """What teleports from the initial weights change, by how much, on a batch and on images never used."""
     rows = []
-    for radius in RADII:
-        net = mlp(widths, seed)
-        before = loss_on(net, validation)
-        report = tl.teleport(net, lambda n: F.cross_entropy(n(x), y), radius=radius, tol=1e-4)
-        after = loss_on(net, validation)
-        rows.append(
-            {
+    start = slope(mlp(widths, seed), held_out)
+    for arm, options in ARMS.items():
+        for radius in RADII if arm in ("teleport", "random") else [options.get("radius")]:
+            net, report = jump(widths, seed, train, options and {**options, "radius": radius})
+            if report is None:
+                continue
+            with torch.no_grad():
+                before, after = mlp(widths, seed)(held_out.x), net(held_out.x)
+            end = slope(net, held_out)
+            row = {
+                "arm": arm,
                 "radius": radius,
-                "accepted": report.accepted,
-                "squared_gradient_gain": (report.objective_after / report.objective_before) ** 2,
-                "invariance_error": report.invariance_error,
-                "held_out_change": abs(after - before) / before,
+                "invariance_error": report.invariance_error,  # on the batch, relative
+                "held_out_loss_change": abs(end[0] - start[0]) / start[0],
+                "held_out_output_change": float((after - before).abs().max() / before.abs().max()),
+                "held_out_squared_gradient_gain": end[1] / start[1],
+                "held_out_curvature_gain": end[2] / start[2],
             }
-        )
+            if report.objective == "gradient_norm":
+                row["squared_gradient_gain"] = (report.objective_after / report.objective_before) ** 2
+            rows.append({"seed": seed, **{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}})
     return rows
 
 
-def run(widths, batch: int, rates, seed: int, epochs: int, data) -> dict:
-    """Train all arms and rates of one seed; curves are [arms, rates, epochs + 1], infinite where training diverged."""
+def run(widths, batch: int, arms, rates, seed: int, epochs: int, data) -> dict:
+    """Train all arms and rates of one seed; curves are [arms, rates, epochs + 1], null where a loss is not finite."""
     train, validation, test = data
-    x, y = train.batch(TELEPORT_BATCH, generator=torch.Generator().manual_seed(seed))
-    starts = []
-    for options in ARMS.values():
-        net = mlp(widths, seed)
-        if options is not None:
-            generator = torch.Generator().manual_seed(1000 + seed)
-            report = tl.teleport(net, lambda n: F.cross_entropy(n(x), y), generator=generator, **options)
-            assert report.accepted, report
-        starts.append([p.detach() for p in net.parameters()])
+    starts = [[p.detach() for p in jump(widths, seed, train, ARMS[arm])[0].parameters()] for arm in arms]
     weights = [torch.stack([start[k] for start in starts for _ in rates]) for k in range(len(widths) - 1)]
-    lr = torch.tensor(rates).repeat(len(ARMS))
+    lr = torch.tensor(rates).repeat(len(arms))
     curves: dict[str, list] = {name: [] for name in ("train_loss", "validation_loss", "test_loss", "test_accuracy")}
 
     def record() -> None:
@@ -107,8 +129,8 @@ def run(widths, batch: int, rates, seed: int, epochs: int, data) -> dict:
             evaluate(weights, validation.x, validation.y)[0],
             *evaluate(weights, test.x, test.y),
         )
-        for name, values in zip(curves, measured, strict=True):
-            curves[name].append(values.nan_to_num(torch.inf if "loss" in name else 0.0))
+        for values, found in zip(curves.values(), measured, strict=True):
+            values.append(found)
 
     generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
     record()
@@ -118,50 +140,60 @@ def run(widths, batch: int, rates, seed: int, epochs: int, data) -> dict:
         record()
 
     def table(values: list) -> list:
-        stacked = torch.stack(values, -1).unflatten(0, (len(ARMS), len(rates)))
-        return [[[round(v, 5) if v < 1e4 else None for v in curve] for curve in arm] for arm in stacked.tolist()]
+        stacked = torch.stack(values, -1).unflatten(0, (len(arms), len(rates)))
+        return [[[float(f"{v:.5g}") if abs(v) < 1e9 else None for v in c] for c in arm] for arm in stacked.tolist()]
 
-    return {
-        "seed": seed,
-        "minutes": round((time.perf_counter() - start) / 60, 2),
-        "first_move": first_move(widths, seed, train, validation),
-        **{name: table(values) for name, values in curves.items()},
-    }
+    minutes = round((time.perf_counter() - start) / 60, 2)
+    return {"seed": seed, "minutes": minutes, **{name: table(values) for name, values in curves.items()}}
+
+
+def save(results: dict, path: Path) -> None:
+    """Write, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(results))
+    part.replace(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=NETWORKS, action="append", help="one network only")
+    parser.add_argument("--network", choices=NETWORKS, action="append", help="this network only")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--quick", action="store_true", help="a smoke test on synthetic images")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: synthetic images, one seed, one epoch")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.quick and options.out == RESULTS:
+        parser.error("--quick needs --out, so that it does not replace the results")
     epochs, seeds = (1, 1) if options.quick else (options.epochs, options.seeds)
 
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     data = split(options.quick)
     for name in options.network or NETWORKS:
-        widths, batch, rates = NETWORKS[name]
+        widths, batch, arms, rates = NETWORKS[name]
         config = {
             "widths": list(widths),
             "batch": batch,
+            "arms": {arm: ARMS[arm] for arm in arms},
             "rates": list(rates),
-            "arms": {arm: move or {} for arm, move in ARMS.items()},
             "epochs": epochs,
             "teleport_batch": TELEPORT_BATCH,
             "data": data[0].name,
+            "images": [len(part) for part in data],
             "torch": torch.__version__.split("+")[0],
+            "teleport_lite": tl.__version__,
         }
-        entry = results.get(name)
-        if entry is None or entry["config"] != config:
-            entry = results[name] = {"config": config, "runs": []}
-        done = {r["seed"] for r in entry["runs"]}
+        if results.get(name, {}).get("config") != config:
+            results[name] = {"config": config, "cores": os.cpu_count(), "moves": [], "runs": []}
+        entry = results[name]
         for seed in range(seeds):
-            if seed not in done:
-                entry["runs"].append(run(widths, batch, rates, seed, epochs, data))
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(results))
+            if all(row["seed"] != seed for row in entry["moves"]):
+                entry["moves"] += moves(widths, seed, data[0], data[1])
+                save(results, options.out)
+        for seed in range(seeds):
+            if all(r["seed"] != seed for r in entry["runs"]):
+                entry["runs"].append(run(widths, batch, arms, rates, seed, epochs, data))
+                save(results, options.out)
 
 
 if __name__ == "__main__":

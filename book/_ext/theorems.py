@@ -20,7 +20,7 @@ from sphinx_proof.nodes import proof_node, unenumerable_node
 
 KINDS = ("Definition", "Theorem", "Proposition", "Lemma", "Corollary", "Example", "Remark", "Algorithm")
 HEAD = re.compile(
-    rf"> \*\*(?P<name>(?P<kind>{'|'.join(KINDS)}) (?P<number>\d+\.\d+)(?: \(.+\))?|Proof(?: .+?)?)\.\*\*(?P<rest>.*)"
+    rf"> \*\*(?P<name>(?P<kind>{'|'.join(KINDS)}) (?P<number>\d+\.\d+)(?: \(.+?\))?|Proof(?: .+?)?)\.\*\*(?P<rest>.*)"
 )
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
@@ -53,7 +53,7 @@ def outside_code(lines: list[str]) -> list[bool]:
 
 def box(head: re.Match, body: list[str]) -> list[str]:
     """The sphinx-proof directive of one statement or proof, its fence longer than any inside."""
-    fence = "~" * max(3, *(1 + len(run) for line in body for run in re.findall("~+", line)), 3)
+    fence = "~" * max([3, *(1 + len(run) for line in body for run in re.findall("~+", line))])
     if not head["kind"]:
         return [fence + "{prf:proof}", f"**{head['name']}.**{head['rest']}", *body, fence]
     options = [f":label: {anchor(head['kind'], head['number'])}", ":nonumber:", ""]
@@ -115,7 +115,8 @@ class Statements(SphinxTransform):
         for node in list(self.document.findall(unenumerable_node)):
             title, content = node.children
             title["ids"] = []
-            node.replace_self(nodes.admonition("", title, *content.children, ids=node["ids"], classes=node["classes"]))
+            classes = [*node["classes"], "statement"]
+            node.replace_self(nodes.admonition("", title, *content.children, ids=node["ids"], classes=classes))
             anchors[node["label"]] = (node.line or 0, node["label"], title.astext())
         for node in list(self.document.findall(proof_node)):
             (inner,) = node.children
@@ -132,7 +133,7 @@ class Equations(SphinxTransform):
     def apply(self, **kwargs) -> None:
         r"""Take the \[ and \] upon ourselves."""
         for node in self.document.findall(nodes.math_block):
-            if not node["nowrap"] and not node["label"] and r"\\" in node.astext():
+            if not node.get("nowrap") and not node.get("label") and r"\\" in node.astext():
                 node[0] = nodes.Text(rf"\[{node.astext()}\]")
                 node["nowrap"] = True
 
