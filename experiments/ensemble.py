@@ -1,17 +1,22 @@
-"""Train many small MLPs at once: the same architecture and batches, different weights and learning rates.
+"""Train many small MLPs at once: the same architecture and batches, different weights, learning rates and states.
 
 All members see the same batches, so the first layer of the whole ensemble is one matrix product and every other layer
 one batched product. Gradients are written out: for leaky ReLU MLPs without biases and a cross-entropy loss they are
-three lines a layer.
+three lines a layer. The update rules are those of torch.optim, entry by entry.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 SLOPE = 0.1  # of the leaky ReLU
+
+State = dict[str, Tensor]  # of one layer, each entry of the shape of its weights
 
 
 def forward(weights: list[Tensor], x: Tensor) -> list[Tensor]:
@@ -25,19 +30,113 @@ def forward(weights: list[Tensor], x: Tensor) -> list[Tensor]:
     return [*states, z]
 
 
-def sgd_step(weights: list[Tensor], x: Tensor, y: Tensor, rates: Tensor) -> Tensor:
-    """One step of SGD for each member, in place; the losses [members] before the step."""
+def backward(weights: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The losses [members] and, for each layer, the gradient at its outputs [members, batch, out] and its inputs."""
     *states, logits = forward(weights, x)
     logs = logits.log_softmax(-1)
     losses = -logs.gather(2, y.expand(len(logits), -1)[..., None]).mean((1, 2))
-    delta = (logs.exp() - F.one_hot(y, logits.shape[-1])) / len(y)  # gradient at the logits
-    for weight, state in zip(reversed(weights[1:]), reversed(states[1:]), strict=True):
+    delta = (logs.exp() - F.one_hot(y, logits.shape[-1])) / len(y)
+    found = [(delta, states[-1])]
+    for weight, state, below in zip(reversed(weights[1:]), reversed(states[1:]), reversed(states[:-1]), strict=True):
         back = torch.bmm(delta, weight)
-        weight.baddbmm_((rates[:, None, None] * delta).transpose(1, 2), state, alpha=-1)
         delta = torch.where(state > 0, back, SLOPE * back)
-    first = (rates[:, None, None] * delta).transpose(0, 1).flatten(1)
-    weights[0].view(-1, x.shape[1]).addmm_(first.T, x, alpha=-1)
+        found.append((delta, below))
+    return losses, found[::-1]
+
+
+def sgd_step(weights: list[Tensor], x: Tensor, y: Tensor, rates: Tensor) -> Tensor:
+    """One step of SGD for each member, in place; the losses [members] before the step."""
+    losses, ((delta, inputs), *rest) = backward(weights, x, y)
+    scaled = (rates[:, None, None] * delta).transpose(0, 1).flatten(1)
+    weights[0].view(-1, x.shape[1]).addmm_(scaled.T, inputs, alpha=-1)
+    for weight, (delta, inputs) in zip(weights[1:], rest, strict=True):
+        weight.baddbmm_((rates[:, None, None] * delta).transpose(1, 2), inputs, alpha=-1)
     return losses
+
+
+def gradients(weights: list[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The losses [members] and the gradients [members, out, in]."""
+    losses, ((delta, inputs), *rest) = backward(weights, x, y)
+    first = (delta.transpose(0, 1).flatten(1).T @ inputs).view_as(weights[0])
+    return losses, [first, *(torch.bmm(delta.transpose(1, 2), inputs) for delta, inputs in rest)]
+
+
+# --- update rules: weights, gradient, state; learning rate and number of the step, from 1, are [members, 1, 1] --------
+
+
+def _sgd(w: Tensor, g: Tensor, state: State, lr: Tensor, step: Tensor) -> None:
+    w.sub_(g.mul_(lr))
+
+
+def _momentum(w: Tensor, g: Tensor, state: State, lr: Tensor, step: Tensor) -> None:
+    w.addcmul_(state["momentum_buffer"].mul_(0.9).add_(g), lr, value=-1)
+
+
+def _adagrad(w: Tensor, g: Tensor, state: State, lr: Tensor, step: Tensor) -> None:
+    root = state["sum"].addcmul_(g, g).sqrt().add_(1e-10)
+    w.sub_(g.mul_(lr).div_(root))
+
+
+def _rmsprop(w: Tensor, g: Tensor, state: State, lr: Tensor, step: Tensor) -> None:
+    root = state["square_avg"].mul_(0.99).addcmul_(g, g, value=0.01).sqrt().add_(1e-8)
+    w.sub_(g.mul_(lr).div_(root))
+
+
+def _adam(w: Tensor, g: Tensor, state: State, lr: Tensor, step: Tensor) -> None:
+    mean = state["exp_avg"].lerp_(g, 0.1)
+    root = (
+        state["exp_avg_sq"]
+        .mul_(0.999)
+        .addcmul_(g, g, value=0.001)
+        .sqrt()
+        .div_((-torch.expm1(step * math.log(0.999))).sqrt())
+    )
+    w.sub_((mean * (lr / -torch.expm1(step * math.log(0.9)))).div_(root.add_(1e-8)))
+
+
+Rule = Callable[[Tensor, Tensor, State, Tensor, int], None]
+RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {  # by optimizer, its rule and what it remembers
+    "sgd": (_sgd, ()),
+    "momentum": (_momentum, ("momentum_buffer",)),
+    "adagrad": (_adagrad, ("sum",)),
+    "rmsprop": (_rmsprop, ("square_avg",)),
+    "adam": (_adam, ("exp_avg", "exp_avg_sq")),
+}
+SECOND_MOMENTS = {"sum", "square_avg", "exp_avg_sq"}  # averages of squared gradients; the others are of gradients
+
+
+class Ensemble:
+    """Members of one architecture under one optimizer.
+
+    Args:
+        weights: for each layer, [members, out, in]; moved in place.
+        rates: learning rates, [members].
+        optimizer: a key of RULES, with torch.optim's defaults (momentum: 0.9).
+    """
+
+    def __init__(self, weights: list[Tensor], rates: Tensor, optimizer: str = "sgd") -> None:
+        self.weights, self.rates = weights, rates
+        self.rule, entries = RULES[optimizer]
+        self.states: list[State] = [{entry: torch.zeros_like(w) for entry in entries} for w in weights]
+        self.steps = torch.zeros_like(rates)  # a member that was reset counts anew
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """One step of each member on a batch; the losses [members] before it."""
+        if not self.states[0]:
+            return sgd_step(self.weights, x, y, self.rates)
+        losses, grads = gradients(self.weights, x, y)
+        self.steps += 1
+        lr, step = self.rates[:, None, None], self.steps[:, None, None]
+        for w, g, state in zip(self.weights, grads, self.states, strict=True):
+            self.rule(w, g, state, lr, step)
+        return losses
+
+    def reset(self, members: slice) -> None:
+        """Forget the optimizer state of some members, as a new optimizer would."""
+        self.steps[members] = 0
+        for state in self.states:
+            for entry in state.values():
+                entry[members] = 0
 
 
 def evaluate(weights: list[Tensor], x: Tensor, y: Tensor, chunk: int = 2000) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ ARMS = {  # by name, the options of its teleport
 }
 NETWORKS = {  # widths, batch size, arms, learning rates
     "784-16-10-10": ((784, 16, 10, 10), 20, tuple(ARMS), (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)),
-    "784-512-512-10": ((784, 512, 512, 10), 100, ("plain", "teleport", "random"), (0.02, 0.05, 0.1, 0.2, 0.4)),
+    "784-512-512-10": ((784, 512, 512, 10), 100, ("plain", "teleport", "random"), (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)),
 }
 RADII = (0.25, 0.5, 1.0, 2.0)
 SEEDS = 5

@@ -13,35 +13,51 @@ from torch import nn
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
-from ensemble import SLOPE, evaluate, sgd_step  # noqa: E402
+from ensemble import RULES, SLOPE, Ensemble, evaluate  # noqa: E402
+
+OPTIMIZERS = {
+    "sgd": torch.optim.SGD,
+    "momentum": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+    "adam": torch.optim.Adam,
+}
 
 
-def test_the_ensemble_trains_as_a_loop_does():
+def test_every_rule_has_its_counterpart():
+    assert OPTIMIZERS.keys() == RULES.keys()
+
+
+@pytest.mark.parametrize("optimizer", RULES)
+def test_the_ensemble_trains_as_a_loop_does(optimizer):
     torch.manual_seed(0)
     nets = [
-        nn.Sequential(nn.Linear(12, 7, bias=False), nn.LeakyReLU(SLOPE), nn.Linear(7, 5, bias=False)) for _ in range(3)
+        nn.Sequential(nn.Linear(12, 7, bias=False), nn.LeakyReLU(SLOPE), nn.Linear(7, 5, bias=False)).double()
+        for _ in range(3)
     ]
-    rates = torch.tensor([0.05, 0.1, 0.3])
-    weights = [torch.stack([net[k].weight.detach() for net in nets]).clone() for k in (0, 2)]
-    batches = [(torch.randn(8, 12), torch.randint(5, (8,))) for _ in range(30)]
-    for x, y in batches:
-        losses = sgd_step(weights, x, y, rates)
-        for m, net in enumerate(nets):
-            net.zero_grad()
+    rates = torch.tensor([0.005, 0.01, 0.02], dtype=torch.float64)
+    loops = [OPTIMIZERS[optimizer](net.parameters(), lr=float(lr)) for net, lr in zip(nets, rates, strict=True)]
+    ensemble = Ensemble([torch.stack([net[k].weight.detach() for net in nets]) for k in (0, 2)], rates, optimizer)
+    batches = [(torch.randn(8, 12, dtype=torch.float64), torch.randint(5, (8,))) for _ in range(30)]
+    for step, (x, y) in enumerate(batches):
+        if step == 20:  # the second member starts anew
+            loops[1] = OPTIMIZERS[optimizer](nets[1].parameters(), lr=float(rates[1]))
+            ensemble.reset(slice(1, 2))
+        losses = ensemble.step(x, y)
+        for m, (net, loop) in enumerate(zip(nets, loops, strict=True)):
+            loop.zero_grad()
             loss = nn.functional.cross_entropy(net(x), y)
             loss.backward()
-            assert float(losses[m]) == pytest.approx(float(loss.detach()), abs=1e-5)
-            with torch.no_grad():
-                for p in net.parameters():
-                    p -= rates[m] * p.grad
+            loop.step()
+            assert float(losses[m]) == pytest.approx(float(loss.detach()), abs=1e-9)
     for m, net in enumerate(nets):
-        assert torch.allclose(weights[0][m], net[0].weight, atol=1e-5)
-        assert torch.allclose(weights[1][m], net[2].weight, atol=1e-5)
+        assert torch.allclose(ensemble.weights[0][m], net[0].weight, atol=1e-7)
+        assert torch.allclose(ensemble.weights[1][m], net[2].weight, atol=1e-7)
     x, y = batches[0]
-    loss, accuracy = evaluate(weights, x, y, chunk=3)
+    loss, accuracy = evaluate(ensemble.weights, x, y, chunk=3)
     for m, net in enumerate(nets):
         logits = net(x).detach()
-        assert float(loss[m]) == pytest.approx(float(nn.functional.cross_entropy(logits, y)), abs=1e-5)
+        assert float(loss[m]) == pytest.approx(float(nn.functional.cross_entropy(logits, y)), abs=1e-6)
         assert float(accuracy[m]) == pytest.approx(float((logits.argmax(1) == y).float().mean()))
 
 
@@ -51,7 +67,7 @@ def test_the_mnist_experiment_runs_and_resumes(tmp_path):
     subprocess.run([*command, "--network", "784-16-10-10"], check=True, capture_output=True)
     first = json.loads(out.read_text())
     (run,) = first["784-16-10-10"]["runs"]
-    assert len(run["test_loss"]) == 3 and len(run["test_loss"][0]) == 7 and len(run["test_loss"][0][0]) == 2
+    assert [len(run["test_loss"]), len(run["test_loss"][0]), len(run["test_loss"][0][0])] == [5, 8, 2]
     start = [rates[0][0] for rates in run["test_loss"]]
     assert max(start) - min(start) < 1e-4  # every arm begins at the same function
     subprocess.run([*command, "--network", "784-16-10-10"], check=True, capture_output=True)

@@ -1,0 +1,214 @@
+"""Do teleports speed up SGD, momentum, AdaGrad, RMSProp and Adam, or does the forgotten optimizer state?
+
+    TELEPORT_LITE_DATA=... python experiments/optimizers.py [--optimizer adam] [--arm teleport] [--quick]
+
+The setting of arXiv:2305.13404, Figure 5: MNIST, 784-16-10-10, leaky ReLU of slope 0.1, no biases, batches of 20, 40
+epochs; eight teleports, on the first eight steps of an epoch. All rates of all arms asked for train together. Results
+go to book/results/optimizers.json, one entry for each optimizer, arm and seed; what is there is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from ensemble import SECOND_MOMENTS, Ensemble, evaluate
+from mnist_teleport import mlp, save, split
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import teleport_lite as tl
+
+RESULTS = Path(__file__).resolve().parent.parent / "book" / "results" / "optimizers.json"
+WIDTHS, BATCH, EPOCHS, SEEDS = (784, 16, 10, 10), 20, 40, 5
+TIMES, RADIUS, TELEPORT_BATCH = 8, 0.125, 200  # eight teleports of radius 1/8 reach as far as one of radius 1
+OPTIMIZERS = {  # learning rates, and the epoch whose first steps are teleports
+    "sgd": ((0.005, 0.01, 0.02, 0.05, 0.1), 2),
+    "momentum": ((0.0005, 0.001, 0.002, 0.005, 0.01), 0),
+    "adagrad": ((0.005, 0.01, 0.02, 0.05, 0.1), 2),
+    "rmsprop": ((0.0001, 0.0003, 0.001, 0.003, 0.01), 0),
+    "adam": ((0.0001, 0.0003, 0.001, 0.003, 0.01), 0),
+}
+
+
+SYMMETRY = tl.find_symmetries(mlp(WIDTHS, 0), torch.rand(1, WIDTHS[0], generator=torch.Generator().manual_seed(0)))
+
+
+def exact(net: nn.Module, loss_fn, generator: torch.Generator) -> tl.Report:
+    """To the steepest point of the scaling orbit."""
+    return tl.teleport(net, loss_fn, SYMMETRY, radius=RADIUS, generator=generator)
+
+
+def at_random(net: nn.Module, loss_fn, generator: torch.Generator) -> tl.Report:
+    """To a random point of the scaling orbit, as far away."""
+    return tl.teleport(net, loss_fn, SYMMETRY, radius=RADIUS, search="random", generator=generator)
+
+
+def paper(net: nn.Module, loss_fn, generator: torch.Generator) -> tl.Report:
+    """As published."""
+    from paper_teleport import paper_teleport
+
+    return paper_teleport(net, loss_fn)
+
+
+ARMS = {  # how each arm moves, and what becomes of the optimizer's state
+    "plain": (None, "transport"),
+    "reset": (None, "reset"),
+    "random": (at_random, "transport"),
+    "paper": (paper, "reset"),
+    "teleport": (exact, "transport"),
+}
+
+
+def carry(state: dict[str, Tensor], before: Tensor, after: Tensor, m: int) -> None:
+    """Carry the state of one layer of member m along: gradients by before / after, their squares by its square."""
+    factor = torch.where(before == 0, 1.0, before / after)
+    for name, entry in state.items():
+        entry[m] *= factor.square() if name in SECOND_MOMENTS else factor
+
+
+def teleport(ensemble: Ensemble, members: slice, arm: str, x: Tensor, y: Tensor, generator) -> list[dict]:
+    """Teleport some members, one by one, and their optimizer state; what each teleport did."""
+    move, state = ARMS[arm]
+    if state == "reset":
+        ensemble.reset(members)
+    rows = []
+    for m in range(members.start, members.stop) if move else ():
+        net = mlp(WIDTHS, 0)
+        params, old = list(net.parameters()), [w[m].clone() for w in ensemble.weights]
+        for p, w in zip(params, old, strict=True):
+            p.data.copy_(w)
+        report = move(net, lambda n: F.cross_entropy(n(x), y), generator)
+        for w, p, layer, before in zip(ensemble.weights, params, ensemble.states, old, strict=True):
+            w[m] = p.detach()
+            if state == "transport" and report.accepted:
+                carry(layer, before, w[m], m)
+        gain = (report.objective_after / report.objective_before) ** 2
+        rows.append(
+            {
+                "accepted": report.accepted,
+                "squared_gradient_gain": float(f"{gain:.4g}"),
+                "invariance_error": float(f"{report.invariance_error:.3g}"),
+                "seconds": float(f"{report.seconds:.3g}"),
+            }
+        )
+    return rows
+
+
+def run(optimizer: str, arms: list[str], seed: int, epochs: int, data) -> list[dict]:
+    """Train all rates of some arms from one seed; one entry an arm, its curves [rates, epochs + 1]."""
+    train, validation, test = data
+    rates, when = OPTIMIZERS[optimizer]
+    start = [p.detach() for p in mlp(WIDTHS, seed).parameters()]
+    members = len(arms) * len(rates)
+    ensemble = Ensemble(
+        [p.expand(members, *p.shape).clone() for p in start], torch.tensor(rates).repeat(len(arms)), optimizer
+    )
+    slices = {arm: slice(k * len(rates), (k + 1) * len(rates)) for k, arm in enumerate(arms)}
+    curves: dict[str, list[Tensor]] = {k: [] for k in ("train_loss", "validation_loss", "test_loss", "test_accuracy")}
+    moves: dict[str, list[dict]] = {arm: [] for arm in arms}
+
+    def record() -> None:
+        found = (
+            evaluate(ensemble.weights, train.x[:10000], train.y[:10000])[0],
+            evaluate(ensemble.weights, validation.x, validation.y)[0],
+            *evaluate(ensemble.weights, test.x, test.y),
+        )
+        for values, value in zip(curves.values(), found, strict=True):
+            values.append(value)
+
+    record()
+    order, jump = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000 + seed)
+    for epoch in tqdm(range(epochs), desc=f"{optimizer} {'+'.join(arms)} seed {seed}", leave=False):
+        for step, (x, y) in enumerate(train.batches(BATCH, generator=order)):
+            if epoch == min(when, epochs - 1) and step < TIMES:
+                tx, ty = train.batch(TELEPORT_BATCH, generator=jump)
+                for arm in arms:
+                    moves[arm] += teleport(ensemble, slices[arm], arm, tx, ty, jump)
+            ensemble.step(x, y)
+        record()
+
+    def table(values: list[Tensor], part: slice) -> list:
+        rows = torch.stack(values, -1)[part].tolist()
+        return [[float(f"{v:.4g}") if abs(v) < 1e9 else None for v in row] for row in rows]
+
+    return [
+        {
+            "optimizer": optimizer,
+            "arm": arm,
+            "seed": seed,
+            "rates": list(rates),
+            "teleports": moves[arm],
+            **{name: table(values, slices[arm]) for name, values in curves.items()},
+        }
+        for arm in arms
+    ]
+
+
+def seconds_a_step(optimizer: str, data, steps: int) -> float:
+    """How long one step of one network takes in a plain torch.optim loop, data included."""
+    net = mlp(WIDTHS, 0)
+    make = {
+        "sgd": torch.optim.SGD,
+        "momentum": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
+        "adagrad": torch.optim.Adagrad,
+        "rmsprop": torch.optim.RMSprop,
+        "adam": torch.optim.Adam,
+    }
+    loop = make[optimizer](net.parameters(), lr=1e-4)
+    times = []
+    for x, y in data[0][: BATCH * steps].batches(BATCH, generator=torch.Generator().manual_seed(0)):
+        start = time.perf_counter()
+        loop.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        loop.step()
+        times.append(time.perf_counter() - start)
+    return float(f"{torch.tensor(times).median():.3g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, action="append", help="this optimizer only")
+    parser.add_argument("--arm", choices=ARMS, action="append", help="this arm only")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--quick", action="store_true", help="a smoke test: synthetic images, one seed, one epoch")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.quick and options.out == RESULTS:
+        parser.error("--quick needs --out, so that it does not replace the results")
+    epochs, seeds = (1, 1) if options.quick else (options.epochs, options.seeds)
+
+    data = split(options.quick)
+    config = {
+        "widths": list(WIDTHS),
+        "batch": BATCH,
+        "epochs": epochs,
+        "teleports": TIMES,
+        "radius": RADIUS,
+        "teleport_batch": TELEPORT_BATCH,
+        "epoch_of_teleports": {name: when for name, (_, when) in OPTIMIZERS.items()},
+        "data": data[0].name,
+        "images": [len(part) for part in data],
+        "torch": torch.__version__.split("+")[0],
+        "teleport_lite": tl.__version__,
+    }
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if results.get("config") != config:
+        results = {"config": config, "seconds_a_step": {}, "runs": []}
+    for optimizer in options.optimizer or OPTIMIZERS:
+        if optimizer not in results["seconds_a_step"]:
+            results["seconds_a_step"][optimizer] = seconds_a_step(optimizer, data, 20 if options.quick else 1000)
+        for seed in range(seeds):
+            done = {r["arm"] for r in results["runs"] if (r["optimizer"], r["seed"]) == (optimizer, seed)}
+            if arms := [arm for arm in options.arm or ARMS if arm not in done]:
+                results["runs"] += run(optimizer, arms, seed, epochs, data)
+                save(results, options.out)
+
+
+if __name__ == "__main__":
+    main()
