@@ -70,6 +70,10 @@ class Group(ABC):
         """Coordinates of the inverse element."""
         return -xi
 
+    def algebra(self, xi: Tensor) -> Tensor:
+        """The element of the Lie algebra with coordinates `xi`, in the form that `exp` gives and `along` takes."""
+        return xi
+
     def dual(self, xi: Tensor) -> Tensor:
         r"""Coordinates of $g^{-\top}$, the element of the dual representation."""
         return xi
@@ -134,7 +138,7 @@ class PositiveScaling(Group):
 
     def gram(self, tensor: Tensor, dim: int) -> Tensor:
         """Squared length of each slice of `tensor` along `dim`: shape [n]."""
-        return tensor.square().sum([d for d in range(tensor.ndim) if d != dim])
+        return tensor.movedim(dim, 0).reshape(self.n, -1).square().sum(1)
 
     def extremum(self, up: Tensor, down: Tensor, *, maximize: bool, radius: float) -> Tensor:
         r"""Extremise $\sum_i u_i e^{2\xi_i} + d_i e^{-2\xi_i}$ over $|\xi_i| \le r$, in closed form.
@@ -237,14 +241,13 @@ class SpecialOrthogonal(Group):
     def zeros(self, like):
         return like.new_zeros(self.dim)
 
-    def skew(self, xi: Tensor) -> Tensor:
-        """The skew matrix [n, n] with lower triangle `xi`."""
+    def algebra(self, xi):
         i, j = torch.tril_indices(self.n, self.n, -1, device=xi.device)
         lower = xi.new_zeros(self.n, self.n).index_put((i, j), xi)
         return lower - lower.mT
 
     def exp(self, xi):
-        return torch.linalg.matrix_exp(self.skew(xi))
+        return torch.linalg.matrix_exp(self.algebra(xi))
 
     def compose(self, g, h):
         return g @ h
@@ -256,7 +259,7 @@ class SpecialOrthogonal(Group):
         return _in_ball(self, _draw(torch.randn, self.dim, like=like, generator=generator), radius, generator)
 
     def norm(self, xi):
-        return torch.linalg.matrix_norm(self.skew(xi), 2)
+        return torch.linalg.matrix_norm(self.algebra(xi), 2)
 
     def clip(self, xi, radius):
         return xi * (radius / self.norm(xi).clamp(min=radius))

@@ -7,7 +7,7 @@ chapter *Teleporting*.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from teleport_lite.errors import LossError, TeleportError, UnknownNameError
-from teleport_lite.params import Loss, Params, check_scalar, norm, value_and_grad
+from teleport_lite.geometry import RADII, mean_kappa, mean_loss_around, sample_curves, sign_probes, unit_directions
+from teleport_lite.params import Loss, Params, check_scalar, dot, hvp, norm, value_and_grad
 from teleport_lite.symmetries.base import Symmetry
 
 AlongOrbit = Callable[[Any], Tensor]  # the objective as a function of the coordinates xi
@@ -119,10 +120,96 @@ def one_step_loss(lr: float = 0.1) -> Objective:
     return Objective("one_step_loss", bind)
 
 
+def sharpness(
+    radii: Sequence[float] = RADII,
+    directions: int = 100,
+    *,
+    generator: torch.Generator | None = None,
+    chunk_size: int | None = None,
+) -> Objective:
+    r"""The mean loss around the moved point, in the same directions everywhere on the orbit; see `geometry.sharpness`.
+
+    Without a `generator` the directions are those of seed 0.
+
+    >>> sharpness(radii=[0.1], directions=10)
+    Objective(sharpness)
+    """
+
+    def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
+        around = unit_directions(problem.params, directions, generator=_seeded(generator))
+
+        def along(xi):
+            moved = symmetry.act(problem.params, xi)
+            return mean_loss_around(problem.loss, moved, around, radii, chunk_size=chunk_size)
+
+        return along
+
+    return Objective("sharpness", bind)
+
+
+def curvature(samples: int = 10, *, generator: torch.Generator | None = None) -> Objective:
+    """The mean curvature of the orbit at the moved point, of the same curves everywhere; see `geometry.curvature`.
+
+    Without a `generator` the curves are those of seed 0. The loss is not looked at.
+
+    >>> curvature(samples=5)
+    Objective(curvature)
+    """
+
+    def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
+        curves = sample_curves(problem.params, symmetry, samples, generator=_seeded(generator))
+        return lambda xi: mean_kappa(symmetry.act(problem.params, xi), symmetry, curves)
+
+    return Objective("curvature", bind)
+
+
+def hessian_trace(samples: int = 10, *, generator: torch.Generator | None = None) -> Objective:
+    r"""An estimate of the trace of the Hessian at the moved point, from the same probes everywhere.
+
+    For an exact linear action the Hessian moves by $\rho^{-\top} H \rho^{-1}$, so that $z^\top H(g \cdot w)\, z$ is
+    $v^\top H(w)\, v$ with $v = \rho^{-1} z$: the loss is differentiated at w alone. Without a `generator` the probes
+    are those of seed 0.
+
+    >>> hessian_trace(samples=5)
+    Objective(hessian_trace)
+    """
+
+    def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
+        probes = sign_probes(problem.params, samples, generator=_seeded(generator))
+        zero = {name: torch.zeros_like(p) for name, p in problem.params.items()}
+
+        def pulled(xi):
+            back = torch.func.vjp(lambda g: symmetry.transport(g, xi), zero)[1]
+            vectors = [back(z)[0] for z in probes]
+            images = [hvp(problem.loss, problem.params, {n: x.detach() for n, x in v.items()}) for v in vectors]
+            values = torch.stack([dot(v, h) for v, h in zip(vectors, images, strict=True)])
+            return (2 * values - values.detach()).mean()  # v.Hv, and its derivative 2 Hv.dv
+
+        def moved(xi):
+            point = symmetry.act(problem.params, xi)
+            point = {n: p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for n, p in point.items()}
+            _, grads = value_and_grad(problem.loss, point, create_graph=True)
+            found = [torch.autograd.grad(dot(grads, z), [*point.values()], create_graph=True) for z in probes]
+            return torch.stack(
+                [dot(z, dict(zip(point, h, strict=True))) for z, h in zip(probes, found, strict=True)]
+            ).mean()
+
+        return pulled if symmetry.exact and symmetry.linear else moved
+
+    return Objective("hessian_trace", bind)
+
+
+def _seeded(generator: torch.Generator | None) -> torch.Generator:
+    return torch.Generator().manual_seed(0) if generator is None else generator
+
+
 OBJECTIVES: dict[str, Objective] = {
     "gradient_norm": Objective("gradient_norm", _gradient_norm, quadratic="gradient"),
     "weight_norm": Objective("weight_norm", _weight_norm, quadratic="params"),
     "one_step_loss": one_step_loss(),
+    "sharpness": sharpness(),
+    "curvature": curvature(),
+    "hessian_trace": hessian_trace(),
 }
 
 

@@ -79,8 +79,9 @@ def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) ->
     (tensor(5.), {'w': tensor([2., 4.])})
     """
     with torch.enable_grad():
-        points = {
-            name: p if create_graph and p.requires_grad else p.detach().requires_grad_() for name, p in params.items()
+        points = {  # views, because one parameter may have been computed from another
+            name: p.view_as(p) if create_graph and p.requires_grad else p.detach().requires_grad_()
+            for name, p in params.items()
         }
         value = check_scalar(loss(points))
         if not value.requires_grad:
@@ -128,9 +129,20 @@ def hvp(loss: Loss, params: Params, vector: Params) -> Params:
     points = {name: p.detach().requires_grad_() for name, p in params.items()}
     _, grads = value_and_grad(loss, points, create_graph=True)
     with torch.enable_grad():
-        slope = torch.stack([(grads[name] * vector[name]).sum() for name in params]).sum()
+        slope = dot(grads, vector)
+        if not slope.requires_grad:  # a linear loss
+            return {name: torch.zeros_like(p) for name, p in params.items()}
         rows = torch.autograd.grad(slope, list(points.values()), allow_unused=True)
     return {n: torch.zeros_like(p) if row is None else row for (n, p), row in zip(points.items(), rows, strict=True)}
+
+
+def dot(a: Params, b: Params) -> Tensor:
+    """The inner product of all entries together.
+
+    >>> dot({"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([3.0, 4.0])})
+    tensor(11.)
+    """
+    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
 
 
 def norm(params: Params) -> Tensor:

@@ -109,29 +109,51 @@ def closed_form(
 def _sweep_squares(
     factors: list[NeuronSymmetry], tensors: Params, gradients: bool, maximize: bool, radius: float
 ) -> list[Tensor]:
-    r"""Scalings only: a squared norm is the contraction of the squared entries with vectors $e^{\pm 2\xi}$."""
+    r"""Scalings only: a squared norm is the contraction of the squared entries with vectors $e^{\pm 2\xi}$.
+
+    A maximum is looked for from three starts at once, the identity and the two corners whose signs alternate from
+    factor to factor: in a chain of layers no best corner lies outside of the last two (Proposition 4.4).
+    """
     dims = {(leg.name, leg.dim) for f in factors for leg in f.legs}
     squares = {name: _summed_squares(tensors[name], {d for n, d in dims if n == name}) for name, _ in dims}
     if not maximize:  # a corner is a choice of signs, a minimum is a number
         squares = {name: s.double() for name, s in squares.items()}
-    vectors = {(name, dim): squares[name].new_ones(squares[name].shape[dim]) for name, dim in dims}
-    others = {leg: [d for n, d in dims if n == leg[0] and d != leg[1]] for leg in dims}
-    xis = [f.group.zeros(squares[f.names[0]]) for f in factors]
+    first = next(iter(squares.values()))
+    starts = radius * first.new_tensor([0.0, 1.0, -1.0] if maximize and len(factors) > 1 else [0.0])
+    vectors = {(name, dim): first.new_ones(len(starts), squares[name].shape[dim]) for name, dim in dims}
+    xis = [(-1) ** k * starts[:, None].expand(-1, f.group.n) for k, f in enumerate(factors)]
+
+    def write(k: int) -> None:
+        stretch = (2 * xis[k]).exp()
+        for leg in factors[k].legs:
+            part = vectors[leg.name, leg.dim].narrow(1, leg.start, factors[k].group.n)
+            part.copy_(stretch.reciprocal() if leg.dual != gradients else stretch)
+
+    def contracted(name: str, keep: int | None) -> Tensor:
+        """The squares of a tensor, contracted with all vectors but that of dimension `keep`: [starts, entries]."""
+        inner = sorted((d for n, d in dims if n == name and d != keep), reverse=True)
+        if not inner:
+            return squares[name].flatten().expand(len(starts), -1)
+        rest = torch.tensordot(vectors[name, inner[0]], squares[name], ([1], [inner[0]]))
+        for dim in inner[1:]:
+            vector = vectors[name, dim].view(len(starts), *[1] * (rest.ndim - 3), -1, 1)
+            rest = (rest.movedim(dim + 1, -1) @ vector if rest.ndim > 2 else rest[:, None] @ vector)[..., 0]
+        return rest.reshape(len(starts), -1)
+
+    for k in range(len(factors)):
+        write(k)
     for _ in range(SWEEPS_UP if maximize else SWEEPS_DOWN):
         for k, factor in enumerate(factors):
             totals: list[Tensor | float] = [0.0, 0.0]  # coefficients of e^{2 xi} and of e^{-2 xi}
             for leg in factor.legs:
-                rest = squares[leg.name]
-                for dim in sorted(others[leg.name, leg.dim], reverse=True):
-                    rest = torch.tensordot(rest, vectors[leg.name, dim], ([dim], [0]))
-                totals[leg.dual != gradients] += rest.flatten().narrow(0, leg.start, factor.group.n)
+                rest = contracted(leg.name, leg.dim)
+                totals[leg.dual != gradients] += rest.narrow(1, leg.start, factor.group.n)
             group: Any = factor.group
-            xis[k] = group.extremum(*totals, maximize=maximize, radius=radius)
-            stretch = (2 * xis[k]).exp()
-            for leg in factor.legs:
-                part = vectors[leg.name, leg.dim].narrow(0, leg.start, factor.group.n)
-                part.copy_(stretch.reciprocal() if leg.dual != gradients else stretch)
-    return xis
+            xis[k] = group.extremum(*totals, maximize=maximize, radius=radius).expand(len(starts), -1)
+            write(k)
+    values = torch.stack([contracted(name, None).sum(1) for name in squares]).sum(0)
+    best = values.argmax().view(1)
+    return [xi.index_select(0, best)[0] for xi in xis]
 
 
 def _sweep_tensors(

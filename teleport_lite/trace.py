@@ -66,13 +66,13 @@ def as_inputs(example_inputs: object) -> Inputs:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """An independent copy of `model` in evaluation mode and float64.
+    """An independent copy of `model`, not compiled, in evaluation mode and float64.
 
     Raises:
         TeleportError: when the model cannot be copied.
     """
     try:
-        return copy.deepcopy(model).eval().double()
+        return copy.deepcopy(getattr(model, "_orig_mod", model)).eval().double()
     except Exception as error:
         remedy = "pass symmetry=... built by hand from teleport_lite.symmetries"
         got = f"{type(error).__name__}: {error}"

@@ -12,6 +12,8 @@ from torch.func import functional_call
 
 import teleport_lite as tl
 from teleport_lite.errors import ActivationError, BatchError, NoSymmetryError, TeleportError, UnknownNameError
+from teleport_lite.objectives import Problem, as_objective
+from teleport_lite.params import loss_of, norm, value_and_grad
 
 ACTIVATIONS = {"outgoing": [nn.LeakyReLU(0.1), nn.Tanh(), nn.GELU(), nn.Sigmoid()], "incoming": [nn.LeakyReLU(0.1)]}
 EXACT = [(kind, act) for kind, acts in ACTIVATIONS.items() for act in acts]
@@ -133,3 +135,17 @@ def test_errors():
     symmetry = tl.minibatch_symmetries(mlp([12, 8, 3], nn.ReLU()), x)
     with pytest.raises(TeleportError, match="group action"):
         symmetry.transport({}, [None])
+
+
+@pytest.mark.parametrize("kind", ["outgoing", "incoming"])
+def test_the_gradient_norm_along_the_orbit_is_that_at_the_moved_parameters(kind, generator):
+    model, x = mlp([12, 9, 7, 3], nn.LeakyReLU(0.1)), batch(6)
+    symmetry, params = tl.minibatch_symmetries(model, x, compensate=kind), params_of(model)
+    loss = loss_of(model, lambda net: net(x).exp().mean())
+    xi = symmetry.sample(params, radius=0.3, generator=generator)
+    found = as_objective("gradient_norm").along(Problem(loss, params), symmetry)(xi)
+    expected = norm(value_and_grad(loss, symmetry.act(params, xi))[1])
+    assert float(found.detach()) == pytest.approx(float(expected), rel=1e-10)
+    points = tuple(x.clone().requires_grad_() for x in xi)  # as a search does
+    found = as_objective("gradient_norm").along(Problem(loss, params), symmetry)(points)
+    assert float(found.detach()) == pytest.approx(float(expected), rel=1e-10)

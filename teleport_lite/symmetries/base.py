@@ -6,11 +6,12 @@ A new symmetry gives its `group`, the `names` of the parameters that it moves, a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from teleport_lite.errors import ParameterError, ShapeError, TeleportError, UnknownNameError
 from teleport_lite.groups import Group
@@ -25,12 +26,17 @@ class Symmetry(ABC):
         names: the parameters that the action moves; all others stay untouched.
         exact: whether it holds on all inputs, or only on one batch.
         linear: whether it is affine in the parameters, so that one gradient gives the gradient on the whole orbit.
+        homogeneous: whether it is linear in the parameters, without a constant.
+        monomial: whether every moved entry is a multiple of a single old one, so that squares and signs are carried
+            exactly.
     """
 
     group: Group
     names: tuple[str, ...]
     exact: bool = True
     linear: bool = True
+    homogeneous: bool = False
+    monomial: bool = False
 
     @abstractmethod
     def move(self, params: Params, xi: Any) -> Params:
@@ -64,6 +70,67 @@ class Symmetry(ABC):
         end = self.act(grads if params is None else params, xi)
         pull = torch.func.vjp(lambda w: self.act(w, self.inverse(xi)), end)[1]
         return pull(grads)[0]
+
+    def spread(
+        self,
+        tensors: Params,
+        xi: Any,
+        entry: Callable[[Tensor], Tensor],
+        *,
+        dual: bool = True,
+        params: Params | None = None,
+    ) -> Params:
+        r"""Multiply `tensors` by the matrix with which gradients move, `entry` applied to each of its entries first.
+
+        That matrix is $M = J^{-\top}$ with J the Jacobian of the action, or J itself, with which displacements move,
+        when not `dual`. With `torch.square` it carries squares v of gradients to the diagonal of
+        $M\,\mathrm{diag}(v)\,M^{\top}$: exact where M has one entry a row (`monomial`), elsewhere as if the gradients
+        were uncorrelated. With `torch.abs` it carries upper bounds of absolute values to upper bounds.
+
+        Here M is dense, [n, n] for n moved entries: for small n, or as the slow answer to check a fast one.
+
+        Raises:
+            TeleportError: when the action is nonlinear and `params`, where J is taken, is missing.
+        """
+        if params is None and not self.linear:
+            raise TeleportError("params, because the action is nonlinear", None, "pass the params to be moved")
+        point = tensors if params is None else params
+        self.check(point)
+
+        def flat(p: Params) -> Tensor:
+            return torch.cat([p[name].reshape(-1) for name in self.names])
+
+        def whole(vector: Tensor) -> Params:
+            parts = vector.split([point[name].numel() for name in self.names])
+            return {**tensors, **{n: part.view_as(point[n]) for n, part in zip(self.names, parts, strict=True)}}
+
+        jacobian = torch.func.jacrev(lambda w: flat(self.move({**point, **whole(w)}, xi)))(flat(point))
+        return whole(entry(torch.linalg.inv(jacobian).mT if dual else jacobian) @ flat(tensors))
+
+    def velocity(self, params: Params, xi: Any) -> Params:
+        r"""The infinitesimal action $A_\xi w = \frac{d}{dt} e^{t\xi} \cdot w$ at t = 0, for the entries in `names`."""
+        return self._derivative(lambda t: self.move(params, _times(t, xi)), params)[1]
+
+    def jet(self, params: Params, xi: Any) -> tuple[Params, Params]:
+        r"""First and second derivative of the curve $t \mapsto e^{t\xi} \cdot w$ at t = 0, for the entries in `names`.
+
+        A homogeneous action has $A_\xi w$ and $A_\xi A_\xi w$ with A its `velocity`; any other one is differentiated
+        forward, twice.
+        """
+        if self.homogeneous:
+            first = self.velocity(params, xi)
+            return first, self.velocity(first, xi)
+
+        def slope(t: Tensor) -> Params:
+            return torch.func.jvp(lambda s: self.move(params, _times(s, xi)), (t,), (torch.ones_like(t),))[1]
+
+        return self._derivative(slope, params)
+
+    def _derivative(self, curve: Callable[[Tensor], Params], params: Params) -> tuple[Params, Params]:
+        """A curve of parameters and its derivative, at t = 0."""
+        zero = self._like(params).new_zeros(())
+        point, tangent = torch.func.jvp(curve, (zero,), (torch.ones_like(zero),))[:2]
+        return point, tangent
 
     def zeros(self, params: Params) -> Any:
         """Coordinates of the identity."""
@@ -137,6 +204,8 @@ class Product(Symmetry, Sequence):
         self.names = tuple(dict.fromkeys(name for f in self.factors for name in f.names))
         self.exact = all(f.exact for f in self.factors)
         self.linear = all(f.linear for f in self.factors)
+        self.homogeneous = all(f.homogeneous for f in self.factors)
+        self.monomial = all(f.monomial for f in self.factors)
 
     def move(self, params, xi):
         for factor, x in zip(self.factors, xi, strict=True):
@@ -150,6 +219,26 @@ class Product(Symmetry, Sequence):
             if params is not None:
                 params = factor.act(params, x)
         return grads
+
+    def spread(self, tensors, xi, entry, *, dual=True, params=None):
+        self._check_coordinates(tensors, xi)
+        for factor, x in zip(self.factors, xi, strict=True):
+            tensors = factor.spread(tensors, x, entry, dual=dual, params=params)
+            if params is not None:
+                params = factor.act(params, x)
+        return tensors
+
+    def jet(self, params, xi):
+        if not self.homogeneous:
+            return super().jet(params, xi)
+        zero = {name: torch.zeros_like(params[name]) for name in self.names}
+        first, second = zero, zero
+        for factor, x in zip(self.factors, xi, strict=True):  # (e^{tA} w(t))'' = w'' + 2 A w' + A A w
+            once, twice = factor.jet(params, x)
+            cross = factor.velocity(first, x)
+            first = {**first, **{n: first[n] + once[n] for n in once}}
+            second = {**second, **{n: second[n] + 2 * cross[n] + twice[n] for n in once}}
+        return first, second
 
     def zeros(self, params):
         return tuple(f.zeros(params) for f in self.factors)
@@ -196,6 +285,10 @@ class Product(Symmetry, Sequence):
         return "\n".join([head, *(table if self.factors else []), *notes])
 
     __str__ = __repr__
+
+
+def _times(t: Tensor, xi: Any) -> Any:
+    return tree_map(lambda x: t * x, xi)
 
 
 def check_radius(radius: float) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from teleport_lite.errors import ShapeError, TeleportError
@@ -43,22 +44,46 @@ class NeuronSymmetry(Symmetry):
     dual coordinates.
     """
 
+    homogeneous = True
+
     def __init__(self, group: Group, legs: Iterable[Leg]) -> None:
         self.group, self.legs = group, tuple(legs)
         if not self.legs:
             raise TeleportError("at least one leg", "none", "name the incoming and outgoing weights")
         self.names = tuple(dict.fromkeys(leg.name for leg in self.legs))
+        self.monomial = isinstance(group, (PositiveScaling, Signs, Permutation))
 
     def move(self, params, xi):
-        g, dual = self.group.exp(xi), self.group.exp(self.group.dual(xi))
+        return self._apply(params, self.group.exp(xi), self.group.exp(self.group.dual(xi)))
+
+    def _apply(self, params: Params, g: Tensor, dual: Tensor) -> Params:
+        """The entries in `names`, with `g` applied to the legs that are not dual and `dual` to those that are."""
         moved = {name: params[name] for name in self.names}
         for leg in self.legs:
             moved[leg.name] = self.along(dual if leg.dual else g, moved[leg.name], leg)
         return moved
 
+    def velocity(self, params: Params, xi: Tensor) -> Params:
+        r"""The infinitesimal action $\dot V = MV,\ \dot b = Mb,\ \dot U = -UM$ with M the algebra element of `xi`."""
+        m, dual = self.group.algebra(xi), self.group.algebra(self.group.dual(xi))
+        found = {name: torch.zeros_like(params[name]) for name in self.names}
+        for leg in self.legs:
+            part = self.group.along(dual if leg.dual else m, self.axis(params[leg.name], leg), leg.dim)
+            ends = leg.start, leg.start + self.group.n
+            found[leg.name] = found[leg.name].slice_scatter(self.axis(found[leg.name], leg) + part, leg.dim, *ends)
+        return found
+
     def transport(self, grads: Params, xi: Tensor, params: Params | None = None) -> Params:
         r"""Carry a gradient along: incoming weights by $g^{-\top}$, outgoing weights by g; see `Symmetry.transport`."""
         return self.act(grads, self.group.dual(xi))
+
+    def spread(self, tensors, xi, entry, *, dual=True, params=None):
+        self.check(tensors)
+        self._check_coordinates(tensors, xi)
+        pair = self.group.exp(xi), self.group.exp(self.group.dual(xi))
+        if not isinstance(self.group, Permutation):  # whose entries are 0 and 1
+            pair = entry(pair[0]), entry(pair[1])
+        return {**tensors, **self._apply(tensors, *(reversed(pair) if dual else pair))}
 
     def check(self, params: Params) -> None:
         super().check(params)

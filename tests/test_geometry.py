@@ -1,0 +1,333 @@
+"""Sharpness against a loop; curvature against circles, differences and closed forms; the Hessian against its matrix."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import hidden_product, mlp, params_of
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import teleport_lite as tl
+from teleport_lite import geometry, objectives
+from teleport_lite.errors import TeleportError
+from teleport_lite.objectives import Problem
+from teleport_lite.params import loss_of
+from teleport_lite.symmetries import TestFunction, mixing, scaling
+
+DOUBLE = torch.float64
+
+
+class Twice(nn.Module):
+    """A weight used twice, once in a product that is no linear layer, and a parameter that is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(5, 5, dtype=DOUBLE)), nn.Parameter(torch.randn(5, dtype=DOUBLE))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.w, None).tanh(), self.w, self.b) + x @ self.w.mT * self.b
+
+
+def conv():
+    layers = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3, bias=False), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(8, 2)).double().eval()
+
+
+MODELS = {
+    "mlp": (lambda: mlp([5, 7, 6, 2], nn.LeakyReLU(0.1)), (9, 5)),
+    "no biases": (lambda: mlp([5, 7, 2], nn.Tanh(), bias=False), (9, 5)),
+    "convolutions": (conv, (4, 1, 6, 6)),
+    "shared weights": (Twice, (9, 5)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def setting(request, generator):
+    make, shape = MODELS[request.param]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make()
+    x = torch.randn(shape, generator=generator, dtype=DOUBLE)
+    return model, lambda net: net(x).square().mean().log1p(), x
+
+
+# --- sharpness --------------------------------------------------------------------------------------------------------
+
+
+def test_all_losses_around_are_those_of_a_loop(setting, generator):
+    model, loss_fn, _ = setting
+    loss, params, radii = loss_of(model, loss_fn), params_of(model), torch.tensor([0.1, 0.7, 2.0], dtype=DOUBLE)
+    around = geometry.unit_directions(params, 4, generator=generator)
+    found = geometry.losses_around(loss, params, around, radii)
+    assert found.shape == (4, 3)
+    for (i, d), (j, t) in itertools.product(enumerate(range(4)), enumerate(radii)):
+        alone = loss({name: p + t * around[name][d] for name, p in params.items()})
+        assert abs(float(found[i, j] - alone)) <= 1e-12 * abs(float(alone))
+
+
+def test_the_sharpness_of_a_quadratic_is_known(generator):
+    scales = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=DOUBLE)
+    point = nn.Linear(4, 1, bias=False, dtype=DOUBLE)
+
+    def loss_fn(net):
+        return 0.5 * (net(torch.eye(4, dtype=DOUBLE)).flatten() * scales).square().sum()
+
+    phi = tl.sharpness(point, loss_fn, radii=(0.5, 1.5), directions=40000, generator=generator)
+    expected = loss_fn(point).detach() + 0.5 * (0.5**2 + 1.5**2) / 2 * scales.square().sum() / 4
+    assert float(phi) == pytest.approx(float(expected), rel=0.02)
+
+
+def test_chunks_change_memory_only(setting, generator):
+    model, loss_fn, _ = setting
+    loss, params = loss_of(model, loss_fn), params_of(model)
+    around = geometry.unit_directions(params, 7, generator=generator)
+    found = []
+    for size in (None, 7, 3, 1):
+        points = {name: p.clone().requires_grad_() for name, p in params.items()}
+        phi = geometry.mean_loss_around(loss, points, around, (0.3, 1.0), chunk_size=size)
+        found.append((phi.detach(), torch.autograd.grad(phi, [*points.values()])))
+    for phi, grads in found[1:]:
+        assert torch.allclose(phi, found[0][0], rtol=1e-12)
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-14) for a, b in zip(grads, found[0][1], strict=True))
+
+
+def test_directions_are_isotropic_and_seeded():
+    params = {"a": torch.zeros(3, 4), "b": torch.zeros(5)}
+    first, again = (
+        geometry.unit_directions(params, 20000, generator=torch.Generator().manual_seed(7)) for _ in range(2)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in params)
+    flat = torch.cat([d.flatten(1) for d in first.values()], 1)
+    assert torch.allclose(flat.norm(dim=1), torch.ones(20000), atol=1e-5)
+    assert flat.mean(0).abs().max() < 0.01
+    assert (flat.T @ flat / 20000 * 17 - torch.eye(17)).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("wrong", [{"radii": []}, {"directions": 0}, {"chunk_size": 0}])
+def test_sharpness_refuses(wrong):
+    model = nn.Linear(2, 1)
+    with pytest.raises(TeleportError):
+        tl.sharpness(model, lambda net: net(torch.ones(1, 2)).sum(), **{"radii": [0.1], **wrong})
+
+
+def test_sharpness_leaves_the_model_alone(setting, generator):
+    model, loss_fn, _ = setting
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    tl.sharpness(model, loss_fn, radii=[0.1], directions=3, generator=generator)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+# --- curvature --------------------------------------------------------------------------------------------------------
+
+
+def test_kappa_of_circles_and_parabolas():
+    for radius in (0.1, 1.0, 30.0):
+        angle = torch.tensor(0.7, dtype=DOUBLE)
+        first = {"w": radius * torch.stack([-angle.sin(), angle.cos()])}
+        second = {"w": -radius * torch.stack([angle.cos(), angle.sin()])}
+        assert float(geometry.kappa(first, second)) == pytest.approx(1 / radius, rel=1e-12)
+    for k in (0.2, 5.0):  # y = k x^2 at x: kappa = 2k / (1 + 4 k^2 x^2)^(3/2), whatever the speed
+        for x, speed in ((0.0, 1.0), (0.4, 3.0)):
+            first = {"w": speed * torch.tensor([1.0, 2 * k * x], dtype=DOUBLE)}
+            second = {"w": speed**2 * torch.tensor([0.0, 2 * k], dtype=DOUBLE)}
+            expected = 2 * k / (1 + 4 * k**2 * x**2) ** 1.5
+            assert float(geometry.kappa(first, second)) == pytest.approx(expected, rel=1e-12)
+
+
+def finite_differences(symmetry, params, xi, h=1e-3):
+    """First and second derivative of t -> exp(t xi).w by central differences of the fourth order."""
+    scale = (lambda t: tuple(t * x for x in xi)) if isinstance(xi, tuple) else (lambda t: t * xi)
+    b, a, c, d = (symmetry.act(params, scale(k * h)) for k in (-2, -1, 1, 2))
+    first = {n: (b[n] - 8 * a[n] + 8 * c[n] - d[n]) / (12 * h) for n in symmetry.names}
+    second = {n: (-b[n] + 16 * a[n] - 30 * params[n] + 16 * c[n] - d[n]) / (12 * h**2) for n in symmetry.names}
+    return first, second
+
+
+def minibatch(kind, activation, x, **options):
+    model = mlp([6, 8, 3], activation)
+    return model, tl.minibatch_symmetries(model, x, compensate=kind, **options)[0]
+
+
+X = 0.3 * torch.randn(5, 6, generator=torch.Generator().manual_seed(3), dtype=DOUBLE)
+SMOOTH = [nn.LeakyReLU(0.1), nn.Tanh(), nn.Sigmoid()]
+CURVES = {
+    "scaling": lambda: (mlp([6, 8, 3], nn.ReLU()), scaling(8, "0.weight", "2.weight", bias="0.bias")),
+    "mixing": lambda: (mlp([6, 8, 3], nn.Identity()), mixing(8, "0.weight", "2.weight", bias="0.bias")),
+    "scalings": lambda: (m := mlp([6, 8, 7, 3], nn.ReLU()), hidden_product(scaling, m)),
+    "mixings": lambda: (m := mlp([6, 5, 4, 3], nn.Identity()), hidden_product(mixing, m)),
+    **{
+        f"{kind} {type(act).__name__}": lambda kind=kind, act=act: minibatch(kind, act, X)
+        for kind in ("outgoing", "incoming")
+        for act in SMOOTH
+    },
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_jets_agree_with_differentiation_and_with_differences(name, generator):
+    model, symmetry = CURVES[name]()
+    params = params_of(model)
+    xi = symmetry.sample(params, radius=0.3, generator=generator)
+    first, second = symmetry.jet(params, xi)
+    kinds = [finite_differences(symmetry, params, xi)]
+    if symmetry.homogeneous:  # it has a closed form: compare with what the base class does without one
+        symmetry.homogeneous = False
+        kinds.append(tl.Symmetry.jet(symmetry, params, xi))
+    for one, two in kinds:
+        expected = float(geometry.kappa(one, two))
+        assert float(geometry.kappa(first, second)) == pytest.approx(expected, rel=1e-6)
+        for n in symmetry.names:
+            assert torch.allclose(first[n], one[n], rtol=1e-5, atol=1e-6)
+            assert torch.allclose(second[n], two[n], rtol=1e-4, atol=1e-5)
+    assert len(kinds) == (2 if name in ("scaling", "mixing", "scalings", "mixings") else 1)
+
+
+@pytest.mark.parametrize("activation", SMOOTH, ids=lambda a: type(a).__name__)
+def test_the_closed_form_of_incoming_mixing(activation, generator):
+    model, symmetry = minibatch("incoming", activation, X)
+    params = params_of(model)
+    m = symmetry.sample(params, radius=0.3, generator=generator)
+    x = torch.cat([X, torch.ones(5, 1, dtype=DOUBLE)], 1).T  # samples as columns, a row of ones for the bias
+    v, u = torch.cat([params["0.weight"], params["0.bias"][:, None]], 1), params["2.weight"]
+    h = (v @ x).requires_grad_()
+    a = activation(h)
+    slope = torch.autograd.grad(a.sum(), h, create_graph=True)[0]
+    bend = torch.autograd.grad(slope.sum(), h)[0] if slope.requires_grad else torch.zeros_like(h)
+    a, slope = a.detach(), slope.detach()
+    once, twice = m @ a, m @ m @ a
+    v1 = (once / slope) @ torch.linalg.pinv(x)
+    v2 = (twice / slope - bend * once**2 / slope**3) @ torch.linalg.pinv(x)
+    first, second = symmetry.jet(params, m)
+    assert torch.allclose(torch.cat([first["0.weight"], first["0.bias"][:, None]], 1), v1, atol=1e-9)
+    assert torch.allclose(torch.cat([second["0.weight"], second["0.bias"][:, None]], 1), v2, atol=1e-8)
+    assert torch.allclose(first["2.weight"], -u @ m, atol=1e-10)
+    assert torch.allclose(second["2.weight"], u @ m @ m, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["ellipse", "rosenbrock", "booth"])
+def test_curvature_of_the_level_curves_of_the_plane(name):
+    point = TestFunction(name, start=(-0.4, 0.7)).double()
+    w = point.w.detach().requires_grad_()
+    value = point.value(w)
+    g = torch.autograd.grad(value, w)[0]
+    hessian = torch.autograd.functional.hessian(point.value, w.detach())
+    tangent = torch.stack([-g[1], g[0]])
+    expected = float(tangent @ hessian @ tangent / g.norm() ** 3)  # of the implicit curve f = const
+    assert float(tl.curvature(point, point.symmetry, samples=2)) == pytest.approx(abs(expected), rel=1e-9)
+
+
+def test_curvature_needs_a_continuous_symmetry():
+    model = mlp([4, 5, 2], nn.GELU())
+    with pytest.raises(TeleportError, match="continuous"):
+        tl.curvature(model, tl.find_symmetries(model, torch.zeros(1, 4, dtype=DOUBLE)))
+
+
+# --- conserved quantities ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("build", "activation"), [(scaling, nn.ReLU()), (mixing, nn.Identity())])
+def test_conserved_quantities_stand_still_along_the_flow_and_move_with_teleports(build, activation, generator):
+    model = mlp([5, 6, 4, 3], activation)
+    symmetry, params = hidden_product(build, model), params_of(model)
+    x = torch.randn(9, 5, generator=generator, dtype=DOUBLE)
+    loss = loss_of(model, lambda net: net(x).exp().mean())
+    slope = torch.func.grad(loss)(params)
+    along = torch.func.jvp(lambda p: tuple(tl.conserved_quantities(p, symmetry)), (params,), (slope,))
+    for q, dq in zip(*along, strict=True):
+        assert dq.abs().max() < 1e-12 < 1e-2 < q.abs().max()
+    moved = symmetry.act(params, symmetry.sample(params, generator=generator))
+    pairs = zip(tl.conserved_quantities(moved, symmetry), along[0], strict=True)
+    assert all((a - b).abs().max() > 1e-2 for a, b in pairs)
+
+
+# --- the Hessian ------------------------------------------------------------------------------------------------------
+
+
+def dense_hessian(loss, params):
+    sizes = [p.numel() for p in params.values()]
+
+    def flat_loss(flat):
+        parts = zip(params.items(), flat.split(sizes), strict=True)
+        return loss({name: part.view_as(p) for (name, p), part in parts})
+
+    return torch.autograd.functional.hessian(flat_loss, torch.cat([p.flatten() for p in params.values()]))
+
+
+def test_trace_and_eigenvalues_are_those_of_the_matrix(generator):
+    model, x = mlp([3, 4, 2], nn.Tanh()), torch.randn(7, 3, generator=generator, dtype=DOUBLE)
+
+    def loss_fn(net):
+        return net(x).square().mean()
+
+    hessian = dense_hessian(loss_of(model, loss_fn), params_of(model))
+    values = tl.hessian_eigenvalues(model, loss_fn, 3, generator=generator)
+    assert torch.allclose(values, torch.linalg.eigvalsh(hessian).flip(0)[:3], rtol=1e-8)
+    trace = tl.hessian_trace(model, loss_fn, samples=2000, generator=generator)
+    assert float(trace) == pytest.approx(float(hessian.trace()), rel=0.05)
+    with pytest.raises(TeleportError, match="count"):
+        tl.hessian_eigenvalues(model, loss_fn, 26)
+
+
+# --- objectives -------------------------------------------------------------------------------------------------------
+
+
+def independent(name, loss, moved, symmetry):
+    """The objective at moved parameters, from the definition."""
+    seed = torch.Generator().manual_seed(0)
+    if name == "sharpness":
+        around = geometry.unit_directions(moved, 6, generator=seed)
+        return sum(loss({n: p + t * around[n][d] for n, p in moved.items()}) for d in range(6) for t in (0.1, 0.5)) / 12
+    if name == "hessian_trace":
+        probes = geometry.sign_probes(moved, 6, generator=seed)
+        flat = torch.stack([torch.cat([z[n].flatten() for n in moved]) for z in probes])
+        return ((flat @ dense_hessian(loss, moved)) * flat).sum(1).mean()
+    curves = [symmetry.sample(moved, generator=seed) for _ in range(6)]
+    return torch.stack([geometry.kappa(*symmetry.jet(moved, xi)) for xi in curves]).mean()
+
+
+OBJECTIVES = {
+    "sharpness": objectives.sharpness((0.1, 0.5), 6),
+    "hessian_trace": objectives.hessian_trace(6),
+    "curvature": objectives.curvature(6),
+}
+
+
+@pytest.mark.parametrize("kind", ["exact", "mini-batch"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_along_the_orbit(name, kind, generator):
+    model = mlp([5, 6, 4, 2], nn.Tanh() if kind == "mini-batch" else nn.LeakyReLU(0.1))
+    x = 0.5 * torch.randn(4, 5, generator=generator, dtype=DOUBLE)
+    symmetry = hidden_product(scaling, model) if kind == "exact" else tl.minibatch_symmetries(model, x)
+    loss, params = loss_of(model, lambda net: net(x).exp().mean()), params_of(model)
+    along = OBJECTIVES[name].along(Problem(loss, params), symmetry)
+    xi = tuple(0.2 * v for v in symmetry.sample(params, generator=generator))
+    points = tuple(v.clone().requires_grad_() for v in xi)
+    value = along(points)
+    expected = float(independent(name, loss, symmetry.act(params, xi), symmetry))
+    assert float(value.detach()) == pytest.approx(expected, rel=1e-9)
+    grads = torch.autograd.grad(value, points)
+    way = tuple(torch.randn(v.shape, generator=generator, dtype=DOUBLE) for v in xi)
+    h = 1e-5
+    ends = [float(along(tuple(v + s * h * d for v, d in zip(xi, way, strict=True))).detach()) for s in (1, -1)]
+    slope = sum(float((g * d).sum()) for g, d in zip(grads, way, strict=True))
+    assert slope == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-4)
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_teleports_raise_and_lower_it(name, maximize, generator):
+    model, x = mlp([5, 6, 4, 2], nn.LeakyReLU(0.1)), torch.randn(9, 5, generator=generator, dtype=DOUBLE)
+    before = functional_call(model, params_of(model), x)
+    report = tl.teleport(
+        model, lambda net: net(x).exp().mean(), objective=OBJECTIVES[name], maximize=maximize, radius=0.5
+    )
+    gain = report.objective_after / report.objective_before
+    clear = 1.005 if name == "sharpness" else 1.1  # the loss at the point itself is part of the sharpness
+    assert report.accepted and (gain > clear if maximize else gain < 1 / clear)
+    assert torch.allclose(model(x), before, rtol=1e-12)
