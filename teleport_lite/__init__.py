@@ -4,25 +4,39 @@ A symmetry is a group acting on a model's parameters without changing what the m
 a group element on purpose.
 """
 
-from teleport_lite import data, symmetries
+from teleport_lite import data, objectives, symmetries
 from teleport_lite.discover import find_symmetries
 from teleport_lite.errors import TeleportError
+from teleport_lite.geometry import conserved_quantities, curvature, hessian_eigenvalues, hessian_trace, sharpness
+from teleport_lite.levelset import LevelSetReport, level_set_teleport
+from teleport_lite.nullspace import null_space_teleport
 from teleport_lite.objectives import Objective, one_step_loss
+from teleport_lite.optim import Teleporter
 from teleport_lite.symmetries import Product, Symmetry, minibatch_symmetries
 from teleport_lite.teleport import Report, teleport
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LevelSetReport",
     "Objective",
     "Product",
     "Report",
     "Symmetry",
     "TeleportError",
+    "Teleporter",
+    "conserved_quantities",
+    "curvature",
     "data",
     "find_symmetries",
+    "hessian_eigenvalues",
+    "hessian_trace",
+    "level_set_teleport",
     "minibatch_symmetries",
+    "null_space_teleport",
+    "objectives",
     "one_step_loss",
+    "sharpness",
     "symmetries",
     "teleport",
 ]

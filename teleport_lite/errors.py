@@ -99,6 +99,19 @@ class LossError(TeleportError, ValueError):
     """A loss that cannot be teleported on: not a scalar, independent of the net, or nondeterministic."""
 
 
+class StateError(TeleportError, ValueError):
+    """An entry of an optimizer's state that cannot be carried along; the message names both.
+
+    >>> raise StateError("Lion", "exp_avg", "a rule in RULES", "none", "pass state='reset'")
+    Traceback (most recent call last):
+    teleport_lite.errors.StateError: expected a rule in RULES for 'exp_avg' of Lion, got none; pass state='reset'
+    """
+
+    def __init__(self, optimizer: str, entry: str, expected: str, got: str, remedy: str) -> None:
+        self.optimizer, self.entry = optimizer, entry
+        super().__init__(f"{expected} for {entry!r} of {optimizer}", got, remedy)
+
+
 class DataError(TeleportError, OSError):
     """A dataset file that is missing, truncated or of another format; the message names the file."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from teleport_lite.discover import find_symmetries
 from teleport_lite.errors import BatchError, LossError, NoSymmetryError, ParameterError, TeleportError
@@ -18,6 +21,9 @@ from teleport_lite.search import search as find
 from teleport_lite.symmetries.base import Product, Symmetry, check_radius
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
 from teleport_lite.trace import kept_random_state
+
+LossFn = Callable[[Callable], Tensor]
+Commit = Callable[[nn.Module, Product, Any, Params], None]  # (model, symmetry, xi, moved parameters)
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -67,7 +73,7 @@ class Report:
 
 def teleport(
     model: nn.Module,
-    loss_fn: Callable[[Callable], Tensor],
+    loss_fn: LossFn,
     symmetry: Symmetry | None = None,
     objective: str | Objective | Callable[[Params], Tensor] = "gradient_norm",
     maximize: bool = True,
@@ -85,6 +91,8 @@ def teleport(
     For exact symmetries one gradient tells the whole orbit (Proposition 4.1 of the chapter *Teleporting*), so the cost
     of a gradient-norm teleport is that of about two gradients, verification included.
 
+    A compiled model is teleported too; what is evaluated for the teleport runs uncompiled.
+
     Args:
         model: the model; frozen parameters are never moved.
         loss_fn: net -> scalar loss, deterministic; `net` is a callable with the signature of the model.
@@ -94,7 +102,8 @@ def teleport(
         maximize: the direction; pass False for "weight_norm" and "one_step_loss".
         radius: bound on the operator norm of the coordinates: nothing is stretched by more than e^radius.
         tol: relative tolerance for the loss; by default 1e-10 in float64, 1e-5 in float32, by dtype. Rounding noise of
-            8 machine epsilons is always allowed.
+            8 machine epsilons is always allowed. The dtype is the coarsest of the parameters, the outputs of the net,
+            the loss, and of autocast where it is on when loss_fn calls the net.
         generator: for random choices; needed by search="random".
         search: "closed_form", "ascent" or "random"; by default the closed form where there is one, ascent elsewhere.
 
@@ -115,6 +124,38 @@ def teleport(
     >>> report.accepted, report.objective_after > 1.5 * report.objective_before, report.invariance_error < 1e-6
     (True, True, True)
     """
+    return carry_out(
+        model,
+        loss_fn,
+        symmetry,
+        objective,
+        maximize=maximize,
+        radius=radius,
+        tol=tol,
+        generator=generator,
+        search=search,
+    )
+
+
+def carry_out(
+    model: nn.Module,
+    loss_fn: LossFn,
+    symmetry: Symmetry | None,
+    objective: str | Objective | Callable[[Params], Tensor],
+    *,
+    maximize: bool,
+    radius: float,
+    tol: float | None,
+    generator: torch.Generator | None,
+    search: str | None,
+    commit: Commit | None = None,
+) -> Report:
+    """A `teleport` that leaves the last step, once all is verified, to `commit`; by default only the model moves.
+
+    Raises:
+        NoSymmetryError: as `teleport`.
+        TeleportError: as `teleport`.
+    """
     start = time.perf_counter()
     goal = as_objective(objective)
     check_radius(radius)
@@ -123,15 +164,17 @@ def teleport(
     if search == "random" and generator is None:
         remedy = "pass generator=torch.Generator().manual_seed(0)"
         raise TeleportError("a generator for a random teleport", None, remedy)
+    if symmetry is None:
+        symmetry = symmetries_of(model, loss_fn)
+    model = plain(model, symmetry)
     params = {name: p.detach() for name, p in trainable(model).items()}
+    loss_fn = watched = Watched(loss_fn, next(iter(params.values())))
 
-    with kept_random_state(model):
-        if symmetry is None:
-            symmetry = find_symmetries(model, _inputs_of(model, loss_fn))
+    with kept_random_state(model), plainly(watched.device):
         product = symmetry if isinstance(symmetry, Product) else Product([symmetry])
         if not len(product):
             raise NoSymmetryError(product.reasons)
-        _check_movable(model, product)
+        check_movable(model, product)
         if search != "random":
             product = product.continuous
             if not len(product):
@@ -147,48 +190,122 @@ def teleport(
 
         measured = torch.stack([t.double() for t in (loss_before, problem.at(moved), *scores)])
         before, after, old, new = measured.tolist()  # the one time that the host waits for the device
-        dtype = params[product.names[0]].dtype
+        dtype = coarsest([watched.dtype, *(params[name].dtype for name in product.names)])
         tol = TOLERANCES[dtype] if tol is None else tol
         noise = 8 * torch.finfo(dtype).eps
         if not _close(after, before, tol, noise):
             _check_deterministic(problem, before, tol, noise)
         reason = _reason(before, after, old, new, tol, noise, product, params, maximize, search)
         if not reason:
-            commit(model, {name: moved[name] for name in product.names})
+            (commit or _move)(model, product, xi, moved)
     error = abs(after - before) / abs(before) if after != before else 0.0
     seconds = time.perf_counter() - start
     return Report(goal.name, before, after, old, new, error, seconds, accepted=not reason, reason=reason)
 
 
+class Watched:
+    """`loss_fn` as the caller would run it, under the caller's autocast; it notes the coarsest `dtype` it computes in.
+
+    Args:
+        loss_fn: net -> scalar loss.
+        like: a parameter of the model.
+    """
+
+    def __init__(self, loss_fn: LossFn, like: Tensor) -> None:
+        self.loss_fn, self.dtype, self.device = loss_fn, like.dtype, like.device.type
+        self.autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else None
+
+    def __call__(self, net: Callable) -> Tensor:
+        context = nullcontext() if self.autocast is None else torch.autocast(self.device, self.autocast)
+        with context:
+            value = self.loss_fn(lambda *args, **kwargs: self._call(net, *args, **kwargs))
+        self._note(value)
+        return value
+
+    def _call(self, net, *args, **kwargs):
+        if torch.is_autocast_enabled(self.device):
+            self.dtype = coarsest([self.dtype, torch.get_autocast_dtype(self.device)])
+        output = net(*args, **kwargs)
+        self._note(output)
+        return output
+
+    def _note(self, output: object) -> None:
+        found = [t.dtype for t in tree_leaves(output) if isinstance(t, Tensor) and t.dtype in TOLERANCES]
+        self.dtype = coarsest([self.dtype, *found])
+
+
+def coarsest(dtypes: list[torch.dtype]) -> torch.dtype:
+    """The floating-point type with the largest machine epsilon.
+
+    >>> coarsest([torch.float32, torch.bfloat16, torch.float64])
+    torch.bfloat16
+    """
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def plain(model: nn.Module, symmetry: Symmetry | None) -> nn.Module:
+    """The module in which the names of `symmetry` are those of parameters: inside of `torch.compile`, or as it is."""
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module) and (
+        symmetry is None or set(symmetry.names) <= dict(inner.named_parameters()).keys()
+    ):
+        return inner
+    return model
+
+
+@contextmanager
+def plainly(device: str) -> Iterator[None]:
+    """A context without compilation and without autocast."""
+    compiled = "torch._dynamo" in sys.modules  # importing it takes seconds, so not before something is compiled
+    stance = getattr(torch.compiler, "set_stance", None) if compiled else None  # torch >= 2.6
+    autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with stance("force_eager") if stance else nullcontext(), autocast:
+        yield
+
+
+def _move(model: nn.Module, product: Product, xi: Any, moved: Params) -> None:
+    commit(model, {name: moved[name] for name in product.names})
+
+
 def commit(model: nn.Module, moved: Params) -> None:
     """Copy `moved` into the parameters of `model`, in place; all of them, or none when anything interrupts."""
     parameters = dict(model.named_parameters())
-    backup = {name: parameters[name].detach().clone() for name in moved}
+    write([(parameters[name], value) for name, value in moved.items()])
+
+
+def write(pairs: list[tuple[Tensor, Tensor]], finish: Callable[[], None] | None = None) -> None:
+    """Copy the second tensor of each pair into the first, then `finish`; all of it, or nothing when anything raises."""
+    backup = [(target, target.detach().clone()) for target, _ in pairs]
     with torch.no_grad():
         try:
-            for name, value in moved.items():
-                parameters[name].copy_(value)
+            for target, value in pairs:
+                target.copy_(value)
+            if finish is not None:
+                finish()
         except BaseException:
-            for name, value in backup.items():
-                parameters[name].copy_(value)
+            for target, value in backup:
+                target.copy_(value)
             raise
 
 
-def _inputs_of(model: nn.Module, loss_fn: Callable[[Callable], Tensor]) -> tuple:
-    """The inputs with which `loss_fn` calls its net.
+def symmetries_of(model: nn.Module, loss_fn: LossFn) -> Product:
+    """`find_symmetries` on the inputs with which `loss_fn` calls its net.
 
     Raises:
         LossError: when it does not call it.
     """
+    model = plain(model, None)
+    watched = Watched(loss_fn, next(iter(trainable(model).values())))
     net = Net(model, {})
-    with torch.no_grad():
-        loss_fn(net)
-    if net.inputs is None:
-        raise LossError("a loss_fn that calls the given net", "one that does not", "call net(x) inside loss_fn")
-    return net.inputs
+    with kept_random_state(model), plainly(watched.device):
+        with torch.no_grad():
+            watched(net)
+        if net.inputs is None:
+            raise LossError("a loss_fn that calls the given net", "one that does not", "call net(x) inside loss_fn")
+        return find_symmetries(model, net.inputs)
 
 
-def _check_movable(model: nn.Module, product: Product) -> None:
+def check_movable(model: nn.Module, symmetry: Symmetry) -> None:
     """Check that the symmetry fits the model.
 
     Raises:
@@ -196,9 +313,9 @@ def _check_movable(model: nn.Module, product: Product) -> None:
     """
     everything: dict[str, Any] = dict(model.named_parameters())
     product_params = {name: p.detach() for name, p in everything.items()}
-    for factor in product:
+    for factor in symmetry if isinstance(symmetry, Product) else [symmetry]:
         factor.check(product_params)
-    for name in product.names:
+    for name in symmetry.names:
         if not everything[name].requires_grad:
             remedy = "unfreeze it, or call find_symmetries again, which leaves frozen parameters out"
             raise ParameterError(name, "trainable", "requires_grad=False", remedy)

@@ -1,0 +1,184 @@
+"""Teleports inside a training loop: when, and what becomes of the optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from teleport_lite.errors import TeleportError, UnknownNameError
+from teleport_lite.objectives import Objective, as_objective
+from teleport_lite.params import Params
+from teleport_lite.state import STATES, move
+from teleport_lite.symmetries.base import Symmetry, check_radius
+from teleport_lite.teleport import LossFn, Report, carry_out, check_movable, plain, symmetries_of
+
+
+class Teleporter:
+    r"""Teleports a model while it is trained; `step` is called beside `optimizer.step()`, as that of a scheduler is.
+
+    Calls of `step` are numbered from 0, and the number is what the schedule sees: every=500 teleports at calls 0, 500,
+    1000, ..., and every={0} once, at the first. Each teleport is exact or nothing, for the model and for the state of
+    the optimizer alike. `p.grad` is left as found: teleport after `optimizer.step()` and before the next backward pass.
+
+    See the chapter *Momentum and adaptive optimizers*.
+
+    Args:
+        model: the model, compiled or not.
+        optimizer: its optimizer, or several; read, and changed by a teleport as `state` says.
+        symmetry: where to move; by default that of `find_symmetries` on the inputs of the first teleport, found once.
+        every: when to teleport: every so many steps (an integer), at these steps (a collection), with this probability
+            at each step (a float between 0 and 1, drawn from `generator`), or where a callable of the step says so.
+        objective: what to improve, as in `teleport`.
+        radius: bound on the operator norm of the coordinates.
+        state: "transport" to carry the optimizer's state along, as `teleport_lite.state` says; "reset" to begin with a
+            new state after each teleport; "keep" to leave it as it is, made for the old weights.
+        maximize: the direction; pass False for "weight_norm" and "one_step_loss".
+        generator: for random choices.
+        search: how to choose, as in `teleport`.
+        tol: relative tolerance for the loss, as in `teleport`.
+
+    Attributes:
+        steps: how often `step` was called.
+        report: the last report, if any.
+
+    Raises:
+        TeleportError: when an argument is not usable, or the optimizer holds no parameter of the model.
+        UnknownNameError: when the state, the objective or a parameter of the symmetry is not known.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
+    >>> x, y = torch.randn(32, 8), torch.randn(32, 1)
+    >>> optimizer = torch.optim.Adam(model.parameters())
+    >>> teleporter = Teleporter(model, optimizer, every={1})
+    >>> for _ in range(3):
+    ...     nn.functional.mse_loss(model(x), y).backward()
+    ...     optimizer.step()
+    ...     report = teleporter.step(lambda net: nn.functional.mse_loss(net(x), y))
+    ...     optimizer.zero_grad()
+    >>> teleporter.steps, teleporter.report.accepted
+    (3, True)
+    >>> teleporter
+    Teleporter(Sequential, Adam; at steps 1; gradient_norm up, radius 1; state: transport; 3 steps)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer],
+        symmetry: Symmetry | None = None,
+        every: int | float | Collection[int] | Callable[[int], bool] = 500,
+        objective: str | Objective | Callable[[Params], Tensor] = "gradient_norm",
+        radius: float = 1.0,
+        state: str = "transport",
+        maximize: bool = True,
+        generator: torch.Generator | None = None,
+        search: str | None = None,
+        tol: float | None = None,
+    ) -> None:
+        self.model, self.symmetry, self.every, self.generator = model, symmetry, every, generator
+        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self.objective, self.radius = as_objective(objective), check_radius(radius)
+        self.state, self.maximize, self.search, self.tol = state, maximize, search, tol
+        self.steps = 0
+        self.report: Report | None = None
+        if state not in STATES:
+            raise UnknownNameError("state", state, STATES)
+        held = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in model.parameters()):
+            remedy = "pass the optimizer that trains this model"
+            raise TeleportError("an optimizer of the model's parameters", "one that holds none of them", remedy)
+        if symmetry is not None:
+            check_movable(plain(model, symmetry), symmetry)
+        self._due, self._when = _schedule(every, generator)
+
+    def step(self, loss_fn: LossFn) -> Report | None:
+        """Teleport if it is time to.
+
+        An exception leaves the model, the state of the optimizer, the generator and the count of steps as they were. A
+        teleport that is refused leaves the model and the state as they were, and counts as a step.
+
+        Args:
+            loss_fn: net -> scalar loss, deterministic, as in `teleport`; called only when it is time.
+
+        Returns:
+            The report of the teleport, or None where it was not time.
+
+        Raises:
+            StateError: when an entry of the optimizer's state cannot be carried.
+            TeleportError: as `teleport`.
+        """
+        drawn = None if self.generator is None else self.generator.get_state()
+        try:
+            report = self._teleport(loss_fn) if self._due(self.steps) else None
+        except BaseException:
+            if self.generator is not None and drawn is not None:
+                self.generator.set_state(drawn)
+            raise
+        self.report = report or self.report
+        self.steps += 1
+        return report
+
+    def _teleport(self, loss_fn: LossFn) -> Report:
+        if self.symmetry is None:
+            self.symmetry = symmetries_of(self.model, loss_fn)
+        return carry_out(
+            self.model,
+            loss_fn,
+            self.symmetry,
+            self.objective,
+            maximize=self.maximize,
+            radius=self.radius,
+            tol=self.tol,
+            generator=self.generator,
+            search=self.search,
+            commit=lambda model, product, xi, moved: move(model, product, xi, self.optimizers, self.state, moved),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resumes the schedule bit for bit: the count of steps, and the state of the generator if there is one."""
+        return {"steps": self.steps, "generator": None if self.generator is None else self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from a `state_dict`.
+
+        Raises:
+            TeleportError: when its entries are others, or when one has a generator and the other has none.
+        """
+        if state.keys() != {"steps", "generator"} or (state["generator"] is None) != (self.generator is None):
+            got = ", ".join(f"{key}: {type(value).__name__}" for key, value in state.items())
+            expected = f"steps, and {'no' if self.generator is None else 'the state of a'} generator"
+            raise TeleportError(expected, got or "nothing", "make the Teleporter as it was when the state was saved")
+        if self.generator is not None:
+            self.generator.set_state(state["generator"])
+        self.steps = int(state["steps"])
+
+    def __repr__(self) -> str:
+        names = ", ".join(type(o).__name__ for o in [self.model, *self.optimizers])
+        goal = f"{self.objective.name} {'up' if self.maximize else 'down'}, radius {self.radius:g}"
+        return f"Teleporter({names}; {self._when}; {goal}; state: {self.state}; {self.steps} steps)"
+
+
+def _schedule(every: Any, generator: torch.Generator | None) -> tuple[Callable[[int], bool], str]:
+    """Whether it is time at a step, as a function and in words.
+
+    Raises:
+        TeleportError: when `every` is none of the known forms, or when it is a probability and there is no generator.
+    """
+    if callable(every):
+        return every, f"when {getattr(every, '__name__', type(every).__name__)} says so"
+    if isinstance(every, int) and not isinstance(every, bool) and every > 0:
+        return lambda step: step % every == 0, f"every {every} step{'s' * (every > 1)}"
+    if isinstance(every, float) and 0 < every < 1:
+        if generator is None:
+            remedy = "pass generator=torch.Generator().manual_seed(0)"
+            raise TeleportError("a generator for a random schedule", None, remedy)
+        return lambda step: bool(torch.rand((), generator=generator, device=generator.device) < every), f"p = {every:g}"
+    if isinstance(every, Collection) and every != "" and all(isinstance(step, int) and step >= 0 for step in every):
+        listed = ", ".join(map(str, sorted(every)[:8])) + ", ..." * (len(every) > 8)
+        return frozenset(every).__contains__, f"at steps {listed or 'none'}"
+    expected = "a positive number of steps, a collection of steps, a probability below 1, or a callable of the step"
+    raise TeleportError(expected, repr(every), "pass every=500, every={0}, every=0.01 or every=lambda step: ...")

@@ -1,0 +1,266 @@
+r"""What becomes of an optimizer's state when its model moves along a symmetry.
+
+An optimizer remembers gradients and steps. Where the weights move by $w \mapsto \rho w$, steps move by $\rho$ and
+gradients by $M = \rho^{-\top}$; `KINDS` says how everything that is made from them moves, and `RULES` of which kind
+each entry of each optimizer of torch.optim is:
+
+| kind | entries | moves by | because it holds |
+|---|---|---|---|
+| fixed | step, eta, mu, mu_product, ro, t, ... | nothing | counts, rates, products of a gradient and a step |
+| gradient | exp_avg, grad_avg, prev, old_dirs, ..., momentum_buffer of SGD and Muon | M | sums of gradients |
+| squared gradient | exp_avg_sq, max_exp_avg_sq, square_avg, sum, variance | M with squared entries | sums of squares |
+| factored square | row_var, col_var of Adafactor | the same | a square, which is rebuilt, moved and factored again |
+| gradient bound | exp_inf of Adamax | absolute entries of M | a maximum of absolute values |
+| step | d, old_stps of LBFGS | $\rho$ | differences of points |
+| squared step | acc_delta of Adadelta | $\rho$ with squared entries | sums of squares of steps, not of gradients |
+| step bound | step_size of Rprop | absolute entries of $\rho$ | absolute values of steps |
+| direction | momentum_buffer of RMSprop | signs of the entries of M | sums of $g / \sqrt v$, free of scale |
+| point | ax of ASGD | the action | an average of weights |
+| inverse curvature | H_diag of LBFGS | made again | $y \cdot s / y \cdot y$ of the last gradient and step kept |
+
+All are exact for `monomial` actions (scaling, sign, permutation): they equal what the moved gradients would have left.
+(Of Adafactor, the square that it divides by is; its factors alone cannot tell their own.) Under mixing, gradients,
+steps and points are exact too; squares move as if the entries of a gradient were uncorrelated, a gradient bound stays a
+bound, and a step bound or a direction is refused. An entry without a rule is refused as well, never kept in silence.
+
+A momentum buffer sums gradients that were taken at different points; one M carries them all because the action is
+linear. Where it is not, M is that at the present weights, and the state is right to first order. What weight decay adds
+to a gradient is carried along with it, though its penalty is not invariant, and so is what eps or an initial value adds
+to a square. See the chapter *Momentum and adaptive optimizers*.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Adagrad, Optimizer
+
+from teleport_lite.errors import StateError, UnknownNameError
+from teleport_lite.params import Params, dot
+from teleport_lite.symmetries.base import Symmetry
+from teleport_lite.teleport import plain, plainly, write
+
+STATES = ("transport", "reset", "keep")
+Slots = dict[str, Params]  # the entries of an optimizer's state by name, each by the name of its parameter
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """A move of `params`, the ones that `symmetry` names, by `xi`; it carries what is shaped like some of them."""
+
+    symmetry: Symmetry
+    xi: Any
+    params: Params
+
+    def gradients(self, tensors: Params) -> Params:
+        """M x."""
+        return self._on(lambda x: self.symmetry.transport(x, self.xi, self._at), tensors)
+
+    def points(self, tensors: Params) -> Params:
+        """The action itself."""
+        return self._on(lambda x: self.symmetry.act(x, self.xi), tensors)
+
+    def spread(self, tensors: Params, entry: Callable[[Tensor], Tensor], *, dual: bool = True) -> Params:
+        """M x, or the Jacobian times x when not `dual`, with `entry` applied to each entry of the matrix first."""
+        return self._on(lambda x: self.symmetry.spread(x, self.xi, entry, dual=dual, params=self._at), tensors)
+
+    @property
+    def _at(self) -> Params | None:
+        return None if self.symmetry.linear else self.params
+
+    def _on(self, carry: Callable[[Params], Params], tensors: Params) -> Params:
+        """`carry` on the tensors that move; a parameter without an entry has a zero there."""
+        moving = {n: tensors[n] if n in tensors else torch.zeros_like(p) for n, p in self.params.items()}
+        return {**tensors, **carry(moving)}
+
+
+def _squares(carrier: Carrier, slots: Slots, entry: str) -> Params:
+    """Squares, with the variance and the squared mean apart where there is a mean: a variance must not fall below 0."""
+    squares = slots[entry]
+    if "grad_avg" not in slots or carrier.symmetry.monomial:
+        return carrier.spread(squares, torch.square)
+    means = slots["grad_avg"]
+    variances = carrier.spread({n: v - means[n].square() for n, v in squares.items()}, torch.square)
+    return {n: variances[n] + m.square() for n, m in carrier.gradients(means).items()}
+
+
+def _factors(carrier: Carrier, slots: Slots, entry: str) -> Params:
+    """Row or column means of the moved square; the square is the rank-one matrix with the given means."""
+    rows, columns = slots["row_var"], slots["col_var"]
+    sizes = {n: r.mean(-2, keepdim=True).clamp(min=torch.finfo(r.dtype).tiny) for n, r in rows.items()}
+    moved = carrier.spread({n: r @ columns[n] / sizes[n] for n, r in rows.items()}, torch.square)
+    return {n: moved[n].mean(-1 if entry == "row_var" else -2, keepdim=True) for n in rows}
+
+
+def _inverse_curvature(carrier: Carrier, slots: Slots, entry: str) -> Params:
+    last = max((e for e in slots if e.startswith("old_dirs.")), key=lambda e: int(e[9:]))
+    y, s = carrier.gradients(slots[last]), carrier.spread(slots["old_stps" + last[8:]], torch.clone, dual=False)
+    y, s = ({n: x[n] for n in slots[last]} for x in (y, s))
+    return {"": dot(y, s) / dot(y, y)}
+
+
+Kind = Callable[[Carrier, Slots, str], Params]
+KINDS: dict[str, Kind] = {  # but for "fixed"
+    "gradient": lambda carrier, slots, entry: carrier.gradients(slots[entry]),
+    "squared gradient": _squares,
+    "factored square": _factors,
+    "gradient bound": lambda carrier, slots, entry: carrier.spread(slots[entry], torch.abs),
+    "step": lambda carrier, slots, entry: carrier.spread(slots[entry], torch.clone, dual=False),
+    "squared step": lambda carrier, slots, entry: carrier.spread(slots[entry], torch.square, dual=False),
+    "step bound": lambda carrier, slots, entry: carrier.spread(slots[entry], torch.abs, dual=False),
+    "direction": lambda carrier, slots, entry: carrier.spread(slots[entry], torch.sign),
+    "point": lambda carrier, slots, entry: carrier.points(slots[entry]),
+    "inverse curvature": _inverse_curvature,
+}
+MONOMIAL_ONLY = ("step bound", "direction")
+
+_ADAM = {"step": "fixed", "exp_avg": "gradient", "exp_avg_sq": "squared gradient"}
+RULES: dict[str, dict[str, str]] = {  # by the name of the class of the optimizer, or of a base of it
+    "SGD": {"momentum_buffer": "gradient"},
+    "Muon": {"momentum_buffer": "gradient"},
+    "Adam": {**_ADAM, "max_exp_avg_sq": "squared gradient"},
+    "AdamW": {**_ADAM, "max_exp_avg_sq": "squared gradient"},
+    "SparseAdam": _ADAM,
+    "RAdam": _ADAM,
+    "NAdam": {**_ADAM, "mu_product": "fixed"},
+    "Adamax": {"step": "fixed", "exp_avg": "gradient", "exp_inf": "gradient bound"},
+    "Adagrad": {"step": "fixed", "sum": "squared gradient"},
+    "Adadelta": {"step": "fixed", "square_avg": "squared gradient", "acc_delta": "squared step"},
+    "RMSprop": {
+        "step": "fixed",
+        "square_avg": "squared gradient",
+        "grad_avg": "gradient",
+        "momentum_buffer": "direction",
+    },
+    "Rprop": {"step": "fixed", "prev": "gradient", "step_size": "step bound"},
+    "ASGD": {"step": "fixed", "eta": "fixed", "mu": "fixed", "ax": "point"},
+    "Adafactor": {
+        "step": "fixed",
+        "row_var": "factored square",
+        "col_var": "factored square",
+        "variance": "squared gradient",
+    },
+    "LBFGS": {
+        **dict.fromkeys(("n_iter", "func_evals", "t", "ro", "al", "prev_loss"), "fixed"),
+        **dict.fromkeys(("old_dirs", "prev_flat_grad"), "gradient"),
+        **dict.fromkeys(("old_stps", "d"), "step"),
+        "H_diag": "inverse curvature",
+    },
+}
+
+
+def move(
+    model: nn.Module,
+    symmetry: Symmetry,
+    xi: Any,
+    optimizers: Iterable[Optimizer] = (),
+    state: str = "transport",
+    moved: Params | None = None,
+) -> None:
+    """Move `model` by a given element, in place, and the state of its optimizers with it; all of it or nothing.
+
+    Args:
+        model: the model.
+        symmetry: where to move.
+        xi: coordinates of the element.
+        optimizers: those that hold its parameters.
+        state: "transport" to carry the state along, "reset" to forget it, "keep" to leave it.
+        moved: what `symmetry.act` gives, when it is known already.
+
+    Raises:
+        StateError: when an entry of the state cannot be carried.
+        UnknownNameError: when `state` is none of the three.
+
+    >>> from teleport_lite.symmetries import scaling
+    >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+    >>> optimizer = torch.optim.Adagrad(model.parameters(), initial_accumulator_value=1.0)
+    >>> move(model, scaling(1, "0.weight", "2.weight"), torch.tensor([2.0]).log(), [optimizer])
+    >>> [optimizer.state[p]["sum"].item() for p in model.parameters()]
+    [0.25, 4.0]
+    """
+    if state not in STATES:
+        raise UnknownNameError("state", state, STATES)
+    model, optimizers = plain(model, symmetry), list(optimizers)
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    carrier = Carrier(symmetry, xi, {name: parameters[name].detach() for name in symmetry.names})
+    with torch.no_grad(), plainly(next(iter(carrier.params.values())).device.type):
+        moved = symmetry.act(carrier.params, xi) if moved is None else moved
+        pairs = [(parameters[name], moved[name]) for name in symmetry.names]
+        if state == "transport":
+            pairs += [pair for optimizer in optimizers for pair in _carried(optimizer, carrier, parameters)]
+        write(pairs, (lambda: _forget(optimizers)) if state == "reset" else None)
+
+
+def _carried(optimizer: Optimizer, carrier: Carrier, parameters: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each tensor of the state that moves, with its new value.
+
+    Raises:
+        StateError: when there is no rule for an entry, or none under this symmetry.
+    """
+    label = type(optimizer).__name__
+    rules: dict[str, str] = next((RULES[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in RULES), {})
+    names = {id(parameters[name]): name for name in carrier.params}
+    slots = _flat_slots(optimizer, names) if isinstance(optimizer, LBFGS) else _slots(optimizer, names)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for entry, tensors in slots.items():
+        kind = rules.get(entry.partition(".")[0])
+        if kind is None:
+            known = "rules for " + ", ".join(rules) if rules else "no rules for this optimizer"
+            remedy = f"say how it moves in teleport_lite.state.RULES[{label!r}], or pass state='reset'"
+            raise StateError(label, entry, "a rule", known, remedy)
+        if kind == "fixed" or not tensors:
+            continue
+        if not carrier.symmetry.exact:
+            got = "one that holds on one batch, while the state remembers others"
+            raise StateError(label, entry, "a symmetry that holds on all inputs", got, "pass state='reset'")
+        if kind in MONOMIAL_ONLY and not carrier.symmetry.monomial:
+            expected = "a symmetry that moves the weights one by one (scaling, sign, permutation)"
+            raise StateError(label, entry, expected, "one that mixes them", "pass state='reset'")
+        found = KINDS[kind](carrier, slots, entry)
+        if not all(bool(found[name].isfinite().all()) for name in tensors):
+            raise StateError(label, entry, "finite values", "NaN or infinity", "pass a smaller radius")
+        pairs += [(tensor, found[name]) for name, tensor in tensors.items() if name in carrier.params or not name]
+    return pairs
+
+
+def _slots(optimizer: Optimizer, names: dict[int, str]) -> Slots:
+    """The tensors in the state of the parameters with these ids; an entry that is no tensor is there, but empty."""
+    slots: Slots = {}
+    for p, state in optimizer.state.items():
+        for entry, value in state.items() if id(p) in names else ():
+            slots.setdefault(entry, {}).update({names[id(p)]: value} if isinstance(value, Tensor) else {})
+    return slots
+
+
+def _flat_slots(optimizer: LBFGS, names: dict[int, str]) -> Slots:
+    """LBFGS keeps flat vectors over all its parameters, and lists of them: split into views, and numbered."""
+    params = optimizer.param_groups[0]["params"]
+    sizes = [p.numel() for p in params]
+    slots: Slots = {}
+    for entry, value in optimizer.state.get(params[0], {}).items() if any(id(p) in names for p in params) else ():
+        listed = isinstance(value, list)
+        for key, v in [(f"{entry}.{i}", v) for i, v in enumerate(value)] if listed else [(entry, value)]:
+            parts = zip(params, v.split(sizes), strict=True) if isinstance(v, Tensor) and v.ndim else ()
+            slots[key] = {names.get(id(p), f"#{i}"): part.view_as(p) for i, (p, part) in enumerate(parts)}
+            if isinstance(v, Tensor) and not v.ndim:
+                slots[key] = {"": v}
+    return slots
+
+
+def _forget(optimizers: list[Optimizer]) -> None:
+    """Give each optimizer the state of a new one: none, but for Adagrad, which fills its sums from the start."""
+    fresh: list[Any] = []
+    for optimizer in optimizers:
+        if isinstance(optimizer, Adagrad):
+            start = optimizer.defaults["initial_accumulator_value"]
+            groups = [dict(group) for group in optimizer.param_groups]
+            fresh.append(Adagrad(groups, initial_accumulator_value=start).state)
+        else:
+            fresh.append(defaultdict(dict))
+    for optimizer, state in zip(optimizers, fresh, strict=True):
+        optimizer.state = state
