@@ -10,6 +10,8 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import nbformat
@@ -20,6 +22,16 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 LANGUAGE = {"name": "python", "pygments_lexer": "ipython3"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 RANDOM_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
+
+
+def joined(outputs: list) -> Iterator[nbformat.NotebookNode]:
+    """The outputs, with what was printed in one piece: a busy kernel sends it in several."""
+    for is_stream, group in groupby(outputs, lambda o: o.output_type == "stream" and o.name):
+        first, *rest = group
+        if is_stream:
+            first.text += "".join(o.text for o in rest)
+            rest = []
+        yield from [first, *rest]
 
 
 def stable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -36,6 +48,8 @@ def stable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     if widgets:
         notebook.metadata["widgets"] = widgets
     for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = list(joined(cell.outputs))
         for key in ("execution", "collapsed", "scrolled", "id", "outputId", "colab", "ExecuteTime"):
             cell.metadata.pop(key, None)
     found = dict.fromkeys(RANDOM_ID.findall(json.dumps([outputs, widgets])))

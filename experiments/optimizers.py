@@ -78,8 +78,10 @@ def teleport(ensemble: Ensemble, members: slice, arm: str, x: Tensor, y: Tensor,
         ensemble.reset(members)
     rows = []
     for m in range(members.start, members.stop) if move else ():
-        net = mlp(WIDTHS, 0)
-        params, old = list(net.parameters()), [w[m].clone() for w in ensemble.weights]
+        net, old = mlp(WIDTHS, 0), [w[m].clone() for w in ensemble.weights]
+        if not all(w.isfinite().all() for w in old):  # diverged: nothing is left to teleport
+            continue
+        params = list(net.parameters())
         for p, w in zip(params, old, strict=True):
             p.data.copy_(w)
         report = move(net, lambda n: F.cross_entropy(n(x), y), generator)
@@ -122,13 +124,14 @@ def run(optimizer: str, arms: list[str], seed: int, epochs: int, data) -> list[d
             values.append(value)
 
     record()
-    order, jump = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000 + seed)
+    order, draw = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000 + seed)
+    jumps = {arm: torch.Generator().manual_seed(2000 + seed) for arm in arms}  # an arm does not depend on the others
     for epoch in tqdm(range(epochs), desc=f"{optimizer} {'+'.join(arms)} seed {seed}", leave=False):
         for step, (x, y) in enumerate(train.batches(BATCH, generator=order)):
             if epoch == min(when, epochs - 1) and step < TIMES:
-                tx, ty = train.batch(TELEPORT_BATCH, generator=jump)
+                tx, ty = train.batch(TELEPORT_BATCH, generator=draw)
                 for arm in arms:
-                    moves[arm] += teleport(ensemble, slices[arm], arm, tx, ty, jump)
+                    moves[arm] += teleport(ensemble, slices[arm], arm, tx, ty, jumps[arm])
             ensemble.step(x, y)
         record()
 

@@ -1,0 +1,169 @@
+"""Teleport a half-trained network to lower or raise sharpness or curvature, and train on.
+
+    TELEPORT_LITE_DATA=... python experiments/minima.py [--quick]
+
+The protocol of arXiv:2305.13404, Figure 4, on MNIST: 784-16-10-10, leaky ReLU of slope 0.1, no biases, SGD with rate
+0.01 and batches of 20; a teleport after 20 epochs, 20 more epochs after it. For each seed all arms start from the same
+half-trained network and see the same batches. The arms `scaling` move along the exact scaling symmetry; the arms
+`mixing` along the mini-batch symmetry of the paper, on the same 2000 images. Two controls: no teleport, and random
+teleports of the same radius. Results go to book/results/minima.json, seed by seed; what is there is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from ensemble import Ensemble, evaluate
+from mnist_teleport import mlp, save, split
+from torch import nn
+from tqdm import tqdm
+
+import teleport_lite as tl
+from teleport_lite import objectives
+
+RESULTS = Path(__file__).resolve().parent.parent / "book" / "results" / "minima.json"
+WIDTHS, BATCH, RATE, BEFORE, AFTER, SEEDS = (784, 16, 10, 10), 20, 0.01, 20, 20, 10
+TELEPORT_BATCH = 2000
+RADII, DIRECTIONS, CURVES = (0.02, 0.05, 0.1, 0.15, 0.2), 20, 20
+RADIUS = {"scaling": 1.0, "mixing": 0.05}  # a mixing changes the loss on other images, the more the larger its radius
+GOALS = {
+    "random": None,
+    "sharper": ("sharpness", True),
+    "flatter": ("sharpness", False),
+    "more curved": ("curvature", True),
+    "less curved": ("curvature", False),
+}
+ARMS = ["plain", *(f"{family}, {goal}" for family in RADIUS for goal in GOALS)]
+
+
+def symmetry_of(family: str, net: nn.Module, x) -> tl.Product:
+    if family == "scaling":
+        return tl.find_symmetries(net, x[:1]).continuous
+    return tl.minibatch_symmetries(net, x)
+
+
+def measures(net: nn.Module, symmetry: tl.Product, x, y) -> dict[str, float]:
+    """Sharpness on the batch and curvature of the orbits, of the same directions and curves for all arms."""
+    draw = torch.Generator().manual_seed(7)
+    phi = tl.sharpness(
+        net, lambda n: F.cross_entropy(n(x), y), radii=RADII, directions=100, generator=draw, chunk_size=10
+    )
+    return {"sharpness": float(phi), "curvature": float(tl.curvature(net, symmetry, samples=100, generator=draw))}
+
+
+def teleport(net: nn.Module, arm: str, x, y, seed: int) -> dict:
+    """Teleport `net` as the arm says; what it changed."""
+    family, _, goal = arm.partition(", ")
+    family = family if goal else "scaling"
+    symmetry = symmetry_of(family, net, x)
+    row: dict = {"before": measures(net, symmetry, x, y)}
+    if goal:
+        draw, options = torch.Generator().manual_seed(seed), {"radius": RADIUS[family], "tol": math.inf}
+        if GOALS[goal] is None:
+            report = tl.teleport(
+                net, lambda n: F.cross_entropy(n(x), y), symmetry, generator=draw, search="random", **options
+            )
+        else:
+            name, maximize = GOALS[goal]
+            objective = (
+                objectives.sharpness(RADII, DIRECTIONS, generator=draw, chunk_size=5)
+                if name == "sharpness"
+                else objectives.curvature(CURVES, generator=draw)
+            )
+            report = tl.teleport(net, lambda n: F.cross_entropy(n(x), y), symmetry, objective, maximize, **options)
+        row |= {
+            "accepted": report.accepted,
+            "reason": report.reason,
+            "invariance_error": report.invariance_error,
+            "seconds": report.seconds,
+        }
+    return row | {"after": measures(net, symmetry, x, y)}
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def run(seed: int, arms: list[str], before: int, after: int, data) -> list[dict]:
+    """All arms of one seed; losses and accuracies are those before, right after, and after each epoch that follows."""
+    train, _, test = data
+    order = torch.Generator().manual_seed(seed)
+    ensemble = Ensemble([p.detach()[None].clone() for p in mlp(WIDTHS, seed).parameters()], torch.tensor([RATE]))
+    for _ in tqdm(range(before), desc=f"seed {seed}, before", leave=False):
+        for x, y in train.batches(BATCH, generator=order):
+            ensemble.step(x, y)
+    start = ensemble.weights
+    x, y = train.batch(min(TELEPORT_BATCH, len(train)), generator=torch.Generator().manual_seed(1000 + seed))
+    rows, nets = [], []
+    for arm in tqdm(arms, desc=f"seed {seed}, teleports", leave=False):
+        net = mlp(WIDTHS, 0)
+        for p, w in zip(net.parameters(), start, strict=True):
+            p.data.copy_(w[0])
+        rows.append({"seed": seed, "arm": arm, **teleport(net, arm, x, y, seed)})
+        nets.append([p.detach() for p in net.parameters()])
+    ensemble = Ensemble([torch.stack(layer) for layer in zip(*nets, strict=True)], torch.full((len(arms),), RATE))
+    curves: dict[str, list] = {"train_loss": [], "test_loss": [], "test_accuracy": []}
+
+    def record(weights) -> None:
+        found = (evaluate(weights, train.x[:10000], train.y[:10000])[0], *evaluate(weights, test.x, test.y))
+        for values, value in zip(curves.values(), found, strict=True):
+            values.append(value.expand(len(arms)))
+
+    record(start)
+    record(ensemble.weights)
+    for _ in tqdm(range(after), desc=f"seed {seed}, after", leave=False):
+        for xs, ys in train.batches(BATCH, generator=order):
+            ensemble.step(xs, ys)
+        record(ensemble.weights)
+    for name, values in curves.items():
+        for row, curve in zip(rows, torch.stack(values, 1).tolist(), strict=True):
+            row[name] = curve
+    return rounded(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--quick", action="store_true", help="a smoke test: synthetic images, one seed, few epochs")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.quick and options.out == RESULTS:
+        parser.error("--quick needs --out, so that it does not replace the results")
+    seeds, before, after = (1, 1, 1) if options.quick else (options.seeds, BEFORE, AFTER)
+    data = split(options.quick)
+    config = {
+        "widths": list(WIDTHS),
+        "batch": BATCH,
+        "rate": RATE,
+        "epochs": [before, after],
+        "teleport_batch": TELEPORT_BATCH,
+        "radius": RADIUS,
+        "radii": list(RADII),
+        "directions": DIRECTIONS,
+        "curves": CURVES,
+        "arms": ARMS,
+        "data": data[0].name,
+        "images": [len(part) for part in data],
+        "torch": torch.__version__.split("+")[0],
+        "teleport_lite": tl.__version__,
+    }
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if results.get("config") != config:
+        results = {"config": config, "runs": []}
+    for seed in range(seeds):
+        if all(row["seed"] != seed for row in results["runs"]):
+            results["runs"] += run(seed, ARMS, before, after, data)
+            save(results, options.out)
+
+
+if __name__ == "__main__":
+    main()
