@@ -102,7 +102,7 @@ def balanced(weights: list[Tensor], symmetry: tl.Product) -> list[Tensor]:
     return [torch.stack(layer) for layer in zip(*rows, strict=True)]
 
 
-def measures(weights: list[Tensor], data, batches: int) -> dict[str, list[float]]:
+def measures(weights: list[Tensor], data, batches: int, curves: int) -> dict[str, list[float]]:
     """All measures of all networks."""
     x, _ = data.batch(BATCH_SIZE, generator=torch.Generator().manual_seed(3))
     scalings = tl.find_symmetries(alone(weights, 0), x).continuous
@@ -117,8 +117,8 @@ def measures(weights: list[Tensor], data, batches: int) -> dict[str, list[float]
         draw = torch.Generator().manual_seed(5)
         loss_fn = lambda n: F.cross_entropy(n(xs), ys)  # noqa: E731
         row = {
-            "curvature_scaling": tl.curvature(net, scalings, samples=CURVES, generator=draw),
-            "curvature_mixing": tl.curvature(net, mixing, samples=CURVES, generator=draw),
+            "curvature_scaling": tl.curvature(net, scalings, samples=curves, generator=draw),
+            "curvature_mixing": tl.curvature(net, mixing, samples=curves, generator=draw),
             "hessian_eigenvalue": tl.hessian_eigenvalues(net, loss_fn, generator=draw)[0],
             "hessian_trace": tl.hessian_trace(net, loss_fn, samples=20, generator=draw),
             "weight_norm": norm({n: p.detach() for n, p in net.named_parameters()}),
@@ -131,12 +131,13 @@ def measures(weights: list[Tensor], data, batches: int) -> dict[str, list[float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smoke test: synthetic images, four networks, one epoch")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: synthetic images, 3 networks, 1 epoch")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.quick and options.out == RESULTS:
         parser.error("--quick needs --out, so that it does not replace the results")
-    networks, epochs, batches = (4, 1, 2) if options.quick else (NETWORKS, EPOCHS, BATCHES)
+    quick = (3, 1, 2, 2)
+    networks, epochs, batches, curves = quick if options.quick else (NETWORKS, EPOCHS, BATCHES, CURVES)
     data = split(options.quick)
     config = {
         "widths": list(WIDTHS),
@@ -146,7 +147,7 @@ def main() -> None:
         "networks": networks,
         "radii": list(RADII),
         "directions": batches,
-        "curves": CURVES,
+        "curves": curves,
         "data": data[0].name,
         "images": [len(part) for part in data],
         "torch": torch.__version__.split("+")[0],
@@ -161,7 +162,7 @@ def main() -> None:
         for name, part in zip(("train", "validation", "test"), data, strict=True)
         for what, values in zip(("loss", "accuracy"), evaluate(weights, part.x, part.y), strict=True)
     }
-    found = measures(weights, data[0], batches)
+    found = measures(weights, data[0], batches, curves)
     save({"config": config, "minutes_of_training": round(minutes, 1), "networks": losses | found}, options.out)
     checkpoint.unlink()
 

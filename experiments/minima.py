@@ -29,7 +29,7 @@ from teleport_lite import objectives
 RESULTS = Path(__file__).resolve().parent.parent / "book" / "results" / "minima.json"
 WIDTHS, BATCH, RATE, BEFORE, AFTER, SEEDS = (784, 16, 10, 10), 20, 0.01, 20, 20, 10
 TELEPORT_BATCH = 2000
-RADII, DIRECTIONS, CURVES = (0.02, 0.05, 0.1, 0.15, 0.2), 20, 20
+RADII, DRAWS = (0.02, 0.05, 0.1, 0.15, 0.2), 20
 RADIUS = {"scaling": 1.0, "mixing": 0.05}  # a mixing changes the loss on other images, the more the larger its radius
 GOALS = {
     "random": None,
@@ -47,21 +47,22 @@ def symmetry_of(family: str, net: nn.Module, x) -> tl.Product:
     return tl.minibatch_symmetries(net, x)
 
 
-def measures(net: nn.Module, symmetry: tl.Product, x, y) -> dict[str, float]:
+def measures(net: nn.Module, symmetry: tl.Product, x, y, draws: int) -> dict[str, float]:
     """Sharpness on the batch and curvature of the orbits, of the same directions and curves for all arms."""
     draw = torch.Generator().manual_seed(7)
     phi = tl.sharpness(
-        net, lambda n: F.cross_entropy(n(x), y), radii=RADII, directions=100, generator=draw, chunk_size=10
+        net, lambda n: F.cross_entropy(n(x), y), radii=RADII, directions=5 * draws, generator=draw, chunk_size=10
     )
-    return {"sharpness": float(phi), "curvature": float(tl.curvature(net, symmetry, samples=100, generator=draw))}
+    psi = tl.curvature(net, symmetry, samples=5 * draws, generator=draw)
+    return {"sharpness": float(phi), "curvature": float(psi)}
 
 
-def teleport(net: nn.Module, arm: str, x, y, seed: int) -> dict:
-    """Teleport `net` as the arm says; what it changed."""
+def teleport(net: nn.Module, arm: str, x, y, seed: int, draws: int) -> dict:
+    """Teleport `net` as the arm says; what it changed. `draws` is how many directions or curves an objective has."""
     family, _, goal = arm.partition(", ")
     family = family if goal else "scaling"
     symmetry = symmetry_of(family, net, x)
-    row: dict = {"before": measures(net, symmetry, x, y)}
+    row: dict = {"before": measures(net, symmetry, x, y, draws)}
     if goal:
         draw, options = torch.Generator().manual_seed(seed), {"radius": RADIUS[family], "tol": math.inf}
         if GOALS[goal] is None:
@@ -71,9 +72,9 @@ def teleport(net: nn.Module, arm: str, x, y, seed: int) -> dict:
         else:
             name, maximize = GOALS[goal]
             objective = (
-                objectives.sharpness(RADII, DIRECTIONS, generator=draw, chunk_size=5)
+                objectives.sharpness(RADII, draws, generator=draw, chunk_size=5)
                 if name == "sharpness"
-                else objectives.curvature(CURVES, generator=draw)
+                else objectives.curvature(draws, generator=draw)
             )
             report = tl.teleport(net, lambda n: F.cross_entropy(n(x), y), symmetry, objective, maximize, **options)
         row |= {
@@ -82,7 +83,7 @@ def teleport(net: nn.Module, arm: str, x, y, seed: int) -> dict:
             "invariance_error": report.invariance_error,
             "seconds": report.seconds,
         }
-    return row | {"after": measures(net, symmetry, x, y)}
+    return row | {"after": measures(net, symmetry, x, y, draws)}
 
 
 def rounded(value):
@@ -93,7 +94,7 @@ def rounded(value):
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def run(seed: int, arms: list[str], before: int, after: int, data) -> list[dict]:
+def run(seed: int, before: int, after: int, draws: int, data) -> list[dict]:
     """All arms of one seed; losses and accuracies are those before, right after, and after each epoch that follows."""
     train, _, test = data
     order = torch.Generator().manual_seed(seed)
@@ -104,19 +105,19 @@ def run(seed: int, arms: list[str], before: int, after: int, data) -> list[dict]
     start = ensemble.weights
     x, y = train.batch(min(TELEPORT_BATCH, len(train)), generator=torch.Generator().manual_seed(1000 + seed))
     rows, nets = [], []
-    for arm in tqdm(arms, desc=f"seed {seed}, teleports", leave=False):
+    for arm in tqdm(ARMS, desc=f"seed {seed}, teleports", leave=False):
         net = mlp(WIDTHS, 0)
         for p, w in zip(net.parameters(), start, strict=True):
             p.data.copy_(w[0])
-        rows.append({"seed": seed, "arm": arm, **teleport(net, arm, x, y, seed)})
+        rows.append({"seed": seed, "arm": arm, **teleport(net, arm, x, y, seed, draws)})
         nets.append([p.detach() for p in net.parameters()])
-    ensemble = Ensemble([torch.stack(layer) for layer in zip(*nets, strict=True)], torch.full((len(arms),), RATE))
+    ensemble = Ensemble([torch.stack(layer) for layer in zip(*nets, strict=True)], torch.full((len(ARMS),), RATE))
     curves: dict[str, list] = {"train_loss": [], "test_loss": [], "test_accuracy": []}
 
     def record(weights) -> None:
         found = (evaluate(weights, train.x[:10000], train.y[:10000])[0], *evaluate(weights, test.x, test.y))
         for values, value in zip(curves.values(), found, strict=True):
-            values.append(value.expand(len(arms)))
+            values.append(value.expand(len(ARMS)))
 
     record(start)
     record(ensemble.weights)
@@ -138,7 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick and options.out == RESULTS:
         parser.error("--quick needs --out, so that it does not replace the results")
-    seeds, before, after = (1, 1, 1) if options.quick else (options.seeds, BEFORE, AFTER)
+    seeds, before, after, draws = (1, 1, 1, 1) if options.quick else (options.seeds, BEFORE, AFTER, DRAWS)
     data = split(options.quick)
     config = {
         "widths": list(WIDTHS),
@@ -148,8 +149,7 @@ def main() -> None:
         "teleport_batch": TELEPORT_BATCH,
         "radius": RADIUS,
         "radii": list(RADII),
-        "directions": DIRECTIONS,
-        "curves": CURVES,
+        "draws": draws,
         "arms": ARMS,
         "data": data[0].name,
         "images": [len(part) for part in data],
@@ -161,7 +161,7 @@ def main() -> None:
         results = {"config": config, "runs": []}
     for seed in range(seeds):
         if all(row["seed"] != seed for row in results["runs"]):
-            results["runs"] += run(seed, ARMS, before, after, data)
+            results["runs"] += run(seed, before, after, draws, data)
             save(results, options.out)
 
 

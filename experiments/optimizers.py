@@ -35,24 +35,22 @@ OPTIMIZERS = {  # learning rates, and the epoch whose first steps are teleports
 }
 
 
-SYMMETRY = tl.find_symmetries(mlp(WIDTHS, 0), torch.rand(1, WIDTHS[0], generator=torch.Generator().manual_seed(0)))
+SYMMETRY = tl.find_symmetries(mlp(WIDTHS, 0), torch.ones(1, WIDTHS[0])).continuous  # the scalings
 
 
-def exact(net: nn.Module, loss_fn, generator: torch.Generator) -> tl.Report:
+def exact(net: nn.Module, loss_fn, generator: torch.Generator, optimizer: str) -> tl.Report:
     """To the steepest point of the scaling orbit."""
     return tl.teleport(net, loss_fn, SYMMETRY, radius=RADIUS, generator=generator)
 
 
-def at_random(net: nn.Module, loss_fn, generator: torch.Generator) -> tl.Report:
+def at_random(net: nn.Module, loss_fn, generator: torch.Generator, optimizer: str) -> tl.Report:
     """To a random point of the scaling orbit, as far away."""
     return tl.teleport(net, loss_fn, SYMMETRY, radius=RADIUS, search="random", generator=generator)
 
 
-def paper(net: nn.Module, loss_fn, generator: torch.Generator) -> tl.Report:
-    """As published."""
-    from paper_teleport import paper_teleport
-
-    return paper_teleport(net, loss_fn)
+def paper(net: nn.Module, loss_fn, generator: torch.Generator, optimizer: str) -> tl.Report:
+    """As published, with the ascent rate that was published for the optimizer."""
+    return tl.paper_teleport(net, loss_fn, lr=1e-4 if optimizer in ("sgd", "adagrad") else 5e-2)
 
 
 ARMS = {  # how each arm moves, and what becomes of the optimizer's state
@@ -71,7 +69,9 @@ def carry(state: dict[str, Tensor], before: Tensor, after: Tensor, m: int) -> No
         entry[m] *= factor.square() if name in SECOND_MOMENTS else factor
 
 
-def teleport(ensemble: Ensemble, members: slice, arm: str, x: Tensor, y: Tensor, generator) -> list[dict]:
+def teleport(
+    ensemble: Ensemble, members: slice, arm: str, optimizer: str, x: Tensor, y: Tensor, generator: torch.Generator
+) -> list[dict]:
     """Teleport some members, one by one, and their optimizer state; what each teleport did."""
     move, state = ARMS[arm]
     if state == "reset":
@@ -84,7 +84,7 @@ def teleport(ensemble: Ensemble, members: slice, arm: str, x: Tensor, y: Tensor,
         params = list(net.parameters())
         for p, w in zip(params, old, strict=True):
             p.data.copy_(w)
-        report = move(net, lambda n: F.cross_entropy(n(x), y), generator)
+        report = move(net, lambda n: F.cross_entropy(n(x), y), generator, optimizer)
         for w, p, layer, before in zip(ensemble.weights, params, ensemble.states, old, strict=True):
             w[m] = p.detach()
             if state == "transport" and report.accepted:
@@ -131,7 +131,7 @@ def run(optimizer: str, arms: list[str], seed: int, epochs: int, data) -> list[d
             if epoch == min(when, epochs - 1) and step < TIMES:
                 tx, ty = train.batch(TELEPORT_BATCH, generator=draw)
                 for arm in arms:
-                    moves[arm] += teleport(ensemble, slices[arm], arm, tx, ty, jumps[arm])
+                    moves[arm] += teleport(ensemble, slices[arm], arm, optimizer, tx, ty, jumps[arm])
             ensemble.step(x, y)
         record()
 

@@ -72,3 +72,35 @@ def test_the_mnist_experiment_runs_and_resumes(tmp_path):
     assert max(start) - min(start) < 1e-4  # every arm begins at the same function
     subprocess.run([*command, "--network", "784-16-10-10"], check=True, capture_output=True)
     assert json.loads(out.read_text()) == first
+
+
+@pytest.mark.parametrize("name", ["optimizers", "sgd_search", "minima"])
+def test_the_other_experiments_run_and_resume(name, tmp_path):
+    out = tmp_path / "results.json"
+    command = [sys.executable, str(EXPERIMENTS / f"{name}.py"), "--quick", "--out", str(out)]
+    if name == "optimizers":
+        command += ["--optimizer", "adam", "--optimizer", "sgd"]
+    subprocess.run(command, check=True, capture_output=True)
+    first = json.loads(out.read_text())
+    assert first["runs"] and first["config"]["data"] == "synthetic"
+    for run in first["runs"]:
+        losses = torch.tensor(run["test_loss"])  # ..., epochs: before anything, and after it
+        start = losses.reshape(-1, losses.shape[-1])[:, 0]
+        assert losses.isfinite().all() and start.max() - start.min() < 1e-4
+        assert (losses[..., -1] != losses[..., 0]).any()
+    last = first["runs"].pop()
+    out.write_text(json.dumps(first))
+    subprocess.run(command, check=True, capture_output=True)
+    again = json.loads(out.read_text())["runs"]
+    same = ("arm", "seed", "test_loss")
+    assert {k: again[-1][k] for k in same if k in last} == {k: last[k] for k in same if k in last}
+
+
+def test_measures_of_generalization(tmp_path):
+    out = tmp_path / "results.json"
+    command = [sys.executable, str(EXPERIMENTS / "generalization.py"), "--quick", "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    found = json.loads(out.read_text())["networks"]
+    assert all(len(values) == 3 and torch.tensor(values).isfinite().all() for values in found.values())
+    loss, around = (torch.tensor(found[name]) for name in ("train_loss", "sharpness_isotropic"))
+    assert (around - loss).abs().max() < 0.1 and (around != loss).all()
