@@ -11,8 +11,9 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,12 @@ import teleport_lite as tl
 from teleport_lite.params import loss_of, norm, value_and_grad
 from teleport_lite.search import closed_form
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
+from ensemble import Ensemble
+
 SEEDS = range(5)
 REPEATS = 40
+SLOW_REPEATS = 7
 NETWORKS = {"784-16-10-10": (784, 16, 10, 10), "784-512-512-10": (784, 512, 512, 10)}
 PROMISED = {"784-16-10-10": (7.0, 10.0), "784-512-512-10": (15.0, 3.0)}  # squared gain, cost in gradients
 
@@ -47,10 +52,10 @@ def batch() -> tuple[Tensor, Tensor, bool]:
         return x, torch.randint(10, (200,), generator=generator), False
 
 
-def alternate(*actions: Callable[[], object]) -> list[float]:
+def alternate(*actions: Callable[[], object], repeats: int = REPEATS) -> list[float]:
     """Median seconds of each action, taken in turns so that all see the same machine."""
     seconds: list[list[float]] = [[] for _ in actions]
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for action, times in zip(actions, seconds, strict=True):
             start = time.perf_counter()
             action()
@@ -77,6 +82,119 @@ def long_search(symmetry: tl.Product, grads: dict[str, Tensor], restarts: int = 
                 break
         best = max(best, float(norm(factors.transport(grads, tuple(xi)))))
     return best
+
+
+def plain_paper_teleport(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    x: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor], Tensor],
+    *,
+    steps: int = 10,
+    lr: float = 5e-2,
+    stop: float = 100.0,
+    carried: bool = False,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """`tl.paper_teleport` as a loop over layers in which automatic differentiation goes through everything."""
+    ws, bs = [w.detach() for w in weights], [None if b is None else b.detach() for b in biases]
+    count = len(ws) - 1
+
+    def layer(w: Tensor, b: Tensor | None, h: Tensor) -> Tensor:
+        return h @ w.T if b is None else h @ w.T + b
+
+    def act(ts: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+        moved, shifts, h = list(ws), list(bs), x
+        for m in range(count):
+            g = torch.eye(len(ts[m]), dtype=x.dtype) + ts[m]
+            pre = layer(moved[m], shifts[m], states[m] if carried else h)
+            moved[m + 1] = moved[m + 1] @ activation(pre).T @ torch.linalg.pinv(activation(pre @ g.T)).T
+            moved[m], shifts[m] = g @ moved[m], None if shifts[m] is None else g @ shifts[m]
+            h = activation(layer(moved[m], shifts[m], h))
+        return moved, shifts
+
+    states = [x]
+    for m in range(count - 1):
+        states.append(activation(layer(ws[m], bs[m], states[-1])))
+    for _ in range(steps):
+        ts = [torch.zeros(len(w), len(w), dtype=x.dtype, requires_grad=True) for w in ws[:-1]]
+        moved, shifts = act(ts)
+        points = [w.view_as(w) for w in moved]
+        offsets = [b if b is None else b.view_as(b).requires_grad_() for b in shifts]
+        h = x
+        for m in range(count):
+            h = activation(layer(points[m], offsets[m], h))
+        inputs = [*points, *(b for b in offsets if b is not None)]
+        grads = torch.autograd.grad(loss(layer(points[-1], offsets[-1], h)), inputs, create_graph=True)
+        square = torch.stack([grad.square().sum() for grad in grads]).sum()
+        if square > stop:
+            break
+        ts = [lr * slope for slope in torch.autograd.grad(square, ts)]
+        ws, bs = act(ts)
+        states = [x, *(h + h @ t.T for h, t in zip(states[1:], ts[:-1], strict=True))]
+    return ws, bs
+
+
+def published(board: Board, x: Tensor, y: Tensor) -> None:
+    """`paper_teleport` beside the plain loop, and the exact scaling teleport beside `paper_teleport`."""
+    for name, widths in NETWORKS.items():
+        model = mlp(widths, 0)
+        fresh, weights = copy.deepcopy(model.state_dict()), [p.detach().clone() for p in model.parameters()]
+        symmetry = tl.find_symmetries(model, x)
+
+        def loss_fn(net):
+            return F.cross_entropy(net(x), y)
+
+        def plain(weights=weights):
+            return plain_paper_teleport(
+                weights, [None] * len(weights), x, nn.LeakyReLU(0.1), lambda out: F.cross_entropy(out, y)
+            )[0]
+
+        def fast(model=model):
+            assert tl.paper_teleport(model, loss_fn).accepted
+
+        def exact(model=model, symmetry=symmetry):
+            assert tl.teleport(model, loss_fn, symmetry).accepted
+
+        def restore(model=model, fresh=fresh):
+            model.load_state_dict(fresh)
+
+        fast()
+        gap = max(float((a.detach() - b).norm() / b.norm()) for a, b in zip(model.parameters(), plain(), strict=True))
+        wide = min(widths[1:-1]) >= len(x)
+        loop, ours, _, other, _ = alternate(plain, fast, restore, exact, restore, repeats=SLOW_REPEATS)
+        board.row(f"{name}: paper_teleport, plain loop / ours", loop / ours, 5.0 if wide else None, at_least=True)
+        board.row(f"{name}: relative difference of their weights", gap, 1e-4)
+        board.row(f"{name}: paper_teleport / exact scaling teleport", ours / other)
+
+
+def ensembles(board: Board, x: Tensor, y: Tensor, members: int = 100) -> None:
+    """One step of SGD of the ensemble trainer, beside a loop over as many networks and optimizers."""
+    models = [mlp(NETWORKS["784-16-10-10"], seed) for seed in range(members)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in models]
+    weights = [
+        torch.stack([w.detach() for w in layer]) for layer in zip(*(m.parameters() for m in models), strict=True)
+    ]
+    ensemble = Ensemble(weights, torch.full((members,), 0.01))
+    x, y = x[:20], y[:20]
+
+    def loop():
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    ensemble.step(x, y)
+    loop()
+    trained = zip(*(m.parameters() for m in models), strict=True)
+    gap = max(
+        float((a - b).detach().norm() / b.detach().norm())
+        for layer, row in zip(weights, trained, strict=True)
+        for a, b in zip(layer, row, strict=True)
+    )
+    one, whole = alternate(lambda: ensemble.step(x, y), loop)
+    board.row(f"{members} networks 784-16-10-10, batch 20: SGD loop / ensemble", whole / one, 10.0, at_least=True)
+    board.row("relative difference of their weights after a step", gap, 1e-5)
 
 
 class Board:
@@ -140,6 +258,8 @@ def main() -> int:
         board.row(f"{name}: of which the search", part / one)
         (found,) = alternate(lambda model=model: tl.find_symmetries(model, x))
         board.row(f"{name}: find_symmetries / gradient", found / one)
+    published(board, x, y)
+    ensembles(board, x, y)
     return int(board.failed)
 
 

@@ -12,6 +12,7 @@ from teleport_lite.levelset import LevelSetReport, level_set_teleport
 from teleport_lite.nullspace import null_space_teleport
 from teleport_lite.objectives import Objective, one_step_loss
 from teleport_lite.optim import Teleporter
+from teleport_lite.published import paper_teleport
 from teleport_lite.symmetries import Product, Symmetry, minibatch_symmetries
 from teleport_lite.teleport import Report, teleport
 
@@ -36,6 +37,7 @@ __all__ = [
     "null_space_teleport",
     "objectives",
     "one_step_loss",
+    "paper_teleport",
     "sharpness",
     "symmetries",
     "teleport",
