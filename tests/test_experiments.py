@@ -88,7 +88,8 @@ def test_the_other_experiments_run_and_resume(name, tmp_path):
         start = losses.reshape(-1, losses.shape[-1])[:, 0]
         assert losses.isfinite().all() and start.max() - start.min() < 1e-4
         assert (losses[..., -1] != losses[..., 0]).any()
-    last = first["runs"].pop()
+    last = first["runs"][-1]
+    first["runs"] = [] if name == "minima" else first["runs"][:-1]  # it saves the arms of a seed together
     out.write_text(json.dumps(first))
     subprocess.run(command, check=True, capture_output=True)
     again = json.loads(out.read_text())["runs"]
