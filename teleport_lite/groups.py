@@ -205,9 +205,9 @@ class GeneralLinear(Group):
         r"""Extremise $\mathrm{tr}(A M) + \mathrm{tr}(B M^{-1})$ over $M = e^{2\xi}$, $\xi$ symmetric, $\|\xi\| \le r$.
 
         Convex in M. The maximum is attained where all eigenvalues of $\xi$ are $\pm r$, with the sign of
-        the eigenvalues of $A - B$. The minimum is the geometric mean $M = A^{-1} \# B$; where that leaves the ball, or A
-        is singular, its eigenvalues are clipped, which is close to the minimum within the ball and not equal to it.
-        Proposition 4.5 of the chapter *Teleporting*. (A = `up`, B = `down`.)
+        the eigenvalues of $A - B$. The minimum is the geometric mean $M = A^{-1} \# B$; where that leaves the ball,
+        or A is singular, its eigenvalues are clipped, which is close to the minimum within the ball and not equal to
+        it. Proposition 4.5 of the chapter *Teleporting*. (A = `up`, B = `down`.)
         """
         if maximize:
             values, vectors = torch.linalg.eigh(up - down)
