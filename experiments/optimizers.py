@@ -90,8 +90,10 @@ def teleport(
             if state == "transport" and report.accepted:
                 carry(layer, before, w[m], m)
         gain = (report.objective_after / report.objective_before) ** 2
+        grown = ensemble.weights[0][m].norm(dim=1) > old[0].norm(dim=1)
         rows.append(
             {
+                "first_layer_stretched": int(grown.sum()),  # neurons whose incoming weights became larger
                 "accepted": report.accepted,
                 "squared_gradient_gain": float(f"{gain:.4g}"),
                 "invariance_error": float(f"{report.invariance_error:.3g}"),
