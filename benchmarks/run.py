@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import teleport_lite as tl
+from teleport_lite.geometry import mean_loss_around, unit_directions
 from teleport_lite.params import loss_of, norm, value_and_grad
-from teleport_lite.search import closed_form
+from teleport_lite.search import STEPS, closed_form
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 from ensemble import Ensemble
@@ -169,6 +170,90 @@ def published(board: Board, x: Tensor, y: Tensor) -> None:
         board.row(f"{name}: paper_teleport / exact scaling teleport", ours / other)
 
 
+def sharpnesses(board: Board, x: Tensor, y: Tensor) -> None:
+    """`sharpness` and its gradient, beside loops over the same losses, for which the directions are drawn before."""
+    name, radii = "784-16-10-10", tl.geometry.RADII[:9]
+    model = mlp(NETWORKS[name], 0)
+    scratch = copy.deepcopy(model)
+
+    def loss_fn(net):
+        return F.cross_entropy(net(x), y)
+
+    loss, params = loss_of(model, loss_fn), {n: p.detach() for n, p in model.named_parameters()}
+    around = unit_directions(params, 100, generator=torch.Generator().manual_seed(0))
+    points = [(d, t) for d in range(100) for t in radii]
+
+    def loop():
+        with torch.no_grad():
+            losses = [loss({n: p + t * around[n][d] for n, p in params.items()}) for d, t in points]
+        return torch.stack(losses).mean()
+
+    def in_place():  # the fastest loop that we know: no functional call, no new parameters
+        losses = []
+        with torch.no_grad():
+            for d, t in points:
+                for n, p in scratch.named_parameters():
+                    torch.add(params[n], around[n][d], alpha=t, out=p)
+                losses.append(loss_fn(scratch))
+        return torch.stack(losses).mean()
+
+    def ours():
+        generator = torch.Generator().manual_seed(0)
+        return tl.sharpness(model, loss_fn, radii=radii, directions=100, generator=generator, chunk_size=50)
+
+    def loop_gradient():
+        grads = [value_and_grad(loss, {n: p + t * around[n][d] for n, p in params.items()})[1] for d, t in points]
+        return [torch.stack([g[n] for g in grads]).mean(0) for n in params]
+
+    def our_gradient():
+        leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
+        return torch.autograd.grad(mean_loss_around(loss, leaves, around, radii), [*leaves.values()])
+
+    gap = float((ours() - loop()).abs() / loop())
+    slow, quick, fast = alternate(loop, in_place, ours, repeats=2 * SLOW_REPEATS)
+    board.row(f"{name}: 900 losses around, loop / sharpness", slow / fast, 5.0, at_least=True)
+    board.row(f"{name}: the same, loop in place / sharpness", quick / fast)
+    board.row("relative difference of their values", gap, 1e-5)
+    gap = max(float((a - b).norm() / b.norm()) for a, b in zip(our_gradient(), loop_gradient(), strict=True))
+    slow, fast = alternate(loop_gradient, our_gradient, repeats=3)
+    board.row(f"{name}: gradient of the sharpness, loop / ours", slow / fast, 5.0, at_least=True)
+    board.row("relative difference of their gradients", gap, 1e-4)
+
+
+def curvatures(board: Board, x: Tensor, y: Tensor, samples: int = 10) -> None:
+    """The mean curvature of `samples` orbit curves, and a step of a teleport that follows it, beside a gradient."""
+    for name, widths in NETWORKS.items():
+        model = mlp(widths, 0)
+        fresh = copy.deepcopy(model.state_dict())
+        symmetry, batch_symmetry = tl.find_symmetries(model, x), tl.minibatch_symmetries(model, x)
+
+        def loss_fn(net):
+            return F.cross_entropy(net(x), y)
+
+        def gradient(model=model):
+            model.zero_grad()
+            loss_fn(model).backward()
+
+        def curvature(model=model, symmetry=symmetry):
+            tl.curvature(model, symmetry, samples=samples)
+
+        def teleport(model=model, symmetry=symmetry):
+            assert tl.teleport(model, loss_fn, symmetry, objective=tl.objectives.curvature(samples)).accepted
+
+        def restore(model=model, fresh=fresh):
+            model.load_state_dict(fresh)
+
+        one, value = alternate(gradient, curvature)
+        board.row(f"{name}: curvature, {samples} curves / gradient", value / one, 3.0)
+        one, whole, _ = alternate(gradient, teleport, restore, repeats=SLOW_REPEATS)
+        board.row(f"{name}: a step of a curvature teleport / gradient", whole / STEPS / one, 20.0)
+        if widths[1] < len(x):  # elsewhere it takes seconds a curve
+            one, value = alternate(
+                gradient, lambda m=model, s=batch_symmetry: tl.curvature(m, s, samples=1), repeats=SLOW_REPEATS
+            )
+            board.row(f"{name}: a curve of the mini-batch mixing / gradient", value / one)
+
+
 def ensembles(board: Board, x: Tensor, y: Tensor, members: int = 100) -> None:
     """One step of SGD of the ensemble trainer, beside a loop over as many networks and optimizers."""
     models = [mlp(NETWORKS["784-16-10-10"], seed) for seed in range(members)]
@@ -263,6 +348,8 @@ def main() -> int:
         board.row(f"{name}: of which the search", part / one)
         (found,) = alternate(lambda model=model: tl.find_symmetries(model, x))
         board.row(f"{name}: find_symmetries / gradient", found / one)
+    sharpnesses(board, x, y)
+    curvatures(board, x, y)
     published(board, x, y)
     ensembles(board, x, y)
     return int(board.failed)

@@ -7,6 +7,7 @@ factor exactly given the others. Derived in the chapter *Teleporting*.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from teleport_lite.groups import GeneralLinear, PositiveScaling
 from teleport_lite.objectives import AlongOrbit, Objective, Problem
 from teleport_lite.params import Params
 from teleport_lite.symmetries.base import Product, Symmetry
-from teleport_lite.symmetries.neurons import NeuronSymmetry
+from teleport_lite.symmetries.neurons import Leg, NeuronSymmetry
 
 SWEEPS_UP = 4  # a corner maximum has been stable after 1 to 4 sweeps wherever it was measured
 SWEEPS_DOWN = 100  # balancing converges linearly, by about cos^2(pi / depth) a sweep
@@ -76,11 +77,13 @@ def _is_neutral(factor: Symmetry) -> bool:
 
 
 def _is_solvable(factor: Symmetry) -> bool:
-    """A scaling or mixing with at most one leg on each tensor."""
-    return (
-        isinstance(factor, NeuronSymmetry)
-        and isinstance(factor.group, (PositiveScaling, GeneralLinear))
-        and len({leg.name for leg in factor.legs}) == len(factor.legs)
+    """A scaling or mixing that multiplies no entry of a tensor twice."""
+    if not isinstance(factor, NeuronSymmetry) or not isinstance(factor.group, (PositiveScaling, GeneralLinear)):
+        return False
+    legs = sorted(factor.legs, key=lambda leg: (leg.name, leg.start))
+    return all(
+        a.name != b.name or (a.dim == b.dim and a.start + a.each * factor.group.n <= b.start and a.groups == 1)
+        for a, b in pairwise(legs)
     )
 
 
@@ -101,7 +104,8 @@ def closed_form(
         radius: bound on the operator norm of each factor.
     """
     moving = [f for f in symmetry if isinstance(f, NeuronSymmetry) and not f.group.isometry]
-    sweep = _sweep_squares if all(isinstance(f.group, PositiveScaling) for f in moving) else _sweep_tensors
+    plain = all(isinstance(f.group, PositiveScaling) and all(leg.groups == 1 for leg in f.legs) for f in moving)
+    sweep = _sweep_squares if plain else _sweep_tensors
     found = iter(sweep(moving, tensors, gradients, maximize, radius))
     return tuple(f.zeros(tensors) if _is_neutral(f) else next(found).to(tensors[f.names[0]]) for f in symmetry)
 
@@ -121,13 +125,17 @@ def _sweep_squares(
     first = next(iter(squares.values()))
     starts = radius * first.new_tensor([0.0, 1.0, -1.0] if maximize and len(factors) > 1 else [0.0])
     vectors = {(name, dim): first.new_ones(len(starts), squares[name].shape[dim]) for name, dim in dims}
-    xis = [(-1) ** k * starts[:, None].expand(-1, f.group.n) for k, f in enumerate(factors)]
+    xis = [starts[:, None] * (-1) ** k * first.new_ones(f.group.n) for k, f in enumerate(factors)]
 
-    def write(k: int) -> None:
-        stretch = (2 * xis[k]).exp()
+    def stretch(xi: Tensor, leg: Leg) -> Tensor:
+        power = (-2 if leg.dual != gradients else 2) * xi
+        return power.exp() if leg.each == 1 else power.exp().repeat_interleave(leg.each, 1)
+
+    def write(k: int, step: Tensor) -> None:
+        """Move factor k by `step`; two factors may act along one dimension."""
         for leg in factors[k].legs:
-            part = vectors[leg.name, leg.dim].narrow(1, leg.start, factors[k].group.n)
-            part.copy_(stretch.reciprocal() if leg.dual != gradients else stretch)
+            factor = stretch(step, leg)
+            vectors[leg.name, leg.dim].narrow(1, leg.start, factor.shape[1]).mul_(factor)
 
     def contracted(name: str, keep: int | None) -> Tensor:
         """The squares of a tensor, contracted with all vectors but that of dimension `keep`: [starts, entries]."""
@@ -140,17 +148,19 @@ def _sweep_squares(
             rest = (rest.movedim(dim + 1, -1) @ vector if rest.ndim > 2 else rest[:, None] @ vector)[..., 0]
         return rest.reshape(len(starts), -1)
 
-    for k in range(len(factors)):
-        write(k)
+    for k, xi in enumerate(xis):
+        write(k, xi)
     for _ in range(SWEEPS_UP if maximize else SWEEPS_DOWN):
         for k, factor in enumerate(factors):
             totals: list[Tensor | float] = [0.0, 0.0]  # coefficients of e^{2 xi} and of e^{-2 xi}
             for leg in factor.legs:
-                rest = contracted(leg.name, leg.dim)
-                totals[leg.dual != gradients] += rest.narrow(1, leg.start, factor.group.n)
+                rest = contracted(leg.name, leg.dim) * vectors[leg.name, leg.dim]
+                rest = rest.narrow(1, leg.start, factor.group.n * leg.each) / stretch(xis[k], leg)
+                totals[leg.dual != gradients] += rest if leg.each == 1 else rest.unflatten(1, (-1, leg.each)).sum(2)
             group: Any = factor.group
-            xis[k] = group.extremum(*totals, maximize=maximize, radius=radius).expand(len(starts), -1)
-            write(k)
+            found = group.extremum(*totals, maximize=maximize, radius=radius).expand(len(starts), -1)
+            write(k, found - xis[k])
+            xis[k] = found
     values = torch.stack([contracted(name, None).sum(1) for name in squares]).sum(0)
     best = values.argmax().view(1)
     return [xi.index_select(0, best)[0] for xi in xis]
@@ -169,7 +179,7 @@ def _sweep_tensors(
             own = apply({name: state[name] for name in factor.names}, factor.inverse(xis[k]))
             totals: list[Tensor | float] = [0.0, 0.0]
             for leg in factor.legs:
-                totals[leg.dual != gradients] += group.gram(factor.axis(own[leg.name], leg), leg.dim)
+                totals[leg.dual != gradients] += group.gram(factor.axis(own[leg.name], leg), 0)
             xis[k] = group.extremum(*totals, maximize=maximize, radius=radius)
             state |= apply(own, xis[k])
     return xis

@@ -113,12 +113,12 @@ def test_a_custom_model_that_calls_its_modules_in_turn():
 @pytest.mark.parametrize(
     ("twist", "found", "reason"),
     [
-        ("functional", ["PositiveScaling", "Permutation"], "first -> second: the input of second is not what"),
-        ("skip", [], "changes the outputs"),
-        ("skip the last", ["PositiveScaling", "Permutation"], "first -> second: (R>0)^4 changes the outputs"),
-        ("twice", [], "is used 2 times"),
-        ("tied", [], "is used 2 times"),
-        ("reads the weight", ["Permutation", "Permutation"], "(R>0)^4 changes the outputs"),
+        ("functional", ["Permutation", "PositiveScaling", "Permutation"], None),
+        ("skip", ["PositiveScaling", "Permutation"], None),  # one scaling of both layers
+        ("skip the last", ["PositiveScaling", "Permutation"] * 2, None),  # of the neurons that are not skipped
+        ("twice", ["PositiveScaling", "Permutation"], None),
+        ("tied", [], "rows of first.weight: what they are multiplied with is fixed"),
+        ("reads the weight", ["Permutation", "Permutation"], None),
         ("zero", ["PositiveScaling", "Permutation"] * 2, None),
     ],
 )
@@ -136,25 +136,28 @@ def test_no_false_symmetry(twist, found, reason, generator):
         assert relative(functional_call(model, moved, x), model(x)) < 1e-11
 
 
-@pytest.mark.parametrize("build", [nn.BatchNorm1d, nn.LayerNorm])
-def test_layers_with_a_state_are_left_out_with_a_reason(build):
-    model = nn.Sequential(nn.Linear(4, 6), build(6), nn.ReLU(), nn.Linear(6, 2))
-    symmetry = tl.find_symmetries(model, torch.zeros(3, 4))
-    assert len(symmetry) == 0 and "has a state of its own" in symmetry.reasons[0]
+def test_norms_stop_what_comes_in_and_start_with_their_gain():
+    batch = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+    found = tl.find_symmetries(batch, torch.zeros(3, 4))
+    assert kinds(found) == ["PositiveScaling"]  # no permutation: the running statistics would have to be moved
+    assert found[0].names == ("1.weight", "1.bias", "3.weight")
+    assert found.reasons == ("rows of 0.weight: they are normalised",)
+    layer = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 2))
+    assert kinds(tl.find_symmetries(layer, torch.zeros(3, 4))) == ["Permutation", "PositiveScaling"]
 
 
-def test_frozen_parameters_are_left_out_with_a_reason():
+def test_frozen_parameters_stay_with_a_reason():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     model[4].weight.requires_grad_(False)
     symmetry = tl.find_symmetries(model, torch.zeros(3, 4))
-    assert kinds(symmetry) == ["PositiveScaling", "Permutation"]
-    assert symmetry.reasons == ("2 -> 4: 4.weight is frozen",)
+    assert kinds(symmetry) == ["PositiveScaling", "Permutation"] and "4.weight" not in symmetry.names
+    assert symmetry.reasons == ("rows of 2.weight, 4.weight: 4.weight is frozen",)
 
 
-def test_weight_norm_is_left_out():
+def test_weight_norm():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 2))
     symmetry = tl.find_symmetries(model, torch.zeros(3, 4))
-    assert len(symmetry) == 0 and symmetry.reasons
+    assert "Permutation" in kinds(symmetry)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -172,8 +175,8 @@ def test_the_model_and_the_random_state_are_left_as_they_were(training):
 
 def test_no_symmetry_has_a_reason():
     symmetry = tl.find_symmetries(nn.Linear(4, 2), torch.zeros(3, 4))
-    assert len(symmetry) == 0 and symmetry.dim == 0 and "no hidden layer" in symmetry.reasons[0]
-    assert "left out: the model calls one nn.Linear only" in repr(symmetry)
+    assert len(symmetry) == 0 and symmetry.dim == 0 and "the model returns them" in symmetry.reasons[0]
+    assert "left out: rows of weight: the model returns them" in repr(symmetry)
 
 
 def test_errors():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -10,13 +11,17 @@ from conftest import hidden_product, mlp, params_of
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import teleport_lite as tl
 from teleport_lite import geometry, objectives
 from teleport_lite.errors import TeleportError
+from teleport_lite.groups import PositiveScaling
 from teleport_lite.objectives import Problem
 from teleport_lite.params import loss_of
 from teleport_lite.symmetries import TestFunction, mixing, scaling
+from teleport_lite.symmetries.neurons import Leg, NeuronSymmetry
 
 DOUBLE = torch.float64
 
@@ -69,6 +74,58 @@ def test_all_losses_around_are_those_of_a_loop(setting, generator):
         assert abs(float(found[i, j] - alone)) <= 1e-12 * abs(float(alone))
 
 
+@pytest.mark.parametrize("labels", ["of a batch", "of a sequence", "probabilities"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "sum"}, {"reduction": "none"}, {"ignore_index": 1, "label_smoothing": 0.2}, {"weight": True}],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_cross_entropies_around_and_their_gradients_are_those_of_a_loop(labels, options, generator):
+    if labels == "probabilities" and "ignore_index" in options:
+        options = {"label_smoothing": 0.2}
+    if "weight" in options:
+        options = {"weight": torch.tensor([0.5, 1.0, 3.0, 2.0], dtype=DOUBLE)}
+    shape = (9, 3, 5) if labels == "of a sequence" else (9, 5)
+    x, y = torch.randn(shape, generator=generator, dtype=DOUBLE), torch.randint(4, shape[:-1], generator=generator)
+    if labels == "probabilities":
+        y = torch.rand(9, 4, generator=generator, dtype=DOUBLE)
+    model = mlp([5, 7, 4], nn.LeakyReLU(0.1))
+
+    def loss_fn(net):
+        out = F.cross_entropy(net(x).movedim(-1, 1), y, **options)
+        assert out.shape == (shape[:-1] if options.get("reduction") == "none" else ())
+        return (out * torch.arange(1.0, 1 + out.numel(), dtype=DOUBLE).reshape(out.shape)).sum()
+
+    loss, radii = loss_of(model, loss_fn), torch.tensor([0.1, 2.0], dtype=DOUBLE)
+    points = {name: p.clone().requires_grad_() for name, p in params_of(model).items()}
+    around = geometry.unit_directions(params_of(model), 3, generator=generator)
+    found = geometry.losses_around(loss, points, around, radii)
+    alone = torch.stack(
+        [torch.stack([loss({n: p + t * around[n][d] for n, p in points.items()}) for t in radii]) for d in range(3)]
+    )
+    assert torch.allclose(found, alone, rtol=1e-12)
+    grads = [torch.autograd.grad(values.sum(), [*points.values()]) for values in (found, alone)]
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(*grads, strict=True))
+
+
+def test_the_sharpness_is_the_mean_over_radii_that_share_directions():
+    model, x, y = mlp([6, 5, 4, 3], nn.LeakyReLU(0.1)), torch.randn(8, 6, dtype=DOUBLE), torch.arange(8) % 3
+    params, radii = params_of(model), [0.1 * k for k in range(1, 10)]
+    around = geometry.unit_directions(params, 100, generator=torch.Generator().manual_seed(1))
+    losses = [
+        F.cross_entropy(functional_call(model, {n: p + t * around[n][d] for n, p in params.items()}, x), y)
+        for d, t in itertools.product(range(100), radii)
+    ]
+    phi = tl.sharpness(
+        model,
+        lambda net: F.cross_entropy(net(x), y),
+        radii=radii,
+        directions=100,
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert float(phi) == pytest.approx(float(torch.stack(losses).mean()), rel=1e-12)
+
+
 def test_the_sharpness_of_a_quadratic_is_known(generator):
     scales = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=DOUBLE)
     point = nn.Linear(4, 1, bias=False, dtype=DOUBLE)
@@ -93,6 +150,52 @@ def test_chunks_change_memory_only(setting, generator):
     for phi, grads in found[1:]:
         assert torch.allclose(phi, found[0][0], rtol=1e-12)
         assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-14) for a, b in zip(grads, found[0][1], strict=True))
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that live tensors hold together, of those that are made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known, self.live, self.most = weakref.WeakSet(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.known.update(t.untyped_storage() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+        out = func(*args, **(kwargs or {}))
+        for storage in [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]:
+            if storage not in self.known:
+                self.known.add(storage)
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return out
+
+    def _add(self, size: int) -> None:
+        self.live += size
+        self.most = max(self.most, self.live)
+
+
+@pytest.mark.parametrize("differentiate", [False, True])
+def test_the_peak_of_memory_follows_the_chunk_size(differentiate, generator):
+    model = mlp([20, 16, 10, 10], nn.LeakyReLU(0.1), bias=False)
+    x, y = torch.randn(50, 20, generator=generator, dtype=DOUBLE), torch.arange(50) % 10
+    loss = loss_of(model, lambda net: F.cross_entropy(net(x), y))
+    params = {name: p.clone().requires_grad_(differentiate) for name, p in params_of(model).items()}
+    around, radii = (
+        geometry.unit_directions(params_of(model), 100, generator=generator),
+        [0.1 * k for k in range(1, 10)],
+    )
+    peaks, values = {}, {}
+    for size in (None, 100, 50, 10):
+        with Peak() as peak, torch.set_grad_enabled(differentiate):
+            phi = geometry.mean_loss_around(loss, params, around, radii, chunk_size=size)
+            if differentiate:
+                torch.autograd.grad(phi, [*params.values()])
+        peaks[size], values[size] = peak.most, phi.detach()
+    assert peaks[100] > 100 * 9 * 50 * 16 * 8  # the first hidden layer at all points
+    assert peaks[None] == pytest.approx(peaks[100], rel=0.01)
+    assert peaks[50] == pytest.approx(peaks[100] / 2, rel=0.1)
+    assert peaks[10] == pytest.approx(peaks[100] / 10, rel=0.2)
+    assert all(torch.allclose(phi, values[None], rtol=1e-12) for phi in values.values())
 
 
 def test_directions_are_isotropic_and_seeded():
@@ -208,6 +311,66 @@ def test_the_closed_form_of_incoming_mixing(activation, generator):
     assert torch.allclose(torch.cat([second["0.weight"], second["0.bias"][:, None]], 1), v2, atol=1e-8)
     assert torch.allclose(first["2.weight"], -u @ m, atol=1e-10)
     assert torch.allclose(second["2.weight"], u @ m @ m, atol=1e-10)
+
+
+def scaled_convolutions():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 1)).double()
+    first = scaling(4, "0.weight", "2.weight", bias="0.bias")
+    return model, tl.Product([first, scaling(3, "2.weight", "4.weight", bias="2.bias")])
+
+
+def slices():
+    """Scalings of parts of an axis, two of them on the same one, and one that meets a tensor on both sides."""
+    legs = [Leg("0.weight", 0, start=3), Leg("2.weight", 1, dual=True, start=3), Leg("2.weight", 0, start=1)]
+    symmetry = NeuronSymmetry(PositiveScaling(2), legs)
+    return mlp([5, 8, 6, 3], nn.ReLU()), tl.Product([scaling(8, "0.weight", "2.weight", bias="0.bias"), symmetry])
+
+
+def flattened():
+    """A convolution whose channels meet a linear layer as four pixels each."""
+    model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)).double()
+    legs = [Leg("0.weight", 0), Leg("0.bias", 0), Leg("3.weight", 1, dual=True, each=4)]
+    return model, NeuronSymmetry(PositiveScaling(3), legs)
+
+
+def grouped():
+    """A scaling in front of a grouped convolution, in which columns of other rows are other channels."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 6, 1, groups=2)).double()
+    legs = [Leg("0.weight", 0), Leg("0.bias", 0), Leg("2.weight", 1, dual=True, groups=2)]
+    return model, NeuronSymmetry(PositiveScaling(4), legs)
+
+
+@pytest.mark.parametrize("build", [*CURVES.values(), scaled_convolutions, slices, flattened, grouped])
+def test_the_curvature_is_the_mean_over_curves(build, generator):
+    model, symmetry = build()
+    symmetry, params = tl.Product([symmetry]), params_of(model)
+    curves = tuple(0.3 * xi for xi in geometry.sample_curves(params, symmetry, 3, generator=generator))
+    alone = [geometry.kappa(*symmetry.jet(params, xi)) for xi in zip(*curves, strict=True)]
+    found = geometry.mean_kappa(params, symmetry, curves)
+    assert float(found) == pytest.approx(float(torch.stack(alone).mean()), rel=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
+@pytest.mark.parametrize("build", [CURVES["scaling"], CURVES["scalings"], scaled_convolutions, slices, flattened])
+def test_curvature_of_scalings_by_moments_is_that_of_their_jets(build, dtype, generator):
+    model, symmetry = build()
+    symmetry, params = tl.Product([symmetry]), params_of(model)
+    curves = geometry.sample_curves(params, symmetry, 5, generator=generator)
+    points = {name: p.to(dtype).requires_grad_() for name, p in params.items()}
+    found = geometry.scaling_kappas(points, symmetry, tuple(xi.to(dtype) for xi in curves))
+    exact = {name: p.clone().requires_grad_() for name, p in params.items()}
+    jets = [symmetry.jet(exact, xi) for xi in zip(*curves, strict=True)]
+    expected = torch.stack([geometry.kappa(*jet) for jet in jets])
+    assert found.dtype == dtype
+    tol = 1e-11 if dtype == DOUBLE else 1e-6
+    assert torch.allclose(found.double(), expected, rtol=tol)
+    for one, two in zip(
+        torch.autograd.grad(found.sum(), [*points.values()], allow_unused=True),
+        torch.autograd.grad(expected.sum(), [*exact.values()], allow_unused=True),
+        strict=True,
+    ):
+        assert (one is None) == (two is None)
+        assert one is None or torch.allclose(one.double(), two, rtol=100 * tol, atol=100 * tol * float(two.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["ellipse", "rosenbrock", "booth"])

@@ -29,12 +29,16 @@ class Leg:
         dim: its dimension along which the group acts.
         dual: False for incoming weights and biases (they transform by g), True for outgoing weights.
         start: first entry of the axis along that dimension, where it is a slice of a longer one.
+        each: how many entries, side by side, belong to one neuron: the pixels of a channel after flattening.
+        groups: for dimension 1 of a grouped convolution: the axis is that dimension in one group of rows after another.
     """
 
     name: str
     dim: int
     dual: bool = False
     start: int = 0
+    each: int = 1
+    groups: int = 1
 
 
 class NeuronSymmetry(Symmetry):
@@ -68,9 +72,8 @@ class NeuronSymmetry(Symmetry):
         m, dual = self.group.algebra(xi), self.group.algebra(self.group.dual(xi))
         found = {name: torch.zeros_like(params[name]) for name in self.names}
         for leg in self.legs:
-            part = self.group.along(dual if leg.dual else m, self.axis(params[leg.name], leg), leg.dim)
-            ends = leg.start, leg.start + self.group.n
-            found[leg.name] = found[leg.name].slice_scatter(self.axis(found[leg.name], leg) + part, leg.dim, *ends)
+            part = self.group.along(dual if leg.dual else m, self.axis(params[leg.name], leg), 0)
+            found[leg.name] = self._put(found[leg.name], self.axis(found[leg.name], leg) + part, leg)
         return found
 
     def transport(self, grads: Params, xi: Tensor, params: Params | None = None) -> Params:
@@ -89,20 +92,40 @@ class NeuronSymmetry(Symmetry):
         super().check(params)
         for leg in self.legs:
             shape = params[leg.name].shape
-            if leg.dim >= len(shape) or shape[leg.dim] < leg.start + self.group.n:
-                expected = f"at least {leg.start + self.group.n} along dimension {leg.dim}"
+            size = shape[leg.dim] * (leg.groups if leg.groups > 1 else 1) if leg.dim < len(shape) else 0
+            stop = leg.start + self.group.n * leg.each
+            if size < stop or (leg.groups > 1 and (size > stop or shape[0] % leg.groups)):
+                expected = f"at least {stop} along dimension {leg.dim}"
                 raise ShapeError(leg.name, expected, tuple(shape), "pass the parameters that the symmetry was made for")
 
     def axis(self, tensor: Tensor, leg: Leg) -> Tensor:
-        """The slice of a parameter-like tensor on which the group acts."""
-        return tensor.narrow(leg.dim, leg.start, self.group.n)
+        """The slice of a parameter-like tensor on which the group acts, with the hidden axis first: [n, ...]."""
+        if leg.groups > 1:
+            return tensor.unflatten(0, (leg.groups, -1)).movedim(2, 1).flatten(0, 1)
+        part = tensor.narrow(leg.dim, leg.start, self.group.n * leg.each)
+        return (part if leg.each == 1 else part.unflatten(leg.dim, (self.group.n, leg.each))).movedim(leg.dim, 0)
+
+    def _put(self, tensor: Tensor, part: Tensor, leg: Leg) -> Tensor:
+        """`tensor` with `part` in place of its `axis`."""
+        if leg.groups > 1:
+            return part.unflatten(0, (leg.groups, -1)).movedim(1, 2).flatten(0, 1)
+        part = part.movedim(0, leg.dim)
+        part = part if leg.each == 1 else part.flatten(leg.dim, leg.dim + 1)
+        if part.shape == tensor.shape:
+            return part
+        return tensor.slice_scatter(part, leg.dim, leg.start, leg.start + part.shape[leg.dim])
 
     def along(self, g: Tensor, tensor: Tensor, leg: Leg) -> Tensor:
         """`tensor` with `g` applied to its slice of the hidden axis."""
-        if tensor.shape[leg.dim] == self.group.n:
+        if tensor.shape[leg.dim] == self.group.n and leg.groups == 1:
             return self.group.along(g, tensor, leg.dim)
-        moved = self.group.along(g, self.axis(tensor, leg), leg.dim)
-        return tensor.slice_scatter(moved, leg.dim, leg.start, leg.start + self.group.n)
+        return self._put(tensor, self.group.along(g, self.axis(tensor, leg), 0), leg)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NeuronSymmetry) and (self.group, set(self.legs)) == (other.group, set(other.legs))
+
+    def __hash__(self) -> int:
+        return hash((self.group, self.legs[0]))
 
     def __str__(self) -> str:
         sides = (dict.fromkeys(leg.name for leg in self.legs if leg.dual == dual) for dual in (False, True))

@@ -1,0 +1,188 @@
+"""find_symmetries on many families of models: the whole group, nothing false, nothing touched."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from architectures import FAMILIES, Decoder
+from conftest import params_of
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import teleport_lite as tl
+from teleport_lite.errors import TeleportError
+from teleport_lite.params import Params
+from teleport_lite.propagate import InFloat64
+
+
+def outputs(model: nn.Module, params: Params, inputs: object) -> Tensor:
+    torch.manual_seed(0)
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    with torch.no_grad(), InFloat64():  # some models compute in float32 whatever they are given
+        return functional_call(model, params, args)
+
+
+def worst(model: nn.Module, symmetry: tl.Product, inputs: object, elements: int) -> float:
+    """Relative change of the outputs under random elements of radius 0.5."""
+    params, generator = params_of(model), torch.Generator().manual_seed(0)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    before, found = outputs(model, {**params, **buffers}, inputs), 0.0
+    for _ in range(elements):
+        moved = symmetry.act(params, symmetry.sample(params, radius=0.5, generator=generator))
+        after = outputs(model, {**moved, **{k: b.clone() for k, b in buffers.items()}}, inputs)
+        found = max(found, float((after - before).abs().max() / before.abs().max()))
+    return found
+
+
+def widened(model: nn.Module, inputs: object) -> object:
+    """The model in float64 and off its special initial values; its inputs."""
+    model.double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    if isinstance(inputs, tuple):
+        return tuple(x.double() for x in inputs)
+    return inputs.double() if inputs.is_floating_point() else inputs
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_group_of_a_family(name):
+    make, example, dim = FAMILIES[name]
+    torch.manual_seed(0)
+    model, inputs = make(), example()
+    before = copy.deepcopy(model.state_dict())
+    symmetry = tl.find_symmetries(model, inputs)
+    assert symmetry.dim == dim
+    assert not any("not understood" in reason for reason in symmetry.reasons)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    inputs = widened(model, inputs)
+    model.eval()
+    assert worst(model, symmetry, inputs, 100) < 1e-11
+    model.train()
+    continuous = symmetry.continuous  # a permutation moves a dropout mask's neurons
+    assert worst(model, continuous, inputs, 10) < 1e-11
+
+
+def test_the_check_of_a_family_can_fail():
+    model = Decoder("gelu")
+    symmetry = tl.find_symmetries(model, FAMILIES["Decoder, GPT-2 style"][1]())
+    wrong = tl.Product([tl.symmetries.scaling(12, "blocks.0.mlp.0.weight", "blocks.0.mlp.2.weight")])
+    inputs = widened(model, FAMILIES["Decoder, GPT-2 style"][1]())
+    assert worst(model, tl.Product([*symmetry, *wrong]), inputs, 3) > 1e-3
+
+
+def test_heads_are_permuted_as_blocks():
+    model = Decoder("gelu")
+    symmetry = tl.find_symmetries(model, FAMILIES["Decoder, GPT-2 style"][1]())
+    heads = [s for s in symmetry if repr(s.group) == "S(2)"]
+    assert [s.legs[0].each for s in heads] == [4, 4]
+    assert {leg.name for leg in heads[0].legs} == {f"blocks.0.attention.{k}.weight" for k in "qkvo"}
+
+
+def test_rotary_positions_keep_a_scaling_for_each_frequency():
+    symmetry = tl.find_symmetries(Decoder("llama"), FAMILIES["Decoder, Llama style"][1]())
+    pairs = [s for s in symmetry if s.dim and "attention.q.weight" in str(s) and "attention.k.weight" in str(s)]
+    queries = [s for s in pairs if not any("one" in name for name in s.names)]
+    assert [repr(s.group) for s in queries] == ["(R>0)^2"] * 4  # two layers, two heads, two frequencies each
+
+
+class Adversarial(nn.Module):
+    """What a model may do to mislead, chosen by `trick`."""
+
+    def __init__(self, trick: str) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.register_buffer("seen", torch.zeros(4))
+        self.trick = trick
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.one(x))
+        match self.trick:
+            case "control flow":
+                h = h if float(h.sum()) > 0 else h + 1
+            case "in place":
+                h[:, 0] = h[:, 0].exp()
+            case "in place through a view":
+                h.view(-1)[::4].sigmoid_()
+            case "complex":
+                z = torch.view_as_complex(h.view(-1, 2, 2))
+                h = torch.view_as_real(z * 1j).reshape(-1, 4)
+            case "sort":
+                h = h.sort(-1).values
+            case "cumulative":
+                h = h.cumsum(-1)
+            case "positions":
+                h = h * torch.arange(1.0, 5.0).to(h)
+            case "noise":
+                h = h + torch.randn_like(h)
+            case "buffer":
+                self.seen = self.seen + h.detach().mean(0)
+                h = h + self.seen
+            case "written into a constant":
+                out = torch.zeros_like(h)
+                out[:, :2] = h[:, :2]
+                h = out + h.flip(-1)
+            case "detached":
+                h = h * (h.detach() > 0.5)
+            case "data in numpy":
+                h = h + torch.from_numpy(h.detach().cpu().numpy() ** 2)
+            case "custom function":
+                h = Cube.apply(h)
+            case "weight outside":
+                h = h @ self.two.weight.detach() / self.two.weight.norm()
+            case "einsum and topk":
+                h = torch.einsum("bi,ij->bj", h, self.two.weight) + h.topk(1, -1).values
+        return self.three(torch.relu(self.two(h)))
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+TRICKS = """control flow|in place|in place through a view|complex|sort|cumulative|positions|noise|buffer|written into
+ a constant|detached|data in numpy|custom function|weight outside|einsum and topk""".replace("\n", "").split("|")
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_adversarial_models(trick):
+    torch.manual_seed(0)
+    model, x = Adversarial(trick), torch.randn(6, 4)
+    before = copy.deepcopy(model.state_dict())
+    try:
+        symmetry = tl.find_symmetries(model, x)
+    except TeleportError:
+        return
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    x = widened(model, x)
+    for seed in range(3):
+        new = torch.randn(50, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert worst(model, symmetry, new, 20) < 1e-11, symmetry
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "vit"])
+def test_transformers(name):
+    transformers = pytest.importorskip("transformers")
+    common = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    if name == "gpt2":
+        config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=20, n_positions=16)
+        model = transformers.GPT2LMHeadModel(config)
+    elif name == "llama":
+        config = transformers.LlamaConfig(**common, vocab_size=20, num_key_value_heads=1)
+        model = transformers.LlamaForCausalLM(config)
+    elif name == "bert":
+        model = transformers.BertModel(transformers.BertConfig(**common, vocab_size=20))
+    else:
+        model = transformers.ViTModel(transformers.ViTConfig(**common, image_size=8, patch_size=4))
+    inputs = {"pixel_values": torch.randn(2, 3, 8, 8)} if name == "vit" else {"input_ids": torch.arange(12).view(2, 6)}
+    symmetry = tl.find_symmetries(model, inputs)
+    assert symmetry.dim > 0, symmetry.reasons
+    assert any(repr(s.group).startswith("GL(8)") for s in symmetry)
