@@ -99,6 +99,20 @@ class LossError(TeleportError, ValueError):
     """A loss that cannot be teleported on: not a scalar, independent of the net, or nondeterministic."""
 
 
+class RankError(TeleportError, RuntimeError):
+    """Processes that train one model do not hold the same, or one of them has failed.
+
+    >>> raise RankError("the same generator on every rank", [1, 3], "another one", "seed it alike")
+    Traceback (most recent call last):
+    teleport_lite.errors.RankError: expected the same generator on every rank, got another one on rank 1, 3; \
+seed it alike
+    """
+
+    def __init__(self, expected: str, ranks: list[int], got: str, remedy: str) -> None:
+        self.ranks = ranks
+        super().__init__(expected, f"{got} on rank {', '.join(map(str, ranks))}", remedy)
+
+
 class StateError(TeleportError, ValueError):
     """An entry of an optimizer's state that cannot be carried along; the message names both.
 

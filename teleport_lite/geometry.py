@@ -24,6 +24,7 @@ from teleport_lite.symmetries.base import Product, Symmetry
 from teleport_lite.symmetries.neurons import NeuronSymmetry
 
 RADII = tuple(round(0.001 + 0.01 * k, 3) for k in range(20))  # of arXiv:2305.13404, for MNIST
+PAIRED = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 LINEAR = {F.linear, F.conv1d, F.conv2d, F.conv3d}  # f(input, weight, bias, ...), linear in (weight, bias)
 
 
@@ -149,6 +150,8 @@ class _Line(TorchFunctionMode):
             z, y, *rest = args
             values = func(z.mT[None], y[None], *rest, **kwargs)
             return values.reshape(values.shape[1:])  # a number, or one for each sample
+        if func in PAIRED and len(args) > 1:  # under two vmaps their target has to be batched like their input
+            args = (args[0], args[1] + torch.zeros_like(args[0]), *args[2:])
         return func(*args, **kwargs)
 
     def moved(self, argument: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teleport_lite.distributed import Ranks
 from teleport_lite.errors import LossError, TeleportError, UnknownNameError
 from teleport_lite.geometry import RADII, mean_kappa, mean_loss_around, sample_curves, sign_probes, unit_directions
 from teleport_lite.params import Loss, Params, check_scalar, dot, hvp, norm, value_and_grad
@@ -25,11 +26,27 @@ AlongOrbit = Callable[[Any], Tensor]  # the objective as a function of the coord
 
 @dataclass
 class Problem:
-    """A loss at a point, with its value and gradient computed once, when asked for."""
+    """A loss at a point, with its value and gradient computed once, when asked for.
 
-    loss: Loss
+    Attributes:
+        local: the loss on the batch of this process.
+        params: the point.
+        ranks: the processes whose batches count; by default this one alone.
+    """
+
+    local: Loss
     params: Params
+    ranks: Ranks | None = None
     _gradient: tuple[Tensor, Params] | None = field(default=None, repr=False)
+
+    @cached_property
+    def loss(self) -> Loss:
+        """The loss on the batches of all ranks."""
+        return self.mean(lambda params: check_scalar(self.local(params)))
+
+    def mean(self, function: Loss) -> Loss:
+        """The mean over the ranks of a `function` of parameters; differentiable, but not by `vmap`."""
+        return self.ranks.mean(function) if self.ranks else function
 
     @property
     def gradient(self) -> Params:
@@ -137,12 +154,8 @@ def sharpness(
 
     def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
         around = unit_directions(problem.params, directions, generator=_seeded(generator))
-
-        def along(xi):
-            moved = symmetry.act(problem.params, xi)
-            return mean_loss_around(problem.loss, moved, around, radii, chunk_size=chunk_size)
-
-        return along
+        mean = problem.mean(lambda p: mean_loss_around(problem.local, p, around, radii, chunk_size=chunk_size))
+        return lambda xi: mean(symmetry.act(problem.params, xi))
 
     return Objective("sharpness", bind)
 
@@ -178,12 +191,17 @@ def hessian_trace(samples: int = 10, *, generator: torch.Generator | None = None
         probes = sign_probes(problem.params, samples, generator=_seeded(generator))
         zero = {name: torch.zeros_like(p) for name, p in problem.params.items()}
 
-        def pulled(xi):
-            back = torch.func.vjp(lambda g: symmetry.transport(g, xi), zero)[1]
-            vectors = [back(z)[0] for z in probes]
-            images = [hvp(problem.loss, problem.params, {n: x.detach() for n, x in v.items()}) for v in vectors]
+        def along_vectors(entries: Params) -> Tensor:
+            vectors = [{name: entries[f"{k}/{name}"] for name in zero} for k in range(samples)]
+            images = [hvp(problem.local, problem.params, {n: x.detach() for n, x in v.items()}) for v in vectors]
             values = torch.stack([dot(v, h) for v, h in zip(vectors, images, strict=True)])
             return (2 * values - values.detach()).mean()  # v.Hv, and its derivative 2 Hv.dv
+
+        mean = problem.mean(along_vectors)
+
+        def pulled(xi):
+            back = torch.func.vjp(lambda g: symmetry.transport(g, xi), zero)[1]
+            return mean({f"{k}/{name}": x for k, z in enumerate(probes) for name, x in back(z)[0].items()})
 
         def moved(xi):
             point = symmetry.act(problem.params, xi)
@@ -236,13 +254,14 @@ def as_objective(objective: object) -> Objective:
         raise TeleportError("the name of an objective or a callable on params", objective, f"pass one of {known}")
 
     def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
-        def along(xi):
-            value: object = objective(symmetry.act(problem.params, xi))
+        def checked(params: Params) -> Tensor:
+            value: object = objective(params)
             if not isinstance(value, Tensor) or value.numel() != 1:
                 got = type(value).__name__
                 raise LossError("a scalar tensor from the objective", got, "return a tensor of one entry")
             return value.reshape(())
 
-        return along
+        mean = problem.mean(checked)
+        return lambda xi: mean(symmetry.act(problem.params, xi))
 
     return Objective(getattr(objective, "__name__", type(objective).__name__), bind)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from teleport_lite.distributed import Ranks
 from teleport_lite.errors import TeleportError, UnknownNameError
 from teleport_lite.objectives import Objective, as_objective
 from teleport_lite.params import Params
@@ -24,10 +25,13 @@ class Teleporter:
     1000, ..., and every={0} once, at the first. Each teleport is exact or nothing, for the model and for the state of
     the optimizer alike. `p.grad` is left as found: teleport after `optimizer.step()` and before the next backward pass.
 
+    Under `DistributedDataParallel` all ranks call `step`, each with the loss on its own shard; see `teleport`. Rank 0
+    decides when a schedule is random or a callable.
+
     See the chapter *Momentum and adaptive optimizers*.
 
     Args:
-        model: the model, compiled or not.
+        model: the model, compiled or not, distributed or not.
         optimizer: its optimizer, or several; read, and changed by a teleport as `state` says.
         symmetry: where to move; by default that of `find_symmetries` on the inputs of the first teleport, found once.
         every: when to teleport: every so many steps (an integer), at these steps (a collection), with this probability
@@ -46,6 +50,7 @@ class Teleporter:
         report: the last report, if any.
 
     Raises:
+        ParameterError: when the model is sharded over several processes, or the symmetry moves a frozen parameter.
         TeleportError: when an argument is not usable, or the optimizer holds no parameter of the model.
         UnknownNameError: when the state, the objective or a parameter of the symmetry is not known.
 
@@ -83,7 +88,7 @@ class Teleporter:
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self.objective, self.radius = as_objective(objective), check_radius(radius)
         self.state, self.maximize, self.search, self.tol = state, maximize, search, tol
-        self.steps = 0
+        self.steps, self._ranks = 0, Ranks(model)
         self.report: Report | None = None
         if state not in STATES:
             raise UnknownNameError("state", state, STATES)
@@ -91,8 +96,12 @@ class Teleporter:
         if not any(id(p) in held for p in model.parameters()):
             remedy = "pass the optimizer that trains this model"
             raise TeleportError("an optimizer of the model's parameters", "one that holds none of them", remedy)
+        for o in self.optimizers:
+            if isinstance(getattr(o, "optim", None), Optimizer):  # ZeroRedundancyOptimizer
+                got = f"{type(o).__name__}, which leaves it to another"
+                raise TeleportError("an optimizer that holds its state", got, "pass optimizer.optim")
         if symmetry is not None:
-            check_movable(plain(model, symmetry), symmetry)
+            check_movable(plain(self._ranks.model, symmetry), symmetry)
         self._due, self._when = _schedule(every, generator)
 
     def step(self, loss_fn: LossFn) -> Report | None:
@@ -108,12 +117,14 @@ class Teleporter:
             The report of the teleport, or None where it was not time.
 
         Raises:
+            RankError: when another rank fails, or the ranks do not hold the same.
             StateError: when an entry of the optimizer's state cannot be carried.
             TeleportError: as `teleport`.
         """
         drawn = None if self.generator is None else self.generator.get_state()
         try:
-            report = self._teleport(loss_fn) if self._due(self.steps) else None
+            with self._ranks.together():
+                report = self._teleport(loss_fn) if self._is_due() else None
         except BaseException:
             if self.generator is not None and drawn is not None:
                 self.generator.set_state(drawn)
@@ -122,11 +133,16 @@ class Teleporter:
         self.steps += 1
         return report
 
+    def _is_due(self) -> bool:
+        due = self._due(self.steps)
+        free = callable(self.every) or isinstance(self.every, float)
+        return 0 in self._ranks.ask(due) if free else due
+
     def _teleport(self, loss_fn: LossFn) -> Report:
         if self.symmetry is None:
             self.symmetry = symmetries_of(self.model, loss_fn)
         return carry_out(
-            self.model,
+            self._ranks,
             loss_fn,
             self.symmetry,
             self.objective,
@@ -135,7 +151,9 @@ class Teleporter:
             tol=self.tol,
             generator=self.generator,
             search=self.search,
-            commit=lambda model, product, xi, moved: move(model, product, xi, self.optimizers, self.state, moved),
+            commit=lambda model, product, xi, moved, finish: move(
+                model, product, xi, self.optimizers, self.state, moved, finish
+            ),
         )
 
     def state_dict(self) -> dict[str, Any]:

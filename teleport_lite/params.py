@@ -13,8 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 
-from teleport_lite.errors import EmptyModelError, LossError, ShapeError
+from teleport_lite.distributed import check_whole
+from teleport_lite.errors import EmptyModelError, LossError, ShapeError, TeleportError
 
 Params = dict[str, Tensor]
 Loss = Callable[[Params], Tensor]
@@ -25,10 +27,12 @@ def trainable(model: nn.Module) -> Params:
 
     Raises:
         EmptyModelError: when there is none.
+        ParameterError: when one is sharded over several processes.
 
     >>> sorted(trainable(nn.Linear(2, 3)))
     ['bias', 'weight']
     """
+    check_whole(model)
     params: Params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise EmptyModelError(model)
@@ -59,11 +63,17 @@ class Net:
 def loss_of(model: nn.Module, loss_fn: Callable[[Callable], Tensor]) -> Loss:
     """The loss as a function of parameters: params -> loss_fn(net), where net is the model at params.
 
+    Raises:
+        TeleportError: when the model is a `DistributedDataParallel`, of which one process knows a shard of the loss.
+
     >>> model, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
     >>> loss = loss_of(model, lambda net: net(x).sum())
     >>> loss({"weight": torch.tensor([[3.0]])}).item()
     3.0
     """
+    if isinstance(model, DistributedDataParallel):
+        remedy = "pass model.module for the loss of this process alone; teleport takes the loss of all"
+        raise TeleportError("a model of this process", "DistributedDataParallel", remedy)
     return lambda params: loss_fn(Net(model, params))
 
 

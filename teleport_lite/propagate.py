@@ -488,11 +488,11 @@ class Propagation(TorchDispatchMode):
                 self._stop([shared], "groups share them")
             within, leaving = (within, slot) if transposed else (slot, leaving)
             depthwise = channels == groups == out.shape[1]
-            for a in (arriving, within, leaving):
-                if a is not None and not depthwise:
-                    self.book.apart(a, torch.arange(a.numel()) // (a.numel() // groups))
-                elif a is not None:
-                    self.book.apart(a, systems=MIX)
+            for axis in (arriving, within, leaving):
+                if axis is not None and not depthwise:
+                    self.book.apart(axis, torch.arange(axis.numel()) // (axis.numel() // groups))
+                elif axis is not None:
+                    self.book.apart(axis, systems=MIX)
             if depthwise and arriving is not None and leaving is not None:
                 self.book.same(arriving, leaving, PERM)
             elif not depthwise and slot is not None:
@@ -500,9 +500,9 @@ class Propagation(TorchDispatchMode):
         if arriving is not None and within is not None:
             self.book.same(arriving, negative(within))
         else:
-            for a in (arriving, within):
-                if a is not None:
-                    self._stop([a], "what they are multiplied with is fixed")
+            for axis in (arriving, within):
+                if axis is not None:
+                    self._stop([axis], "what they are multiplied with is fixed")
         return [self._shifted([] if leaving is None else [_second(out)(leaving)], bias, _second(out))]
 
     def _grouped(self, weight: Tensor, groups: int) -> Tensor | None:

@@ -161,6 +161,7 @@ def move(
     optimizers: Iterable[Optimizer] = (),
     state: str = "transport",
     moved: Params | None = None,
+    finish: Callable[[], None] | None = None,
 ) -> None:
     """Move `model` by a given element, in place, and the state of its optimizers with it; all of it or nothing.
 
@@ -171,6 +172,7 @@ def move(
         optimizers: those that hold its parameters.
         state: "transport" to carry the state along, "reset" to forget it, "keep" to leave it.
         moved: what `symmetry.act` gives, when it is known already.
+        finish: called when all is written; what it raises undoes the move.
 
     Raises:
         StateError: when an entry of the state cannot be carried.
@@ -193,7 +195,14 @@ def move(
         pairs = [(parameters[name], moved[name]) for name in symmetry.names]
         if state == "transport":
             pairs += [pair for optimizer in optimizers for pair in _carried(optimizer, carrier, parameters)]
-        write(pairs, (lambda: _forget(optimizers)) if state == "reset" else None)
+
+        def end() -> None:
+            if finish is not None:
+                finish()
+            if state == "reset":
+                _forget(optimizers)
+
+        write(pairs, end)
 
 
 def _carried(optimizer: Optimizer, carrier: Carrier, parameters: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from teleport_lite.discover import find_symmetries
+from teleport_lite.distributed import Ranks
 from teleport_lite.errors import BatchError, LossError, NoSymmetryError, ParameterError, TeleportError
 from teleport_lite.objectives import Objective, Problem, as_objective
 from teleport_lite.params import Net, Params, loss_of, trainable
@@ -23,7 +24,7 @@ from teleport_lite.symmetries.minibatch import MiniBatchMixing
 from teleport_lite.trace import kept_random_state
 
 LossFn = Callable[[Callable], Tensor]
-Commit = Callable[[nn.Module, Product, Any, Params], None]  # (model, symmetry, xi, moved parameters)
+Commit = Callable[[nn.Module, Product, Any, Params, Callable[[], None]], None]  # model, symmetry, xi, moved, finish
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -93,6 +94,11 @@ def teleport(
 
     A compiled model is teleported too; what is evaluated for the teleport runs uncompiled.
 
+    Under `DistributedDataParallel` all ranks call it, each with the loss on its own shard; the loss and the objective
+    are the means over the ranks, which are those of the global batch when the shards are equally large. All ranks end
+    with the same weights, or, when one refuses, fails or is interrupted, each with its own old ones. Names of
+    parameters are those of the module inside.
+
     Args:
         model: the model; frozen parameters are never moved.
         loss_fn: net -> scalar loss, deterministic; `net` is a callable with the signature of the model.
@@ -113,7 +119,8 @@ def teleport(
     Raises:
         NoSymmetryError: when there is nothing to move along.
         LossError: when the loss is no scalar, ignores the net, or changes from call to call.
-        ParameterError: when the symmetry moves a frozen parameter, or a parameter is not finite.
+        ParameterError: when the symmetry moves a frozen parameter, or a parameter is not finite, or sharded (FSDP).
+        RankError: when another rank fails, or the ranks do not hold the same parameters, symmetry, generator, ...
         UnknownNameError: when the objective, the search or a parameter of the symmetry is not known.
         TeleportError: when the radius or tol is not positive.
 
@@ -124,21 +131,23 @@ def teleport(
     >>> report.accepted, report.objective_after > 1.5 * report.objective_before, report.invariance_error < 1e-6
     (True, True, True)
     """
-    return carry_out(
-        model,
-        loss_fn,
-        symmetry,
-        objective,
-        maximize=maximize,
-        radius=radius,
-        tol=tol,
-        generator=generator,
-        search=search,
-    )
+    ranks = Ranks(model)
+    with ranks.together():
+        return carry_out(
+            ranks,
+            loss_fn,
+            symmetry,
+            objective,
+            maximize=maximize,
+            radius=radius,
+            tol=tol,
+            generator=generator,
+            search=search,
+        )
 
 
 def carry_out(
-    model: nn.Module,
+    ranks: Ranks,
     loss_fn: LossFn,
     symmetry: Symmetry | None,
     objective: str | Objective | Callable[[Params], Tensor],
@@ -165,8 +174,8 @@ def carry_out(
         remedy = "pass generator=torch.Generator().manual_seed(0)"
         raise TeleportError("a generator for a random teleport", None, remedy)
     if symmetry is None:
-        symmetry = symmetries_of(model, loss_fn)
-    model = plain(model, symmetry)
+        symmetry = symmetries_of(ranks.model, loss_fn)
+    model = plain(ranks.model, symmetry)
     params = {name: p.detach() for name, p in trainable(model).items()}
     loss_fn = watched = Watched(loss_fn, next(iter(params.values())))
 
@@ -180,24 +189,36 @@ def carry_out(
             if not len(product):
                 raise NoSymmetryError(["all its groups are finite: only search='random' moves along them"])
 
-        problem = Problem(loss_of(model, loss_fn), params)
+        ranks.check_same(
+            parameters=params,
+            symmetry=product,
+            batch_of_the_symmetry=[f.inputs for f in product if isinstance(f, MiniBatchMixing)],
+            generator=None if generator is None else generator.get_state().tolist(),
+            request=(goal.name, maximize, radius, tol, search),
+        )
+        problem = Problem(loss_of(model, loss_fn), params, ranks)
         if goal.quadratic == "gradient" and product.exact:
             _ = problem.gradient  # gives the value along with it
         loss_before = problem.value
         xi = find(problem, product, goal, how=search, maximize=maximize, radius=radius, generator=generator)
+        xi = ranks.first(xi)
         moved = product.act(params, xi)
+        moved = {**params, **ranks.first({name: moved[name] for name in product.names})}
         scores = [goal.before(problem, product), goal.along(problem, product)(xi).detach()]
 
         measured = torch.stack([t.double() for t in (loss_before, problem.at(moved), *scores)])
         before, after, old, new = measured.tolist()  # the one time that the host waits for the device
         dtype = coarsest([watched.dtype, *(params[name].dtype for name in product.names)])
+        ranks.check_same(precision=dtype)
         tol = TOLERANCES[dtype] if tol is None else tol
         noise = 8 * torch.finfo(dtype).eps
         if not _close(after, before, tol, noise):
             _check_deterministic(problem, before, tol, noise)
         reason = _reason(before, after, old, new, tol, noise, product, params, maximize, search)
-        if not reason:
-            (commit or _move)(model, product, xi, moved)
+        if refused := ranks.ask(bool(reason)):
+            reason = reason or f"refused on rank {refused[0]}"
+        else:
+            (commit or _move)(model, product, xi, moved, ranks.join)
     error = abs(after - before) / abs(before) if after != before else 0.0
     seconds = time.perf_counter() - start
     return Report(goal.name, before, after, old, new, error, seconds, accepted=not reason, reason=reason)
@@ -263,14 +284,14 @@ def plainly(device: str) -> Iterator[None]:
         yield
 
 
-def _move(model: nn.Module, product: Product, xi: Any, moved: Params) -> None:
-    commit(model, {name: moved[name] for name in product.names})
+def _move(model: nn.Module, product: Product, xi: Any, moved: Params, finish: Callable[[], None]) -> None:
+    commit(model, {name: moved[name] for name in product.names}, finish)
 
 
-def commit(model: nn.Module, moved: Params) -> None:
-    """Copy `moved` into the parameters of `model`, in place; all of them, or none when anything interrupts."""
+def commit(model: nn.Module, moved: Params, finish: Callable[[], None] | None = None) -> None:
+    """Copy `moved` into the parameters of `model`, in place, then `finish`; all or nothing when anything interrupts."""
     parameters = dict(model.named_parameters())
-    write([(parameters[name], value) for name, value in moved.items()])
+    write([(parameters[name], value) for name, value in moved.items()], finish)
 
 
 def write(pairs: list[tuple[Tensor, Tensor]], finish: Callable[[], None] | None = None) -> None:
@@ -294,7 +315,7 @@ def symmetries_of(model: nn.Module, loss_fn: LossFn) -> Product:
     Raises:
         LossError: when it does not call it.
     """
-    model = plain(model, None)
+    model = plain(Ranks(model).model, None)
     watched = Watched(loss_fn, next(iter(trainable(model).values())))
     net = Net(model, {})
     with kept_random_state(model), plainly(watched.device):

@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from teleport_lite.distributed import Ranks
 from teleport_lite.errors import TeleportError
 
 Inputs = tuple  # the positional arguments of one call of the model
@@ -66,13 +67,15 @@ def as_inputs(example_inputs: object) -> Inputs:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """An independent copy of `model`, not compiled, in evaluation mode and float64.
+    """An independent copy of `model`, not compiled, of one process, in evaluation mode and float64.
 
     Raises:
+        ParameterError: when the model is sharded over several processes.
         TeleportError: when the model cannot be copied.
     """
+    inner = Ranks(model).model
     try:
-        return copy.deepcopy(getattr(model, "_orig_mod", model)).eval().double()
+        return copy.deepcopy(getattr(inner, "_orig_mod", inner)).eval().double()
     except Exception as error:
         remedy = "pass symmetry=... built by hand from teleport_lite.symmetries"
         got = f"{type(error).__name__}: {error}"

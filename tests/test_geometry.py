@@ -494,3 +494,19 @@ def test_teleports_raise_and_lower_it(name, maximize, generator):
     clear = 1.005 if name == "sharpness" else 1.1  # the loss at the point itself is part of the sharpness
     assert report.accepted and (gain > clear if maximize else gain < 1 / clear)
     assert torch.allclose(model(x), before, rtol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss])
+def test_sharpness_under_losses_of_pairs(loss):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(12, 4).double(), torch.randn(12, 3).double()
+    by_hand = {
+        F.mse_loss: lambda e: e.square(),
+        F.l1_loss: lambda e: e.abs(),
+    }.get(loss, lambda e: torch.where(e.abs() < 1, e.square() / 2, e.abs() - 0.5))
+    found, expected = (
+        float(tl.sharpness(model, f, directions=7, generator=torch.Generator().manual_seed(0)))
+        for f in (lambda net: loss(net(x), y), lambda net: by_hand(net(x) - y).mean())
+    )
+    assert found == pytest.approx(expected, rel=1e-12)

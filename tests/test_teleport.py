@@ -389,7 +389,7 @@ def test_bad_arguments(model):
         tl.teleport(model, loss_fn, objective=3)
     with pytest.raises(EmptyModelError):
         tl.teleport(nn.ReLU(), lambda net: net(X).sum())
-    with pytest.raises(NoSymmetryError, match="no hidden layer"):
+    with pytest.raises(NoSymmetryError, match="the model returns them"):
         tl.teleport(nn.Linear(6, 3).double(), loss_fn)
     with pytest.raises(NoSymmetryError, match="an empty product"):
         tl.teleport(model, loss_fn, tl.Product([]))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from teleport_lite.distributed import Ranks
 from teleport_lite.errors import ActivationError, BatchError, NoSymmetryError, TeleportError, UnknownNameError
 from teleport_lite.groups import GeneralLinear
 from teleport_lite.params import Net, Params
@@ -205,6 +206,7 @@ def minibatch_symmetries(
     """
     if compensate not in COMPENSATIONS:
         raise UnknownNameError("compensation", compensate, COMPENSATIONS)
+    model = Ranks(model).model
     traced = trace(copy_of(model), double(as_inputs(inputs)))
     if not traced.hidden:
         raise NoSymmetryError(traced.reasons)
