@@ -31,7 +31,7 @@ $(READY): requirements.txt pyproject.toml
 	@touch $@
 
 # A page is built again when it changed; all of them when what shapes every page did.
-_build/.begun: $(READY) _config.yml _toc.yml $(wildcard book/_ext/*.py book/_static/*)
+_build/.begun: $(READY) _config.yml _toc.yml $(wildcard book/_ext/*.py book/_static/* book/reference/*.md)
 	@rm -rf _build
 	@mkdir _build
 	@touch $@

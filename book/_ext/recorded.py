@@ -1,0 +1,123 @@
+"""Sphinx extension: numbers of the recorded runs, computed from book/results when a page is read.
+
+A page says {recorded}`name`, and shows what the function of that name gives, so that it cannot say anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+ROLE = re.compile(r"\{recorded\}`([^`]+)`")
+NUMBERS: dict[str, Callable[[], str]] = {}
+
+
+@cache
+def record(name: str) -> dict[str, Any]:
+    """One file of book/results."""
+    return json.loads((RESULTS / f"{name}.json").read_text("utf8"))
+
+
+# --- do sharpness and curvature predict? ------------------------------------------------------------------------------
+
+
+def correlation(measure: str, against: str = "validation_loss") -> float:
+    """Pearson's, over the hundred networks of `generalization`; "gap" is validation loss minus training loss."""
+    networks = {k: np.array(v) for k, v in record("generalization")["networks"].items()}
+    networks["gap"] = networks["validation_loss"] - networks["train_loss"]
+    return float(np.corrcoef(networks[measure], networks[against])[0, 1])
+
+
+# --- arms, paired by seed ---------------------------------------------------------------------------------------------
+
+
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """Mean, and half the width of its 95% interval from Student's t."""
+    n = len(differences)
+    return float(differences.mean()), float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5)
+
+
+def minimum(arm: str) -> tuple[float, float]:
+    """Final test loss of an arm of `minima`, minus that without a teleport."""
+    runs = {(run["seed"], run["arm"]): run["test_loss"][-1] for run in record("minima")["runs"]}
+    seeds = sorted(seed for seed, name in runs if name == arm)
+    return interval(np.array([runs[seed, arm] - runs[seed, "plain"] for seed in seeds]))
+
+
+def final(optimizer: str, arm: str, key: str = "test_loss") -> np.ndarray:
+    """By seed, at the rate that is best on the held-out images after the last epoch."""
+    runs = [r for r in record("optimizers")["runs"] if (r["optimizer"], r["arm"]) == (optimizer, arm)]
+
+    def last(key: str) -> np.ndarray:
+        curves = [[curve[-1] for curve in run[key]] for run in sorted(runs, key=lambda r: r["seed"])]
+        return np.array([[np.inf if value is None else value for value in row] for row in curves])
+
+    return last(key)[:, last("validation_loss").mean(0).argmin()]
+
+
+def optimizer_gain(optimizer: str, arm: str) -> tuple[float, float]:
+    """Final test loss of an arm of `optimizers`, minus that without a teleport, each at its best rate."""
+    return interval(final(optimizer, arm) - final(optimizer, "plain"))
+
+
+def gain(network: str, radius: float = 1.0, key: str = "squared_gradient_gain") -> float:
+    """What the steepest teleport of `mnist_teleport` multiplies, median over seeds."""
+    moves = record("mnist_teleport")[network]["moves"]
+    return float(np.median([m[key] for m in moves if m["arm"] == "teleport" and m["radius"] == radius]))
+
+
+# --- by name, as text -------------------------------------------------------------------------------------------------
+
+MEASURES = ("sharpness_isotropic", "sharpness_positive", "curvature_scaling", "curvature_mixing", "train_loss")
+GOALS = ("random", "sharper", "flatter", "more curved", "less curved")
+
+
+def signed(function: Callable[..., float], *arguments: str) -> str:
+    """A number with two digits and its sign."""
+    return f"{function(*arguments):+.2f}".replace("-", "−")
+
+
+def plus_minus(function: Callable[..., tuple[float, float]], *arguments: str) -> str:
+    """A difference and half its interval, three digits."""
+    return "{:+.3f} ± {:.3f}".format(*function(*arguments)).replace("-", "−")
+
+
+for measure in MEASURES:
+    NUMBERS[f"r {measure}"] = partial(signed, correlation, measure)
+    NUMBERS[f"r {measure} gap"] = partial(signed, correlation, measure, "gap")
+for family in ("scaling", "mixing"):
+    for goal in GOALS:
+        NUMBERS[f"minimum {family}, {goal}"] = partial(plus_minus, minimum, f"{family}, {goal}")
+for optimizer in ("sgd", "momentum", "adagrad", "rmsprop", "adam"):
+    for arm in ("teleport", "reset", "random", "paper"):
+        NUMBERS[f"{optimizer} {arm}"] = partial(plus_minus, optimizer_gain, optimizer, arm)
+for network in ("784-16-10-10", "784-512-512-10"):
+    NUMBERS[f"gain {network}"] = lambda network=network: f"{gain(network):.1f}"
+
+
+def fill_in(markdown: str) -> str:
+    """A page with its numbers."""
+    return ROLE.sub(lambda match: NUMBERS[match[1]](), markdown)
+
+
+def on_source_read(app, docname: str, source: list[str]) -> None:
+    """Fill in a page, and read it again when a record changes."""
+    if ROLE.search(source[0]):
+        record.cache_clear()
+        source[0] = fill_in(source[0])
+        for path in RESULTS.glob("*.json"):
+            app.env.note_dependency(str(path))
+
+
+def setup(app) -> dict:
+    """Connect to Sphinx."""
+    app.connect("source-read", on_source_read, priority=400)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,245 @@
+"""Does it help a learned optimizer to teleport? The regression problem of the paper, with the arms that tell why.
+
+    python experiments/learned.py [--quick]
+
+Y = U sigma(V X) with X, Y, V, U 20 x 20, all entries uniform in [0, 1), leaky ReLU of slope 0.1, squared loss. Arms:
+gradient descent and Adam with rates tuned on a grid; an LSTM that reads the whole gradient; and one that reads it
+coordinate by coordinate, which also runs on other widths. Each with no teleport, with learned ones (exact scalings, or
+the mini-batch action that the authors use here) and with random ones. All meet the same 50 unseen problems, also with
+other input scales and widths. Results go to book/results/learned.json, one arm of one meta-training seed at a time;
+what is there is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import teleport_lite as tl
+from teleport_lite.learned import LearnedOptimizer, Task, meta_train, on_batch, run
+from teleport_lite.symmetries import scaling
+
+RESULTS = Path(__file__).resolve().parent.parent / "book" / "results" / "learned.json"
+WIDTH, SLOPE, STEPS, UNROLL, SEEDS, UNSEEN = 20, 0.1, 100, 10, 5, 50
+WHOLE = {"hidden": 64, "problems": 16, "batches": 44}
+EACH = {"hidden": 16, "problems": 8, "batches": 25, "coordinatewise": True}
+RATE, UPDATE = {"emits": "rate", "size": 1e-4, "lr": 3e-4}, {"emits": "update", "size": 1e-2, "lr": 3e-3}
+PAPER, EXACT = {"symmetry": "mini-batch", "radius": 0.01}, {"symmetry": "scaling", "radius": 0.1}
+RANDOM = EXACT | {"teleports": "random"}
+ARMS = {
+    "LSTM(lr)": WHOLE | RATE,
+    "LSTM(lr, tele)": WHOLE | RATE | PAPER,
+    "LSTM(lr, exact tele)": WHOLE | RATE | EXACT,
+    "LSTM(update)": WHOLE | UPDATE,
+    "LSTM(update, tele)": WHOLE | UPDATE | PAPER,
+    "LSTM(update, exact tele)": WHOLE | UPDATE | EXACT,
+    "LSTM(update, random tele)": WHOLE | UPDATE | RANDOM,
+    "coordinatewise(update)": EACH | UPDATE,
+    "coordinatewise(update, exact tele)": EACH | UPDATE | EXACT,
+    "coordinatewise(update, random tele)": EACH | UPDATE | RANDOM,
+}
+GRIDS = {  # optimizer and rates
+    "GD": (torch.optim.SGD, (3e-5, 1e-4, 1.5e-4, 2e-4, 2.5e-4, 3e-4, 3.5e-4, 4e-4, 5e-4)),
+    "Adam": (torch.optim.Adam, (0.01, 0.02, 0.03, 0.04, 0.06, 0.1)),
+}
+SETTINGS = {  # scale of the inputs, hidden width
+    "as trained": (1.0, WIDTH),
+    "inputs x 0.5": (0.5, WIDTH),
+    "inputs x 2": (2.0, WIDTH),
+    "hidden 10": (1.0, 10),
+    "hidden 40": (1.0, 40),
+}
+V, U = "0.weight", "2.weight"
+
+
+def loss(params, data):
+    x, y = data
+    return 0.5 * (y - F.leaky_relu(x @ params[V].mT, SLOPE) @ params[U].mT).square().sum()
+
+
+def sampler(problems: int, scale: float = 1.0, width: int = WIDTH):
+    """Draws a batch of problems: weights, and (inputs, targets), samples in rows."""
+
+    def sample(generator: torch.Generator):
+        def uniform(*shape):
+            return torch.rand(problems, *shape, generator=generator)
+
+        params = {V: uniform(width, WIDTH), U: uniform(WIDTH, width)}
+        return params, (scale * uniform(WIDTH, WIDTH), uniform(WIDTH, WIDTH))
+
+    return sample
+
+
+def task_of(kind: str | None, problems: int, scale: float = 1.0, width: int = WIDTH):
+    """The problems, and the symmetry of one of them; `kind` is None, scaling or mini-batch."""
+    if kind is None:
+        return Task(loss, sampler(problems, scale, width)), None
+    if kind == "scaling":
+        exact = tl.Product([scaling(width, V, U)])
+        return Task(loss, sampler(problems, scale, width), exact), exact
+    shape = [nn.Linear(WIDTH, width, bias=False), nn.LeakyReLU(SLOPE), nn.Linear(width, WIDTH, bias=False)]
+    paper = tl.minibatch_symmetries(nn.Sequential(*shape), torch.rand(WIDTH, WIDTH), compensate="incoming")
+    return Task(loss, sampler(problems, scale, width), lambda data: on_batch(paper, data[0])), paper
+
+
+def learner(arm: str, seed: int) -> LearnedOptimizer:
+    """An untrained optimizer."""
+    options = {k: v for k, v in ARMS[arm].items() if k not in ("lr", "problems", "batches")}
+    kind = options.pop("symmetry", None)
+    if kind is None:
+        options["teleports"] = "none"
+    torch.manual_seed(seed)
+    params = {V: torch.zeros(WIDTH, WIDTH), U: torch.zeros(WIDTH, WIDTH)}
+    return LearnedOptimizer(params, task_of(kind, 1)[1], **options)
+
+
+def hand_made(name: str, rate: float, params, data, steps: int) -> torch.Tensor:
+    """The losses of all problems before every step and after the last, of an optimizer of torch."""
+    params = {k: p.clone().requires_grad_() for k, p in params.items()}
+    optimizer = GRIDS[name][0](params.values(), lr=rate)
+    values = []
+    for _ in range(steps):
+        losses = torch.func.vmap(loss)(params, data)
+        optimizer.zero_grad()
+        losses.sum().backward()
+        optimizer.step()
+        values.append(losses.detach())
+    return torch.stack([*values, torch.func.vmap(loss)(params, data).detach()])
+
+
+def summary(losses: torch.Tensor, seconds: float) -> dict:
+    """Geometric means over the problems that did not diverge: whose losses all stay below ten times the first."""
+    bad = ~(losses <= 10 * losses[0]).all(0)
+    curve = losses[:, ~bad].log().mean(1).exp() if not bad.all() else losses[:, 0] * float("nan")
+    steps = len(losses) - 1
+    return {
+        "loss": [float(f"{v:.4g}") if v == v else None for v in curve.tolist()],
+        "final": [float(f"{v:.4g}") if abs(v) < 1e12 else None for v in losses[-1].tolist()],
+        "diverged": int(bad.sum()),
+        "milliseconds_a_step": float(f"{1e3 * seconds / steps:.3g}"),
+    }
+
+
+def unseen(setting: str):
+    scale, width = SETTINGS[setting]
+    return sampler(UNSEEN, scale, width)(torch.Generator().manual_seed(12345))
+
+
+def tested(step, settings) -> dict:
+    """The summary of an optimizer on some settings; `step` runs it on one."""
+    found = {}
+    for setting in settings:
+        start = time.perf_counter()
+        losses = step(setting)
+        found[setting] = summary(losses, time.perf_counter() - start)
+    return found
+
+
+def fits(arm: str) -> list[str]:
+    """The settings in which an arm runs."""
+    return [s for s, (_, width) in SETTINGS.items() if width == WIDTH or ARMS[arm].get("coordinatewise")]
+
+
+def save(results: dict, path: Path) -> None:
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(results, separators=(",", ":")) + "\n")
+    draft.replace(path)
+
+
+def _hand_made_on(name: str, rate: float, steps: int, setting: str) -> torch.Tensor:
+    return hand_made(name, rate, *unseen(setting), steps)
+
+
+def baselines(steps: int) -> list[dict]:
+    """GD and Adam at the rate whose geometric mean loss after the last step is best on problems to tune on."""
+    runs = []
+    for name, (_, rates) in GRIDS.items():
+        params, data = sampler(64)(torch.Generator().manual_seed(54321))
+        ends = {}
+        for rate in rates:
+            losses = hand_made(name, rate, params, data, steps)
+            ends[rate] = float(losses[-1].log().mean().exp()) if losses.isfinite().all() else None
+        best = min((e, r) for r, e in ends.items() if e is not None)[1]
+        found = tested(partial(_hand_made_on, name, best, steps), SETTINGS)
+        runs.append(
+            {"arm": name, "seed": None, "rate": best, "grid": {str(r): e for r, e in ends.items()}, "test": found}
+        )
+    return runs
+
+
+def one(arm: str, seed: int, batches: int, steps: int) -> dict:
+    """Meta-train one arm with one seed, and test it."""
+    options = ARMS[arm]
+    kind = options.get("symmetry")
+    optimizer = learner(arm, seed)
+    start = time.perf_counter()
+    history = meta_train(
+        optimizer,
+        task_of(kind, options["problems"])[0],
+        batches=batches,
+        steps=steps,
+        unroll=UNROLL,
+        lr=options["lr"],
+        generator=torch.Generator().manual_seed(seed),
+        every=5,
+        progress=lambda r: tqdm(r, desc=f"{arm}, seed {seed}", leave=False),
+    )
+    seconds = time.perf_counter() - start
+
+    def step(setting: str) -> torch.Tensor:
+        scale, width = SETTINGS[setting]
+        task, generator = task_of(kind, UNSEEN, scale, width)[0], torch.Generator().manual_seed(1000 + seed)
+        return run(optimizer, task, *unseen(setting), steps, generator)
+
+    return {
+        "arm": arm,
+        "seed": seed,
+        "score": [float(f"{s:.4g}") for s in history.score],
+        "failures": history.failures,
+        "seconds": float(f"{seconds:.3g}"),
+        "parameters": sum(p.numel() for p in optimizer.parameters()),
+        "test": tested(step, fits(arm)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arm", choices=ARMS, action="append", help="this arm only")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--quick", action="store_true", help="a smoke test: one seed, one batch of problems, ten steps")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.quick and options.out == RESULTS:
+        parser.error("--quick needs --out, so that it does not replace the results")
+    seeds, steps = (1, UNROLL) if options.quick else (options.seeds, STEPS)
+    config = {
+        "width": WIDTH,
+        "steps": steps,
+        "unroll": UNROLL,
+        "unseen": UNSEEN,
+        "arms": ARMS,
+        "settings": {name: list(value) for name, value in SETTINGS.items()},
+        "torch": torch.__version__.split("+")[0],
+        "teleport_lite": tl.__version__,
+    }
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if results.get("config") != config:
+        results = {"config": config, "runs": baselines(steps)}
+        save(results, options.out)
+    for seed in range(seeds):
+        for arm in options.arm or ARMS:
+            if all((r["arm"], r["seed"]) != (arm, seed) for r in results["runs"]):
+                results["runs"].append(one(arm, seed, 1 if options.quick else ARMS[arm]["batches"], steps))
+                save(results, options.out)
+
+
+if __name__ == "__main__":
+    main()

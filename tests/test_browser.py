@@ -1,0 +1,455 @@
+"""The built book in a real browser: it loads, shows its mathematics, moves, fits a phone, and can be read by everyone.
+
+Chromium is spoken to in its own protocol, over a pipe, so that nothing else need be installed. Every page is opened
+once; what it showed is then looked at from all sides. MathJax and axe-core come from npm, if npm is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import http.server
+import itertools
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin, urlparse
+
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+
+ROOT = Path(__file__).resolve().parent.parent
+HTML = ROOT / "_build" / "html"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+PACKAGES = {"mathjax": "3.2.2", "axe-core": "4.14.1"}  # what npm gives
+CDN = "https://cdn.jsdelivr.net/npm/mathjax@3/"  # where the site takes MathJax from
+OUTSIDE = ("https://cdn.jsdelivr.net/", "https://unpkg.com/", "https://colab.research.google.com/assets/")
+PAGE_LIMIT, NOTEBOOK_LIMIT = 3_000_000, 2_000_000  # bytes
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the pages are not looked at in a browser"),
+    pytest.mark.skipif(not HTML.is_dir(), reason="no built book here: make book"),
+]
+
+
+def pages() -> list[str]:
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text("utf8"))
+    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
+
+
+PAGES = pages()
+CLOSELY = [PAGES[0], PAGES[4], "book/reference/measures", "book/scorecard"]  # in the dark too, and all colours of code
+CHAPTERS = [page for page in PAGES if (ROOT / f"{page}.ipynb").is_file()]
+
+
+# --- the browser ------------------------------------------------------------------------------------------------------
+
+
+class Browser:
+    """Chromium without a window, driven over a pipe by its DevTools protocol."""
+
+    def __init__(self, profile: Path) -> None:
+        theirs_in, self.out = os.pipe()
+        self.into, theirs_out = os.pipe()
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (theirs_in, theirs_out)]
+        flags = [
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--mute-audio"),
+            *("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--remote-debugging-pipe"),
+        ]
+        flags.append(f"--user-data-dir={profile}")
+        self.process = subprocess.Popen(
+            ["bash", "-c", f'exec "$@" 3<&{high[0]} 4>&{high[1]}', "bash", CHROMIUM, *flags],
+            pass_fds=high,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for fd in (theirs_in, theirs_out, *high):
+            os.close(fd)
+        self.ids, self.rest, self.events, self.session = itertools.count(1), b"", [], None
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.send(f"{domain}.enable")
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self.session = None
+            self.send("Browser.close")
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.out)
+        os.close(self.into)
+
+    def _read(self, deadline: float) -> dict:
+        while b"\0" not in self.rest:
+            ready, _, _ = select.select([self.into], [], [], max(0, deadline - time.monotonic()))
+            if not ready or not (data := os.read(self.into, 1 << 20)):
+                raise TimeoutError("the browser does not answer")
+            self.rest += data
+        message, _, self.rest = self.rest.partition(b"\0")
+        return json.loads(message)
+
+    def send(self, method: str, *, seconds: float = 60, **params) -> dict:
+        message = {"id": next(self.ids), "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        data = json.dumps(message).encode() + b"\0"
+        while data:
+            data = data[os.write(self.out, data) :]
+        deadline = time.monotonic() + seconds
+        while (answer := self._read(deadline)).get("id") != message["id"]:
+            self.events.append(answer)
+        if "error" in answer:
+            raise RuntimeError(f"{method}: {answer['error']['message']}")
+        return answer["result"]
+
+    def open(self, url: str) -> None:
+        self.events.clear()
+        self.send("Page.navigate", url=url)
+        deadline = time.monotonic() + 60
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._read(deadline))
+
+    def run(self, script: str, *arguments):
+        """What a function of JavaScript returns, awaited."""
+        call = f"({script})({', '.join(map(json.dumps, arguments))})"
+        answer = self.send("Runtime.evaluate", expression=call, awaitPromise=True, returnByValue=True, seconds=120)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(answer["exceptionDetails"]["exception"].get("description", "an exception"))
+        return answer["result"].get("value")
+
+    def width(self, pixels: int) -> None:
+        facts = {"width": pixels, "height": 900, "deviceScaleFactor": 1, "mobile": pixels < 500}
+        self.send("Emulation.setDeviceMetricsOverride", **facts)
+
+    def complaints(self) -> list[str]:
+        """Errors of the console and requests that failed since the page was opened, the named CDNs apart."""
+        found, urls = [], {}
+        for event in self.events:
+            params = event.get("params", {})
+            match event.get("method"):
+                case "Runtime.exceptionThrown":
+                    details = params["exceptionDetails"]
+                    found.append(details.get("exception", {}).get("description") or details["text"])
+                case "Runtime.consoleAPICalled" if params["type"] in ("error", "assert"):
+                    found.append(" ".join(str(a.get("value", a.get("description"))) for a in params["args"]))
+                case "Log.entryAdded" if params["entry"]["level"] == "error" and params["entry"]["source"] != "network":
+                    found.append(params["entry"]["text"])
+                case "Network.requestWillBeSent":
+                    urls[params["requestId"]] = params["request"]["url"]
+                case "Network.responseReceived" if params["response"]["status"] >= 400:
+                    found.append(f"{params['response']['status']} {params['response']['url']}")
+                case "Network.loadingFailed" if not params.get("canceled"):
+                    url = urls.get(params["requestId"], "?")
+                    if not url.startswith(OUTSIDE):
+                        found.append(f"{params['errorText']} {url[:200]}")
+        return found
+
+
+class Site(http.server.SimpleHTTPRequestHandler):
+    """The built book; its pages take MathJax from here, where it was installed."""
+
+    modules: Path | None = None
+
+    def translate_path(self, path: str) -> str:
+        if path.startswith("/npm/") and self.modules:
+            return str(self.modules / unquote(urlparse(path).path).removeprefix("/npm/"))
+        return super().translate_path(path)
+
+    def send_head(self):
+        path = Path(self.translate_path(self.path))
+        if path.suffix == ".html" and path.is_file() and self.modules:
+            body = path.read_text("utf8").replace(CDN, "/npm/mathjax/").encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            return None
+        return super().send_head()
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def npm_modules() -> Path | None:
+    """The folder with the packages of npm, installed beside the environment; None when that is not possible."""
+    home = ROOT / ".venv" / "npm"
+    if not (ROOT / ".venv").is_dir():
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "teleport-lite-npm"
+    modules = home / "node_modules"
+
+    def there() -> bool:
+        versions = {n: modules / n / "package.json" for n in PACKAGES}
+        return all(p.is_file() and json.loads(p.read_text())["version"] == PACKAGES[n] for n, p in versions.items())
+
+    if not there() and (npm := shutil.which("npm")):
+        home.mkdir(parents=True, exist_ok=True)
+        wanted = [f"{name}@{version}" for name, version in PACKAGES.items()]
+        command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--no-package-lock", "--prefix", home]
+        with contextlib.suppress(subprocess.SubprocessError):
+            subprocess.run([*command, *wanted], check=True, capture_output=True, timeout=180, cwd=home)
+    return modules if there() else None
+
+
+# --- what a page shows ------------------------------------------------------------------------------------------------
+
+LOOK = r"""
+async () => {
+  if (window.MathJax && MathJax.startup) await MathJax.startup.promise;
+  await new Promise(done => setTimeout(done, 50));
+  const article = document.querySelector("article") || document.body, all = s => [...article.querySelectorAll(s)];
+  const hidden = "pre, code, script, style, mjx-container, .math, svg, textarea, .tl-player script, .output";
+  const texts = [], walker = document.createTreeWalker(article, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) if (!walker.currentNode.parentElement.closest(hidden)) texts.push(walker.currentNode.data);
+  const picture = box => { const i = box.querySelector("img"); return i.src.length + i.src.slice(-400); };
+  const players = await Promise.all([...document.querySelectorAll(".tl-player")].map(async box => {
+    const sliders = [...box.querySelectorAll("input[type=range]")], seen = [];
+    for (const slider of sliders) {
+      const start = slider.value, before = picture(box);
+      for (const value of [slider.min, slider.max]) {
+        slider.value = value;
+        slider.dispatchEvent(new Event("input", { bubbles: true }));
+        if (picture(box) != before) break;
+      }
+      await box.querySelector("img").decode();
+      seen.push({ label: slider.getAttribute("aria-label"), text: slider.getAttribute("aria-valuetext"),
+                  moved: picture(box) != before, keys: slider.tabIndex >= 0 && !slider.disabled });
+      slider.value = start;
+      slider.dispatchEvent(new Event("input", { bubbles: true }));
+    }
+    return seen;
+  }));
+  return {
+    title: document.title, players,
+    texts: texts.filter(t => t.trim()),
+    math: all("span.math, div.math").length,
+    rendered: all("mjx-container").length,
+    failures: all("mjx-merror, .merror, [data-mjx-error]").map(e => e.textContent.slice(0, 100)),
+    images: [...document.images].map(i => ({ src: i.src.slice(0, 120), alt: i.getAttribute("alt"),
+      loaded: i.complete && i.naturalWidth > 0, inside: !!i.closest("article") })),
+    ids: [...document.querySelectorAll("[id]")].map(e => e.id),
+    links: [...document.querySelectorAll("a[href]")].map(a => a.href),
+    statements: all(".admonition.statement").map(e => e.id),
+    wide: document.documentElement.scrollWidth,
+  };
+}"""
+NARROW = r"""
+async () => {
+  await new Promise(done => setTimeout(done, 150));
+  const wide = document.documentElement.scrollWidth, limit = innerWidth, found = [];
+  if (wide > limit) for (const e of document.querySelectorAll("article *")) {
+    const box = e.getBoundingClientRect();
+    if (box.right > limit + 1 && found.length < 5) found.push(`${e.tagName}.${e.className} ${Math.round(box.right)}`);
+  }
+  return { wide, limit, found };
+}"""
+SIMPLER = r"""
+(closely) => {  // axe looks at every element: formulas are not its business, and code is coloured alike everywhere
+  document.querySelectorAll("mjx-container").forEach(e => e.replaceChildren());
+  if (!closely) document.querySelectorAll(".highlight pre").forEach(e => { e.textContent = e.textContent; });
+}"""
+AXE = r"""
+async (rules) => {
+  const off = { "label-content-name-mismatch": { enabled: false } };  // the theme's search button shows its keys too
+  const options = rules
+    ? { runOnly: { type: "rule", values: rules } }
+    : { runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], rules: off };
+  const context = { include: [["body"]], exclude: [["mjx-container"]] };
+  const { violations } = await axe.run(context, { ...options, resultTypes: ["violations"] });
+  return violations.filter(v => ["serious", "critical"].includes(v.impact)).map(v =>
+    v.id + " (" + v.nodes.length + "): " + v.nodes.slice(0, 3).map(n => n.target.join(" ") + " " + n.html.slice(0, 160)
+      + ((n.any[0] || {}).message || "")).join(" | "));
+}"""
+
+
+@pytest.fixture(scope="module")
+def modules():
+    return npm_modules()
+
+
+@pytest.fixture(scope="module")
+def site(modules):
+    handler = functools.partial(type("Here", (Site,), {"modules": modules}), directory=str(HTML))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def seen(site, browser, modules):
+    """Of every page what a visitor sees: on a desk, on a phone, and through axe."""
+    axe = (modules / "axe-core" / "axe.min.js").read_text("utf8") if modules else None
+    found = {}
+    for page in PAGES:
+        browser.width(1280)
+        browser.open(f"{site}/{page}.html")
+        facts = browser.run(LOOK)
+        browser.width(390)
+        facts["phone"] = browser.run(NARROW)
+        browser.width(1280)
+        if axe:
+            browser.run(SIMPLER, page in CLOSELY)
+            browser.send("Runtime.evaluate", expression=axe)
+            facts["axe"] = browser.run(AXE, None)
+            if page in CLOSELY:
+                browser.run("() => { document.documentElement.dataset.theme = 'dark'; }")
+                facts["axe, dark"] = browser.run(AXE, ["color-contrast"])
+        facts["complaints"] = browser.complaints()
+        found[page] = facts
+    return found
+
+
+every_page = pytest.mark.parametrize("page", PAGES)
+
+
+@every_page
+def test_it_loads_without_an_error(seen, page):
+    assert seen[page]["title"]
+    assert seen[page]["complaints"] == []
+
+
+@every_page
+def test_its_mathematics_is_rendered(seen, modules, page):
+    if modules is None:
+        pytest.skip(f"npm gave no {', '.join(PACKAGES)} here: mathematics is not rendered")
+    assert seen[page]["rendered"] >= seen[page]["math"]
+    assert seen[page]["failures"] == []
+
+
+RAW = re.compile(r"\$|```|~~~|:::|\{[a-z]+(?::[a-z]+)?\}`|\\(?:begin|end|tag|frac|lVert)\b|\]\(\S+\)|\*\*\w|^> ")
+
+
+@every_page
+def test_no_markup_is_visible(seen, page):
+    assert [text.strip()[:100] for text in seen[page]["texts"] if RAW.search(text)] == []
+
+
+@every_page
+def test_its_images_are_there_and_say_what_they_show(seen, page):
+    images = [i for i in seen[page]["images"] if not i["src"].startswith(OUTSIDE)]
+    assert [i["src"] for i in images if not i["loaded"]] == []
+    assert [i["src"] for i in seen[page]["images"] if i["inside"] and not (i["alt"] or "").strip()] == []
+
+
+@every_page
+def test_it_fits_a_phone(seen, page):
+    phone = seen[page]["phone"]
+    assert phone["limit"] == 390
+    assert phone["wide"] <= 390, phone["found"]
+
+
+@pytest.mark.parametrize(("page", "check"), [*((p, "axe") for p in PAGES), *((p, "axe, dark") for p in CLOSELY)])
+def test_everyone_can_read_it(seen, page, check):
+    if check not in seen[page]:
+        pytest.skip("npm gave no axe-core here")
+    assert seen[page][check] == []
+
+
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_its_explorers_move(seen, page):
+    players = seen[page]["players"]
+    assert players, "a chapter has an explorer"
+    for slider in itertools.chain(*players):
+        assert slider["moved"], f"the slider {slider['label']!r} changes nothing"
+        assert slider["keys"] and slider["label"] and slider["text"]
+
+
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_its_statements_are_boxes(seen, page):
+    notebook = json.loads((ROOT / f"{page}.ipynb").read_text("utf8"))
+    text = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    kinds = "Definition|Theorem|Proposition|Lemma|Corollary|Example|Remark|Algorithm"
+    written = [f"{k.lower()}-{n.replace('.', '-')}" for k, n in re.findall(rf"^> \*\*({kinds}) (\d+\.\d+)", text, re.M)]
+    assert seen[page]["statements"] == written
+
+
+def test_links_between_pages_lead_somewhere(seen, site):
+    ids = {f"{site}/{page}.html": set(facts["ids"]) for page, facts in seen.items()}
+    dead = set()
+    for page, facts in seen.items():
+        for link in facts["links"]:
+            if not link.startswith(site):
+                continue
+            target, fragment = urldefrag(link)
+            target = urldefrag(urljoin(f"{site}/{page}.html", target))[0].split("?")[0]
+            if target in ids:
+                if fragment and unquote(fragment) not in ids[target]:
+                    dead.add((page, link.removeprefix(site)))
+            elif not (HTML / unquote(urlparse(target).path).lstrip("/")).exists():
+                dead.add((page, link.removeprefix(site)))
+    assert sorted(dead) == []
+
+
+@every_page
+def test_no_two_places_share_an_anchor(seen, page):
+    counts = Counter(i for i in seen[page]["ids"] if not i.startswith(("MJX", "pst-", "mjx")))
+    assert [i for i, n in counts.items() if n > 1] == []
+
+
+def test_the_demonstration_on_the_first_page_moves(site, browser):
+    browser.width(1280)
+    browser.open(f"{site}/book/intro.html")
+    drawn = browser.run(
+        """() => [0, 300].map(value => {
+             const slider = document.querySelector("#tl-demo input");
+             slider.value = value;
+             slider.dispatchEvent(new Event("input"));
+             return document.querySelector("#tl-demo svg").innerHTML + document.querySelector("#tl-demo output").value;
+           })"""
+    )
+    assert drawn[0] != drawn[1]
+    assert all("loss" in text and "NaN" not in text for text in drawn)
+
+
+def test_search_finds_teleportation(site, browser):
+    browser.width(1280)
+    browser.open(f"{site}/search.html?q=teleportation")
+    found = browser.run(
+        """async () => {
+             for (let i = 0; i < 100; i++) {
+               const links = [...document.querySelectorAll("#search-results li a")].map(a => a.getAttribute("href"));
+               if (links.length > 2) return links;
+               await new Promise(done => setTimeout(done, 100));
+             }
+             return [];
+           }"""
+    )
+    assert any("teleport" in link for link in found), found
+    assert browser.complaints() == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_it_is_light(page):
+    path = HTML / f"{page}.html"
+    soup = BeautifulSoup(path.read_text("utf8"), "html.parser")
+    files = {image["src"] for image in soup.find_all("img") if not image["src"].startswith(("data:", "http"))}
+    weight = path.stat().st_size + sum((path.parent / name).resolve().stat().st_size for name in files)
+    assert weight < PAGE_LIMIT, f"{weight / 1e6:.2f} MB with its images"
+    if page in CHAPTERS:
+        assert (ROOT / f"{page}.ipynb").stat().st_size < NOTEBOOK_LIMIT

@@ -1,0 +1,207 @@
+"""The reference knows every public name and every chapter that uses it; the scorecard says what the records say."""
+
+import doctest
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import teleport_lite
+from teleport_lite import symmetries
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOK = ROOT / "book"
+sys.path.insert(0, str(BOOK / "_ext"))
+reference = importlib.import_module("reference")
+recorded = importlib.import_module("recorded")
+
+FOLDER = BOOK / "reference"
+OPEN = ("groups", "errors", "data", "plot")  # modules all of whose names are public
+
+
+def text(name):
+    return (BOOK / name).read_text("utf8")
+
+
+# --- no orphans -------------------------------------------------------------------------------------------------------
+
+
+def public():
+    """By full name, every public class and function."""
+    names = {f"teleport_lite.{n}": getattr(teleport_lite, n) for n in teleport_lite.__all__}
+    names |= {f"teleport_lite.symmetries.{n}": getattr(symmetries, n) for n in symmetries.__all__}
+    for module in (importlib.import_module(f"teleport_lite.{m}") for m in OPEN):
+        for name, value in vars(module).items():
+            if callable(value) and name[0] != "_" and getattr(value, "__module__", "") == module.__name__:
+                names[f"{module.__name__}.{name}"] = value
+    return {name: value for name, value in names.items() if not inspect.ismodule(value)}
+
+
+def explanations():
+    """What the prose of the reference says, in backticks; the fences that list the names apart."""
+    prose = "\n".join(reference.FENCE.sub("", p.read_text("utf8")) for p in FOLDER.glob("*.md"))
+    return set(re.findall(r"`(\w+)`", prose))
+
+
+def orphans(names, documented, used, explained):
+    """The public names that no page describes, or that are neither used in a chapter nor explained."""
+    described = {id(reference.resolve(name)): name for name in documented}
+    return [
+        name
+        for name, value in names.items()
+        if id(value) not in described
+        or not (used.get(described[id(value)]) or described[id(value)].rpartition(".")[2] in explained)
+    ]
+
+
+def test_no_public_name_is_an_orphan():
+    used = reference.uses(ROOT, FOLDER)
+    assert orphans(public(), reference.documented(FOLDER), used, explanations()) == []
+
+
+def test_an_orphan_would_be_found():
+    names = {"teleport_lite.teleport": teleport_lite.teleport}
+    place = [reference.Place("book/x", 1, "X", "")]
+    assert orphans(names, {}, {}, {"teleport"}) == ["teleport_lite.teleport"]
+    assert orphans(names, {"teleport_lite.teleport": "page"}, {}, set()) == ["teleport_lite.teleport"]
+    assert orphans(names, {"teleport_lite.teleport": "page"}, {}, {"teleport"}) == []
+    assert orphans(names, {"teleport_lite.teleport": "page"}, {"teleport_lite.teleport": place}, set()) == []
+
+
+def test_the_pages_name_what_exists_and_the_book_uses_most_of_it():
+    documented = reference.documented(FOLDER)
+    assert [name for name in documented if reference.resolve(name) is None] == []
+    used = reference.uses(ROOT, FOLDER)
+    chapters = {place.page for places in used.values() for place in places}
+    assert len(chapters) == len([c for c in reference.chapters(ROOT) if (ROOT / f"{c}.ipynb").is_file()])
+    assert sum(map(bool, used.values())) > len(documented) / 3
+
+
+# --- the machinery ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [reference, recorded])
+def test_the_examples_in_their_docstrings_hold(module):
+    assert doctest.testmod(module).failed == 0
+
+
+def test_uses_of_names_are_found_under_all_their_aliases():
+    known = {}
+    code = "import teleport_lite as tl\n%pip install x\nfrom teleport_lite import plot as p\nf = tl.symmetries.scaling"
+    index = {id(symmetries.scaling): "scaling", id(importlib.import_module("teleport_lite.plot").path): "path"}
+    found = [reference.described(path, index) for path in reference.names_in_code(code + "\np.path(ax)", known)]
+    assert found == ["scaling", "path"]
+    assert list(reference.names_in_code("tl = 3; x.tl.teleport", dict(known))) == []
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("`x` of $a_b$", "``x`` of :math:`a_b`"),
+        ("|a - b|", r"\|a - b\|"),
+        ("$|a|$ and `|b|`", ":math:`|a|` and ``|b|``"),
+        ("in *italics*", "in *italics*"),
+        (">>> f('$x$ | `y`')", ">>> f('$x$ | `y`')"),
+    ],
+)
+def test_docstrings_become_restructured_text(written, expected):
+    assert "\n".join(reference.to_rst([written], {})) == expected
+
+
+def test_a_page_that_names_what_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match=r"teleport_lite\.nothing, which does not exist"):
+        reference.expand("```{api} teleport_lite\nnothing\n```\n", {})
+
+
+# --- scorecard, records, glossary, references -------------------------------------------------------------------------
+
+
+def test_every_number_of_the_scorecard_is_computed():
+    page = text("scorecard.md")
+    names = recorded.ROLE.findall(page)
+    assert names and set(names) <= set(recorded.NUMBERS)
+    assert "{recorded}" not in recorded.fill_in(page)
+    assert all(re.fullmatch(r"[+−]?\d+\.\d+(?: ± \d\.\d+)?", recorded.NUMBERS[name]()) for name in names)
+
+
+def test_a_correlation_is_pearsons():
+    networks = recorded.record("generalization")["networks"]
+    x, y = (networks[k] for k in ("sharpness_isotropic", "validation_loss"))
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    cov = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+    by_hand = cov / (sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y)) ** 0.5
+    assert recorded.correlation("sharpness_isotropic") == pytest.approx(by_hand)
+
+
+def clearly(sign, value):
+    """Whether an interval lies on one side of zero."""
+    mean, half = value
+    return sign * mean > half
+
+
+def test_the_verdicts_follow_from_the_numbers():
+    for optimizer in ("sgd", "momentum", "adagrad", "rmsprop", "adam"):
+        for arm in ("teleport", "paper"):
+            assert not clearly(-1, recorded.optimizer_gain(optimizer, arm)), "not confirmed: no gain at tuned rates"
+    assert clearly(+1, recorded.optimizer_gain("sgd", "teleport")), "the steepest teleport of SGD is worse"
+
+    sharpness, positive = (recorded.correlation(f"sharpness_{k}") for k in ("isotropic", "positive"))
+    assert sharpness > 0.5, "clearly positive"
+    assert recorded.correlation("train_loss") > sharpness - 0.05, "the training loss says as much"
+    assert abs(recorded.correlation("sharpness_isotropic", "gap")) < 0.2, "and nothing is said on the gap"
+    assert abs(sharpness - positive) < 0.05, "hardly changes"
+    assert recorded.correlation("curvature_scaling") > 0.2, "not negative"
+    assert abs(recorded.correlation("curvature_mixing")) < 0.2, "near zero"
+
+    assert clearly(+1, recorded.minimum("scaling, sharper")) and clearly(+1, recorded.minimum("scaling, less curved"))
+    gains = [recorded.minimum(f"{family}, {goal}") for family in ("scaling", "mixing") for goal in recorded.GOALS]
+    assert not any(clearly(-1, gain) for gain in gains), "no arm is clearly better than no teleport"
+
+
+STATUS = ("proved", "confirmed", "corrected", "not confirmed", "not attempted")
+
+
+def test_every_row_of_the_scorecard_has_a_status_and_a_chapter():
+    rows = [line for line in text("scorecard.md").split("\n") if re.match(r"\| (?!In the paper)\S", line)]
+    assert len(rows) > 20
+    for row in rows:
+        status = re.findall(r"\*\*([a-z ]+)\*\*", row)
+        assert status and set(status) <= set(STATUS), row
+        assert ".ipynb" in row or status == ["not attempted"], row
+
+
+def test_every_record_and_every_experiment_is_listed():
+    page = text("reproducing.md")
+    records = {p.name for p in (BOOK / "results").glob("*.json")}
+    scripts = {p.name for p in (ROOT / "experiments").glob("*.py")}
+    listed = set(re.findall(r"`(\w+\.json)`", page))
+    assert records <= listed, "a record is missing on the page"
+    assert {name.replace(".json", ".py") for name in listed} <= scripts, "no script makes this record"
+    assert scripts == set(re.findall(r"experiments/(\w+\.py)", page)), "experiments/ and the page differ"
+    for row in re.findall(r"^\| `\w+\.json` .*", page, re.M):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert len(cells) == 5 and all(cells)
+        assert re.search(r"\d cores", cells[3])
+
+
+def test_the_glossary_is_sorted_and_links_every_term():
+    for part in text("glossary.md").split("\n## ")[1:]:
+        entries = re.findall(r"^- \*\*(.+?)\*\*(.*?)(?=^- |\Z)", part, re.M | re.S)
+        terms = [re.sub(r"\W", " ", term).lower() for term, _ in entries]
+        assert terms == sorted(terms)
+        assert all(re.search(r"\]\(\S+\.(?:ipynb|md)", rest) for _, rest in entries)
+
+
+def test_every_reference_has_an_address():
+    entries = re.findall(r"^- .*?(?=^- |^#|\Z)", text("references.md"), re.M | re.S)
+    assert len(entries) > 15
+    assert [e[:60] for e in entries if not re.search(r"\]\(https://(?:arxiv|doi)\.org/\S+\)", e)] == []
+
+
+def test_the_extensions_are_those_of_the_folder():
+    config = yaml.safe_load((ROOT / "_config.yml").read_text("utf8"))
+    assert set(config["sphinx"]["local_extensions"]) == {p.stem for p in (BOOK / "_ext").glob("*.py")}
