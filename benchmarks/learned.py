@@ -6,9 +6,7 @@ hidden units. A whole run of 700 problems x 100 steps is 7000 unrolls of the loo
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -47,7 +45,7 @@ def plain_unroll(net: LearnedOptimizer, v: Tensor, u: Tensor, x: Tensor, y: Tens
     return losses
 
 
-def learned(board) -> None:
+def meta_training(board) -> None:
     """Rows for the `Board` of run.py: seconds of a problem-step in the loop / in the batch, and their difference."""
     generator = torch.Generator().manual_seed(0)
     x, y, v, u = (torch.rand(BATCH, WIDTH, WIDTH, generator=generator) for _ in range(4))
@@ -90,12 +88,3 @@ def learned(board) -> None:
     one, many = map(median, times)
     board.row("meta-training, one problem at a time / batches of 100", BATCH * one / many, 10.0, at_least=True)
     board.row("relative difference of the losses", gap, 1e-4)
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from run import Board
-
-    result = Board()
-    learned(result)
-    sys.exit(int(result.failed))

@@ -26,6 +26,7 @@ from teleport_lite.search import STEPS, closed_form
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 from ensemble import Ensemble
+from learned import meta_training
 
 SEEDS = range(5)
 REPEATS = 40
@@ -352,6 +353,7 @@ def main() -> int:
     curvatures(board, x, y)
     published(board, x, y)
     ensembles(board, x, y)
+    meta_training(board)
     return int(board.failed)
 
 

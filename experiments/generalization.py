@@ -10,7 +10,6 @@ measures are taken, so that an interrupted run goes on where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from ensemble import Ensemble, evaluate, forward
-from mnist_teleport import mlp, save, split
+from mnist_teleport import command_line, mlp, save, split
 from torch import Tensor
 from tqdm import tqdm
 
@@ -130,12 +129,7 @@ def measures(weights: list[Tensor], data, batches: int, curves: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smoke test: synthetic images, 3 networks, 1 epoch")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    if options.quick and options.out == RESULTS:
-        parser.error("--quick needs --out, so that it does not replace the results")
+    options = command_line(__doc__, RESULTS, "a smoke test: synthetic images, 3 networks, 1 epoch")
     quick = (3, 1, 2, 2)
     networks, epochs, batches, curves = quick if options.quick else (NETWORKS, EPOCHS, BATCHES, CURVES)
     data = split(options.quick)

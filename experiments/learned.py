@@ -12,7 +12,6 @@ what is there is not computed again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from functools import partial
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from mnist_teleport import command_line, save
 from torch import nn
 from tqdm import tqdm
 
@@ -148,12 +148,6 @@ def fits(arm: str) -> list[str]:
     return [s for s, (_, width) in SETTINGS.items() if width == WIDTH or ARMS[arm].get("coordinatewise")]
 
 
-def save(results: dict, path: Path) -> None:
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(results, separators=(",", ":")) + "\n")
-    draft.replace(path)
-
-
 def _hand_made_on(name: str, rate: float, steps: int, setting: str) -> torch.Tensor:
     return hand_made(name, rate, *unseen(setting), steps)
 
@@ -211,14 +205,9 @@ def one(arm: str, seed: int, batches: int, steps: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arm", choices=ARMS, action="append", help="this arm only")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--quick", action="store_true", help="a smoke test: one seed, one batch of problems, ten steps")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    if options.quick and options.out == RESULTS:
-        parser.error("--quick needs --out, so that it does not replace the results")
+    options = command_line(
+        __doc__, RESULTS, "a smoke test: one seed, one batch of problems, ten steps", arm=ARMS, seeds=SEEDS
+    )
     seeds, steps = (1, UNROLL) if options.quick else (options.seeds, STEPS)
     config = {
         "width": WIDTH,

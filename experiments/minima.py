@@ -11,7 +11,6 @@ teleports of the same radius. Results go to book/results/minima.json, seed by se
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from ensemble import Ensemble, evaluate
-from mnist_teleport import mlp, save, split
+from mnist_teleport import command_line, mlp, save, split
 from torch import nn
 from tqdm import tqdm
 
@@ -132,13 +131,7 @@ def run(seed: int, before: int, after: int, draws: int, data) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--quick", action="store_true", help="a smoke test: synthetic images, one seed, few epochs")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    if options.quick and options.out == RESULTS:
-        parser.error("--quick needs --out, so that it does not replace the results")
+    options = command_line(__doc__, RESULTS, "a smoke test: synthetic images, one seed, few epochs", seeds=SEEDS)
     seeds, before, after, draws = (1, 1, 1, 1) if options.quick else (options.seeds, BEFORE, AFTER, DRAWS)
     data = split(options.quick)
     config = {

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -155,16 +156,31 @@ def save(results: dict, path: Path) -> None:
     part.replace(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=NETWORKS, action="append", help="this network only")
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--quick", action="store_true", help="a smoke test: synthetic images, one seed, one epoch")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    if options.quick and options.out == RESULTS:
+def command_line(doc: str, results: Path, quick: str, **options: int | Iterable[str]) -> argparse.Namespace:
+    """What was asked for: `--out`, `--quick`, and for each of `options` a number, or some of the known names."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in options.items():
+        if isinstance(value, int):
+            parser.add_argument(f"--{name}", type=int, default=value)
+        else:
+            parser.add_argument(f"--{name}", choices=list(value), action="append", help=f"this {name} only")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--out", type=Path, default=results)
+    found = parser.parse_args()
+    if found.quick and found.out == results:
         parser.error("--quick needs --out, so that it does not replace the results")
+    return found
+
+
+def main() -> None:
+    options = command_line(
+        __doc__,
+        RESULTS,
+        "a smoke test: synthetic images, one seed, one epoch",
+        network=NETWORKS,
+        epochs=EPOCHS,
+        seeds=SEEDS,
+    )
     epochs, seeds = (1, 1) if options.quick else (options.epochs, options.seeds)
 
     results = json.loads(options.out.read_text()) if options.out.exists() else {}

@@ -9,7 +9,6 @@ go to book/results/optimizers.json, one entry for each optimizer, arm and seed; 
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from ensemble import SECOND_MOMENTS, Ensemble, evaluate
-from mnist_teleport import mlp, save, split
+from mnist_teleport import command_line, mlp, save, split
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -176,16 +175,15 @@ def seconds_a_step(optimizer: str, data, steps: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, action="append", help="this optimizer only")
-    parser.add_argument("--arm", choices=ARMS, action="append", help="this arm only")
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--quick", action="store_true", help="a smoke test: synthetic images, one seed, one epoch")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    if options.quick and options.out == RESULTS:
-        parser.error("--quick needs --out, so that it does not replace the results")
+    options = command_line(
+        __doc__,
+        RESULTS,
+        "a smoke test: synthetic images, one seed, one epoch",
+        optimizer=OPTIMIZERS,
+        arm=ARMS,
+        epochs=EPOCHS,
+        seeds=SEEDS,
+    )
     epochs, seeds = (1, 1) if options.quick else (options.epochs, options.seeds)
 
     data = split(options.quick)

@@ -10,14 +10,13 @@ what is there is not computed again.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from ensemble import Ensemble, evaluate
-from mnist_teleport import mlp, save, split
+from mnist_teleport import command_line, mlp, save, split
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -100,13 +99,7 @@ def run(seed: int, epochs: int, data) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--quick", action="store_true", help="a smoke test: synthetic images, one seed, one epoch")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    if options.quick and options.out == RESULTS:
-        parser.error("--quick needs --out, so that it does not replace the results")
+    options = command_line(__doc__, RESULTS, "a smoke test: synthetic images, one seed, one epoch", seeds=SEEDS)
     seeds, epochs = (1, 1) if options.quick else (options.seeds, EPOCHS)
     data = split(options.quick)
     config = {

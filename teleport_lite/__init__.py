@@ -4,7 +4,7 @@ A symmetry is a group acting on a model's parameters without changing what the m
 a group element on purpose.
 """
 
-from teleport_lite import data, objectives, symmetries
+from teleport_lite import data, learned, objectives, symmetries
 from teleport_lite.discover import find_symmetries
 from teleport_lite.errors import TeleportError
 from teleport_lite.geometry import conserved_quantities, curvature, hessian_eigenvalues, hessian_trace, sharpness
@@ -32,6 +32,7 @@ __all__ = [
     "find_symmetries",
     "hessian_eigenvalues",
     "hessian_trace",
+    "learned",
     "level_set_teleport",
     "minibatch_symmetries",
     "null_space_teleport",

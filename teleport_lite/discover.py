@@ -216,10 +216,8 @@ def _solve(seen: Propagation, check: _Check) -> tuple[list[NeuronSymmetry], list
 
     found: list[NeuronSymmetry] = []
     covered: set[tuple[int, int]] = set()
-    for second in (False, True):
+    for second in (False, True) if seen.book.totals else (False,):
         classes, inverse = seen.book.scalings(signed=True, second=second)
-        if second and not seen.book.totals:
-            break
         entries = _entries(axes, classes, inverse)
         mixed = _proposals(axes, entries, GeneralLinear, seen.book.kinds(classes, MIX), classes, reasons)
         kept = check.keep([s for s in mixed if s.group.n > 1 and s not in found], lambda *_: None)

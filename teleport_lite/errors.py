@@ -126,6 +126,10 @@ class StateError(TeleportError, ValueError):
         super().__init__(f"{expected} for {entry!r} of {optimizer}", got, remedy)
 
 
+class DivergenceError(TeleportError, ArithmeticError):
+    """Meta-training that diverges again and again from the same checkpoint."""
+
+
 class DataError(TeleportError, OSError):
     """A dataset file that is missing, truncated or of another format; the message names the file."""
 

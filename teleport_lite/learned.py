@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from teleport_lite.errors import NoSymmetryError, TeleportError, UnknownNameError
+from teleport_lite.errors import DivergenceError, NoSymmetryError, TeleportError, UnknownNameError
 from teleport_lite.groups import Group, PositiveScaling
 from teleport_lite.params import Params, norm
 from teleport_lite.symmetries.base import Product, Symmetry, check_radius
@@ -35,10 +35,6 @@ EMITS = ("fixed", "rate", "update")
 TELEPORTS = ("none", "learned", "random")
 EXPLODED = 1e4  # times the loss at the start of a problem
 PATIENCE = 10  # failures in a row without a new checkpoint
-
-
-class DivergenceError(TeleportError, ArithmeticError):
-    """Meta-training that diverges again and again from the same checkpoint."""
 
 
 @dataclass(frozen=True)

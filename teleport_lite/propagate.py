@@ -125,11 +125,6 @@ class Propagation(TorchDispatchMode):
         out = func(*args, **kwargs)
         if busy:
             found = self._follow(name, func, args, kwargs, out)
-            if found is None:
-                self.strange[name] = None
-                for t in tensors:
-                    self._stop(self.of(t), f"{name} is not understood")
-                found = []
             results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
             touched = {id(t): t for t in tree_leaves(written) if isinstance(t, Tensor)}
             for tensor, labels in zip(results, found + [[]] * len(results), strict=False):
@@ -142,13 +137,18 @@ class Propagation(TorchDispatchMode):
                 self._overwrite(tensor, [])
         return out
 
-    def _follow(self, name: str, func, args: tuple, kwargs: dict, out: Any) -> list[Labels] | None:
+    def _follow(self, name: str, func, args: tuple, kwargs: dict, out: Any) -> list[Labels]:
+        """The labels of the results; none, and all that is read stays, where there is no rule or it does not fit."""
         rule = self._rule(name, func)
         try:
-            return None if rule is None else rule(name, func, args, kwargs, out)
-        except (RuntimeError, NotImplementedError, IndexError, ValueError, TypeError) as error:  # an unforeseen use
-            self.strange[f"{name} ({error})"] = None
-            return None
+            if rule is not None:
+                return rule(name, func, args, kwargs, out)
+        except Exception:  # arguments that the rule does not foresee
+            pass
+        self.strange[name] = None
+        for t in tree_leaves((args, kwargs)):
+            self._stop(self.of(t), f"{name} is not understood")
+        return []
 
     def _rule(self, name: str, func) -> Any:
         for names, rule in (
@@ -386,16 +386,18 @@ class Propagation(TorchDispatchMode):
                 else:
                     out.append(x)
         left, right = (self._one(part) for part in summed)
-        if left is not None and right is not None:
-            self.book.same(left, negative(right))
-        else:
-            for x in (left, right):
-                if x is not None:
-                    self._stop([x], "what they are multiplied with is fixed")
+        self._contracted(left, right)
         for x in [*(y for y in (left, right) if y is not None), *out]:
             if x.shape[0] > 1:
                 self.book.apart(x, torch.arange(x.shape[0]).reshape(-1, 1, 1))
         return out
+
+    def _contracted(self, a: Tensor | None, b: Tensor | None) -> None:
+        """Two axes that are summed over together move inversely to each other."""
+        if a is not None and b is not None:
+            self.book.same(a, negative(b))
+        else:
+            self._stop([x for x in (a, b) if x is not None], "what they are multiplied with is fixed")
 
     def _op_bmm(self, name, func, args, kwargs, out) -> list[Labels]:
         if self._zero(args):
@@ -497,12 +499,7 @@ class Propagation(TorchDispatchMode):
                 self.book.same(arriving, leaving, PERM)
             elif not depthwise and slot is not None:
                 self._stop([slot], "groups", PERM)
-        if arriving is not None and within is not None:
-            self.book.same(arriving, negative(within))
-        else:
-            for axis in (arriving, within):
-                if axis is not None:
-                    self._stop([axis], "what they are multiplied with is fixed")
+        self._contracted(arriving, within)
         return [self._shifted([] if leaving is None else [_second(out)(leaving)], bias, _second(out))]
 
     def _grouped(self, weight: Tensor, groups: int) -> Tensor | None:

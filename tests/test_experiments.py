@@ -97,6 +97,22 @@ def test_the_other_experiments_run_and_resume(name, tmp_path):
     assert {k: again[-1][k] for k in same if k in last} == {k: last[k] for k in same if k in last}
 
 
+def test_the_learned_optimizers_run_and_resume(tmp_path):
+    out = tmp_path / "results.json"
+    command = [sys.executable, str(EXPERIMENTS / "learned.py"), "--quick", "--out", str(out)]
+    command += ["--arm", "LSTM(lr, tele)", "--arm", "coordinatewise(update, exact tele)"]
+    subprocess.run(command, check=True, capture_output=True)
+    first = json.loads(out.read_text())
+    assert {run["arm"] for run in first["runs"]} >= {"GD", "LSTM(lr, tele)", "coordinatewise(update, exact tele)"}
+    last = first["runs"].pop()
+    out.write_text(json.dumps(first))
+    subprocess.run(command, check=True, capture_output=True)
+    again = json.loads(out.read_text())["runs"]
+    assert len(again) == len(first["runs"]) + 1
+    losses = [[run["test"][s]["loss"] for s in run["test"]] for run in (again[-1], last)]
+    assert losses[0] == losses[1]
+
+
 def test_measures_of_generalization(tmp_path):
     out = tmp_path / "results.json"
     command = [sys.executable, str(EXPERIMENTS / "generalization.py"), "--quick", "--out", str(out)]

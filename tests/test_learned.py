@@ -13,9 +13,9 @@ from torch import nn
 
 import teleport_lite as tl
 from teleport_lite import learned
-from teleport_lite.errors import NoSymmetryError, TeleportError, UnknownNameError
+from teleport_lite.errors import DivergenceError, NoSymmetryError, TeleportError, UnknownNameError
 from teleport_lite.groups import GeneralLinear, PositiveScaling, SpecialOrthogonal
-from teleport_lite.learned import DivergenceError, LearnedOptimizer, State, Task, bounded, meta_train, on_batch, run
+from teleport_lite.learned import LearnedOptimizer, State, Task, bounded, meta_train, on_batch, run
 from teleport_lite.symmetries import TestFunction, mixing, scaling
 
 N, H, K, PROBLEMS = 4, 6, 4, 3
