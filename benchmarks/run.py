@@ -26,7 +26,7 @@ from teleport_lite.search import STEPS, closed_form
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 from ensemble import Ensemble
-from learned import meta_training
+from meta_training import meta_training
 
 SEEDS = range(5)
 REPEATS = 40
