@@ -25,6 +25,7 @@ from teleport_lite.params import loss_of, norm, value_and_grad
 from teleport_lite.search import STEPS, closed_form
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
+from costs import costs
 from ensemble import Ensemble
 from meta_training import meta_training
 
@@ -353,6 +354,7 @@ def main() -> int:
     curvatures(board, x, y)
     published(board, x, y)
     ensembles(board, x, y)
+    costs(board)
     meta_training(board)
     return int(board.failed)
 

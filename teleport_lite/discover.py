@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +31,8 @@ from teleport_lite.symmetries.neurons import Leg, NeuronSymmetry
 from teleport_lite.trace import copy_of, kept_random_state
 
 TOLERANCE = 1e-10  # relative change in float64 beyond which a proposed symmetry is dropped
+ENOUGH = 16  # fresh examples to verify on
+APART = 12  # finite groups are tried one by one up to so many, else so many random selections of them
 PIECES = 64  # an axis in more pieces than that is left out
 RETURNED = "the model returns them"
 
@@ -109,10 +111,11 @@ class _Check:
     generator: torch.Generator
 
     def __post_init__(self) -> None:
-        real = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
-        few = max((len(x) for x in real if x.ndim), default=0)
-        self.inputs = [self._fresh() for _ in range(1 + 16 // few if few else 1)]
+        real = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+        few = max((len(x) for x in real if x.ndim), default=ENOUGH)
+        self.inputs = [self._fresh() for _ in range(-(-ENOUGH // max(few, 1)))]
         self.params: Params = dict(self.probe.named_parameters())
+        self.widen = True  # until it is known that the model asks for nothing less than float64
         self.before: dict[bool, list[list[Tensor]]] = {}
         for training in (False, True):
             try:
@@ -122,6 +125,20 @@ class _Check:
                     del self.before[training]
             except Exception:
                 self.before.pop(training, None)
+        self.alike = len(self.before) == 2 and self._agree(self.before[False], self.before[True])
+        for training, before in self.before.items():
+            try:
+                self.widen = False
+                self.widen = not self._agree([self._run(self.params, x, training) for x in self.inputs], before)
+            except Exception:
+                self.widen = True
+            if self.widen:
+                break
+
+    @staticmethod
+    def _agree(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
+        """Whether the outputs are the same, bit for bit."""
+        return all(_distance(a, b) == 0 for a, b in zip(one, other, strict=True))
 
     def _fresh(self) -> tuple[tuple, dict[str, Any]]:
         def new(x: object) -> object:
@@ -134,7 +151,7 @@ class _Check:
         buffers = {name: b.clone() for name, b in self.probe.named_buffers()}
         torch.manual_seed(0)
         try:
-            with InFloat64():
+            with InFloat64() if self.widen else nullcontext():
                 return _tensors(functional_call(self.probe, {**params, **buffers}, inputs[0], inputs[1]))
         finally:
             self.probe.eval()
@@ -147,20 +164,25 @@ class _Check:
             moved = self.params
             for symmetry in chosen:
                 moved = symmetry.act(moved, self._element(symmetry, turn % 2))
-            for training, before in self.before.items():
-                if training and shuffled and False in self.before:
+            for k, (training, before) in enumerate(self.before.items()):
+                if k and (shuffled or (turn and self.alike)):
                     continue
-                for x, old in zip(self.inputs, before, strict=True):
+                if k and turn > 1:
+                    break
+                for x, old in list(zip(self.inputs, before, strict=True))[: None if turn < 2 else 1]:
                     gap = _distance(self._run(moved, x, training), old)
                     worst = max(worst, gap) if math.isfinite(gap) else float("inf")
         return worst
 
     def _choices(self, symmetries: list[NeuronSymmetry]) -> list[list[NeuronSymmetry]]:
-        """What to try together: all, twice; of finite groups, which may undo each other, each pair apart as well."""
+        """What to try together: all, twice; of finite groups, which may undo each other, each or random ones, too."""
         parts = [symmetries, symmetries]
-        if all(not s.dim for s in symmetries):
-            for bit in range((len(symmetries) - 1).bit_length()):
-                parts += [[s for k, s in enumerate(symmetries) if k >> bit & 1 == b] for b in (0, 1)]
+        if len(symmetries) > 1 and all(not s.dim for s in symmetries):
+            if len(symmetries) <= APART:
+                return parts + [[s] for s in symmetries]
+            for _ in range(APART):
+                heads = torch.rand(len(symmetries), generator=self.generator) < 0.5
+                parts.append([s for s, chosen in zip(symmetries, heads.tolist(), strict=True) if chosen])
         return parts
 
     def _element(self, symmetry: NeuronSymmetry, turn: int) -> Tensor:
@@ -219,8 +241,10 @@ def _solve(seen: Propagation, check: _Check) -> tuple[list[NeuronSymmetry], list
     for second in (False, True) if seen.book.totals else (False,):
         classes, inverse = seen.book.scalings(signed=True, second=second)
         entries = _entries(axes, classes, inverse)
-        mixed = _proposals(axes, entries, GeneralLinear, seen.book.kinds(classes, MIX), classes, reasons)
-        kept = check.keep([s for s in mixed if s.group.n > 1 and s not in found], lambda *_: None)
+        single = _proposals(axes, entries, GeneralLinear, seen.book.kinds(classes, MIX), classes, reasons)
+        mixed = [s for s in _side_by_side([s for s in single if s.group.n > 1]) if s not in found]
+        kept = check.keep(mixed, lambda *_: None)
+        kept += check.keep([part for s in mixed if s not in kept for part in _apart(s)], lambda *_: None)
         covered |= _covered(axes, kept)
         rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.places)}
         scaled = [s for s in _proposals(axes, rest, PositiveScaling, None, classes, reasons) if s not in found]
@@ -240,7 +264,7 @@ def _solve(seen: Propagation, check: _Check) -> tuple[list[NeuronSymmetry], list
         return min(first[leg.name, leg.dim] for leg in s.legs), rank.index(type(s.group))
 
     found.sort(key=place)
-    found += _blocks(found, check)
+    found += _blocks([part for s in found for part in _apart(s)], check)
     return sorted(found, key=place), reasons
 
 
@@ -325,6 +349,29 @@ def _proposals(
                 legs = list(dict.fromkeys(legs))
             if plain or len(pieces) == 1:
                 yield NeuronSymmetry(kind(len(piece)), legs)
+
+
+def _side_by_side(mixings: list[NeuronSymmetry]) -> list[NeuronSymmetry]:
+    """Mixings of equal size that stand right behind one another on every axis, the heads of a layer, as one."""
+    runs: list[list[NeuronSymmetry]] = []
+    for s in mixings:
+        last = runs[-1][-1] if runs else None
+        behind = last and tuple(replace(leg, start=leg.start + leg.each * last.group.n) for leg in last.legs)
+        if last and last.group == s.group and behind == s.legs:
+            runs[-1].append(s)
+        else:
+            runs.append([s])
+    return [NeuronSymmetry(GeneralLinear(run[0].group.n, len(run)), run[0].legs) for run in runs]
+
+
+def _apart(mixing: NeuronSymmetry) -> list[NeuronSymmetry]:
+    """The blocks of a mixing, each as a symmetry of its own; any other symmetry as it is."""
+    count = mixing.group.blocks if isinstance(mixing.group, GeneralLinear) else 1
+    if count == 1:
+        return [mixing]
+    n = mixing.group.n // count
+    legs = ([replace(leg, start=leg.start + k * n * leg.each) for leg in mixing.legs] for k in range(count))
+    return [NeuronSymmetry(GeneralLinear(n), part) for part in legs]
 
 
 def _trivial(symmetry: NeuronSymmetry, check: _Check) -> bool:

@@ -7,6 +7,10 @@ factor exactly given the others. Derived in the chapter *Teleporting*.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -103,15 +107,55 @@ def closed_form(
         maximize: to a corner of the box, or down to the balanced point.
         radius: bound on the operator norm of each factor.
     """
-    moving = [f for f in symmetry if isinstance(f, NeuronSymmetry) and not f.group.isometry]
-    plain = all(isinstance(f.group, PositiveScaling) and all(leg.groups == 1 for leg in f.legs) for f in moving)
-    sweep = _sweep_squares if plain else _sweep_tensors
-    found = iter(sweep(moving, tensors, gradients, maximize, radius))
-    return tuple(f.zeros(tensors) if _is_neutral(f) else next(found).to(tensors[f.names[0]]) for f in symmetry)
+    moving = [f for f in symmetry if isinstance(f, NeuronSymmetry) and not _is_neutral(f)]
+    found: dict[int, Tensor] = {}
+    for parts in _alike(_components(moving), tensors):
+        first = parts[0]
+        plain = all(isinstance(f.group, PositiveScaling) and all(leg.groups == 1 for leg in f.legs) for f in first)
+        sweep = partial(
+            _sweep_squares if plain else _sweep_tensors,
+            first,
+            gradients=gradients,
+            maximize=maximize,
+            radius=radius,
+            sweeps=1 if len(first) == 1 else SWEEPS_UP if maximize else SWEEPS_DOWN,
+        )
+        rows = zip(*(_names(part) for part in parts), strict=True)  # a parameter of the first, with its counterparts
+        if len(parts) == 1:
+            xis: Any = [[xi] for xi in sweep({row[0]: tensors[row[0]] for row in rows})]
+        else:
+            xis = torch.func.vmap(sweep)({row[0]: torch.stack([tensors[n] for n in row]) for row in rows})
+        for factors, elements in zip(zip(*parts, strict=True), xis, strict=True):
+            found |= {id(f): xi.to(tensors[f.names[0]]) for f, xi in zip(factors, elements, strict=True)}
+    return tuple(found[id(f)] if id(f) in found else f.zeros(tensors) for f in symmetry)
+
+
+def _components(factors: list[NeuronSymmetry]) -> list[list[NeuronSymmetry]]:
+    """Factors that share parameters, directly or through others, taken together; what is apart is independent."""
+    parts: list[list[NeuronSymmetry]] = []
+    for factor in factors:
+        near = [part for part in parts if any({*factor.names} & {*f.names} for f in part)]
+        parts = [part for part in parts if part not in near]
+        parts.append([*(f for part in near for f in part), factor])
+    return parts
+
+
+def _alike(parts: list[list[NeuronSymmetry]], tensors: Params) -> Iterable[list[list[NeuronSymmetry]]]:
+    """Components that are the same but for the names of their parameters, as the layers of a transformer, together."""
+    families: dict[object, list[list[NeuronSymmetry]]] = defaultdict(list)
+    for part in parts:
+        names = _names(part)
+        places = [(f.group, [replace(leg, name=str(names.index(leg.name))) for leg in f.legs]) for f in part]
+        families[str(places), tuple(tensors[n].shape for n in names)].append(part)
+    return families.values()
+
+
+def _names(part: list[NeuronSymmetry]) -> list[str]:
+    return list(dict.fromkeys(name for f in part for name in f.names))
 
 
 def _sweep_squares(
-    factors: list[NeuronSymmetry], tensors: Params, gradients: bool, maximize: bool, radius: float
+    factors: list[NeuronSymmetry], tensors: Params, *, gradients: bool, maximize: bool, radius: float, sweeps: int
 ) -> list[Tensor]:
     r"""Scalings only: a squared norm is the contraction of the squared entries with vectors $e^{\pm 2\xi}$.
 
@@ -150,7 +194,7 @@ def _sweep_squares(
 
     for k, xi in enumerate(xis):
         write(k, xi)
-    for _ in range(SWEEPS_UP if maximize else SWEEPS_DOWN):
+    for _ in range(sweeps):
         for k, factor in enumerate(factors):
             totals: list[Tensor | float] = [0.0, 0.0]  # coefficients of e^{2 xi} and of e^{-2 xi}
             for leg in factor.legs:
@@ -167,22 +211,37 @@ def _sweep_squares(
 
 
 def _sweep_tensors(
-    factors: list[NeuronSymmetry], tensors: Params, gradients: bool, maximize: bool, radius: float
+    factors: list[NeuronSymmetry], tensors: Params, *, gradients: bool, maximize: bool, radius: float, sweeps: int
 ) -> list[Tensor]:
-    """Mixings among them: undo one factor, take the Gram matrices of what it acts on, and move it to its extremum."""
-    state = {name: tensors[name].double() for f in factors for name in f.names}
+    """Mixings among them: the tensors move along, and a factor sees the Gram matrices of what it acts on.
+
+    Its own element g, a symmetric matrix, is undone on these small matrices A alone, which become A' with gA'g = A.
+    """
+    wide = torch.float32 if maximize else torch.float64
+    state = {n: t.to(torch.promote_types(t.dtype, wide), copy=True) for n, t in tensors.items()}
     xis = [f.zeros(state) for f in factors]
-    for _ in range(SWEEPS_UP if maximize else SWEEPS_DOWN):
+    elements = [(f.group.exp(xi), f.group.exp(xi)) for f, xi in zip(factors, xis, strict=True)]  # and their inverses
+    for _ in range(sweeps):
         for k, factor in enumerate(factors):
             group: Any = factor.group
-            apply = factor.transport if gradients else factor.act
-            own = apply({name: state[name] for name in factor.names}, factor.inverse(xis[k]))
+            g, inverse = elements[k]
             totals: list[Tensor | float] = [0.0, 0.0]
             for leg in factor.legs:
-                totals[leg.dual != gradients] += group.gram(factor.axis(own[leg.name], leg), 0)
-            xis[k] = group.extremum(*totals, maximize=maximize, radius=radius)
-            state |= apply(own, xis[k])
+                totals[leg.dual != gradients] += group.gram(factor.axis(state[leg.name], leg), 0)
+            up, down = (_both_sides(h, t) for h, t in zip((inverse, g), totals, strict=True))
+            xis[k] = group.extremum(up, down, maximize=maximize, radius=radius)
+            elements[k] = new, new_inverse = group.exp(torch.stack([xis[k], -xis[k]])).unbind()
+            steps = group.compose(new, inverse), group.compose(new_inverse, g)
+            for leg in factor.legs:
+                factor.multiply_(steps[leg.dual != gradients], state[leg.name], leg)
     return xis
+
+
+def _both_sides(h: Tensor, total: Tensor | float) -> Tensor | float:
+    """The Gram matrix of what is multiplied by h, or the squared lengths, where h is a vector of scalings."""
+    if not isinstance(total, Tensor):
+        return total
+    return h @ total @ h if h.ndim > 1 else h * total * h
 
 
 def _summed_squares(tensor: Tensor, dims: set[int]) -> Tensor:

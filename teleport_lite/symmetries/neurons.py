@@ -121,6 +121,14 @@ class NeuronSymmetry(Symmetry):
             return self.group.along(g, tensor, leg.dim)
         return self._put(tensor, self.group.along(g, self.axis(tensor, leg), 0), leg)
 
+    def multiply_(self, g: Tensor, tensor: Tensor, leg: Leg) -> None:
+        """`along`, in place."""
+        if leg.groups > 1:
+            tensor.copy_(self.along(g, tensor, leg))
+        else:
+            part = self.axis(tensor, leg)
+            part.copy_(self.group.along(g, part, 0))
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, NeuronSymmetry) and (self.group, set(self.legs)) == (other.group, set(other.legs))
 
