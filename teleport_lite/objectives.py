@@ -55,6 +55,10 @@ class Problem:
             self._gradient = value_and_grad(self.loss, self.params)
         return self._gradient[1]
 
+    def forget(self) -> None:
+        """Give the memory of the gradient back."""
+        self._gradient = None
+
     @cached_property
     def value(self) -> Tensor:
         """The loss, without graph."""

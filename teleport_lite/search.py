@@ -121,10 +121,11 @@ def closed_form(
             sweeps=1 if len(first) == 1 else SWEEPS_UP if maximize else SWEEPS_DOWN,
         )
         rows = zip(*(_names(part) for part in parts), strict=True)  # a parameter of the first, with its counterparts
-        if len(parts) == 1:
-            xis: Any = [[xi] for xi in sweep({row[0]: tensors[row[0]] for row in rows})]
+        if len(parts) > 1:
+            xis: Any = torch.func.vmap(sweep)({row[0]: torch.stack([tensors[n] for n in row]) for row in rows})
         else:
-            xis = torch.func.vmap(sweep)({row[0]: torch.stack([tensors[n] for n in row]) for row in rows})
+            alone = {name: tensors[name] if plain else tensors[name].clone() for (name,) in rows}
+            xis = [[xi] for xi in sweep(alone)]
         for factors, elements in zip(zip(*parts, strict=True), xis, strict=True):
             found |= {id(f): xi.to(tensors[f.names[0]]) for f, xi in zip(factors, elements, strict=True)}
     return tuple(found[id(f)] if id(f) in found else f.zeros(tensors) for f in symmetry)
@@ -213,12 +214,12 @@ def _sweep_squares(
 def _sweep_tensors(
     factors: list[NeuronSymmetry], tensors: Params, *, gradients: bool, maximize: bool, radius: float, sweeps: int
 ) -> list[Tensor]:
-    """Mixings among them: the tensors move along, and a factor sees the Gram matrices of what it acts on.
+    """Mixings among them: the tensors move along, in place, and a factor sees the Gram matrices of what it acts on.
 
     Its own element g, a symmetric matrix, is undone on these small matrices A alone, which become A' with gA'g = A.
     """
     wide = torch.float32 if maximize else torch.float64
-    state = {n: t.to(torch.promote_types(t.dtype, wide), copy=True) for n, t in tensors.items()}
+    state = {n: t.to(torch.promote_types(t.dtype, wide)) for n, t in tensors.items()}
     xis = [f.zeros(state) for f in factors]
     elements = [(f.group.exp(xi), f.group.exp(xi)) for f, xi in zip(factors, xis, strict=True)]  # and their inverses
     for _ in range(sweeps):

@@ -202,9 +202,10 @@ def carry_out(
         loss_before = problem.value
         xi = find(problem, product, goal, how=search, maximize=maximize, radius=radius, generator=generator)
         xi = ranks.first(xi)
+        scores = [goal.before(problem, product), goal.along(problem, product)(xi).detach()]
+        problem.forget()
         moved = product.act(params, xi)
         moved = {**params, **ranks.first({name: moved[name] for name in product.names})}
-        scores = [goal.before(problem, product), goal.along(problem, product)(xi).detach()]
 
         measured = torch.stack([t.double() for t in (loss_before, problem.at(moved), *scores)])
         before, after, old, new = measured.tolist()  # the one time that the host waits for the device

@@ -125,7 +125,8 @@ def test_every_number_of_the_scorecard_is_computed():
     names = recorded.ROLE.findall(page)
     assert names and set(names) <= set(recorded.NUMBERS)
     assert "{recorded}" not in recorded.fill_in(page)
-    assert all(re.fullmatch(r"[+−]?\d+\.\d+(?: ± \d\.\d+)?", recorded.NUMBERS[name]()) for name in names)
+    shape = re.compile(r"[+−]?\d+\.\d+(?: ± \d\.\d+| \[\d+\.\d+, \d+\.\d+\])?")
+    assert all(shape.fullmatch(recorded.NUMBERS[name]()) for name in names)
 
 
 def test_a_correlation_is_pearsons():
@@ -160,6 +161,9 @@ def test_the_verdicts_follow_from_the_numbers():
     assert clearly(+1, recorded.minimum("scaling, sharper")) and clearly(+1, recorded.minimum("scaling, less curved"))
     gains = [recorded.minimum(f"{family}, {goal}") for family in ("scaling", "mixing") for goal in recorded.GOALS]
     assert not any(clearly(-1, gain) for gain in gains), "no arm is clearly better than no teleport"
+
+    for arm, base in recorded.LEARNED.items():
+        assert recorded.learned_ratio(arm, base)[2] >= 1, "no learned teleport clearly lowers the final loss"
 
 
 STATUS = ("proved", "confirmed", "corrected", "not confirmed", "not attempted")

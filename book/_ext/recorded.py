@@ -68,6 +68,17 @@ def optimizer_gain(optimizer: str, arm: str) -> tuple[float, float]:
     return interval(final(optimizer, arm) - final(optimizer, "plain"))
 
 
+def learned_ratio(arm: str, base: str) -> tuple[float, float, float]:
+    """Final loss of an arm of `learned` over that of its base: geometric mean over seeds, and its 95% interval."""
+    ends: dict[str, list[float]] = {}
+    for name in (arm, base):
+        runs = sorted((r for r in record("learned")["runs"] if r["arm"] == name), key=lambda r: r["seed"])
+        final = ([np.inf if x is None else x for x in r["test"]["as trained"]["final"]] for r in runs)
+        ends[name] = [float(np.quantile(values, 0.5, method="higher")) for values in final]
+    mean, half = interval(np.log(ends[arm]) - np.log(ends[base]))
+    return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half))
+
+
 def gain(network: str, radius: float = 1.0, key: str = "squared_gradient_gain") -> float:
     """What the steepest teleport of `mnist_teleport` multiplies, median over seeds."""
     moves = record("mnist_teleport")[network]["moves"]
@@ -77,6 +88,12 @@ def gain(network: str, radius: float = 1.0, key: str = "squared_gradient_gain") 
 # --- by name, as text -------------------------------------------------------------------------------------------------
 
 MEASURES = ("sharpness_isotropic", "sharpness_positive", "curvature_scaling", "curvature_mixing", "train_loss")
+LEARNED = {  # arms with a teleport, and without
+    "LSTM(lr, tele)": "LSTM(lr)",
+    "LSTM(update, tele)": "LSTM(update)",
+    "LSTM(update, exact tele)": "LSTM(update)",
+    "LSTM(update, random tele)": "LSTM(update)",
+}
 GOALS = ("random", "sharper", "flatter", "more curved", "less curved")
 
 
@@ -90,6 +107,11 @@ def plus_minus(function: Callable[..., tuple[float, float]], *arguments: str) ->
     return "{:+.3f} ± {:.3f}".format(*function(*arguments)).replace("-", "−")
 
 
+def ratio(function: Callable[..., tuple[float, float, float]], *arguments: str) -> str:
+    """A ratio and its interval, two digits."""
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*function(*arguments))
+
+
 for measure in MEASURES:
     NUMBERS[f"r {measure}"] = partial(signed, correlation, measure)
     NUMBERS[f"r {measure} gap"] = partial(signed, correlation, measure, "gap")
@@ -99,6 +121,8 @@ for family in ("scaling", "mixing"):
 for optimizer in ("sgd", "momentum", "adagrad", "rmsprop", "adam"):
     for arm in ("teleport", "reset", "random", "paper"):
         NUMBERS[f"{optimizer} {arm}"] = partial(plus_minus, optimizer_gain, optimizer, arm)
+for arm, base in LEARNED.items():
+    NUMBERS[arm] = partial(ratio, learned_ratio, arm, base)
 for network in ("784-16-10-10", "784-512-512-10"):
     NUMBERS[f"gain {network}"] = lambda network=network: f"{gain(network):.1f}"
 
