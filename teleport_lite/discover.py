@@ -32,6 +32,7 @@ from teleport_lite.trace import copy_of, kept_random_state
 
 TOLERANCE = 1e-10  # relative change in float64 beyond which a proposed symmetry is dropped
 ENOUGH = 16  # fresh examples to verify on
+SIZES = (30.0, 1 / 30)  # and so many times larger ones, for models that branch on what they read
 APART = 12  # finite groups are tried one by one up to so many, else so many random selections of them
 PIECES = 64  # an axis in more pieces than that is left out
 RETURNED = "the model returns them"
@@ -114,6 +115,8 @@ class _Check:
         real = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
         few = max((len(x) for x in real if x.ndim), default=ENOUGH)
         self.inputs = [self._fresh() for _ in range(-(-ENOUGH // max(few, 1)))]
+        self.count = len(self.inputs)
+        self.inputs += [self._fresh(size) for size in SIZES] if real else []
         self.params: Params = dict(self.probe.named_parameters())
         self.widen = True  # until it is known that the model asks for nothing less than float64
         self.before: dict[bool, list[list[Tensor]]] = {}
@@ -140,9 +143,9 @@ class _Check:
         """Whether the outputs are the same, bit for bit."""
         return all(_distance(a, b) == 0 for a, b in zip(one, other, strict=True))
 
-    def _fresh(self) -> tuple[tuple, dict[str, Any]]:
+    def _fresh(self, size: float = 1.0) -> tuple[tuple, dict[str, Any]]:
         def new(x: object) -> object:
-            return _normal(x, self.generator) if isinstance(x, Tensor) and x.is_floating_point() else x
+            return size * _normal(x, self.generator) if isinstance(x, Tensor) and x.is_floating_point() else x
 
         return tuple(new(x) for x in self.args), {k: new(x) for k, x in self.kwargs.items()}
 
@@ -169,10 +172,16 @@ class _Check:
                     continue
                 if k and turn > 1:
                     break
-                for x, old in list(zip(self.inputs, before, strict=True))[: None if turn < 2 else 1]:
+                for x, old in list(zip(self.inputs, before, strict=True))[self._shown(turn)]:
                     gap = _distance(self._run(moved, x, training), old)
                     worst = max(worst, gap) if math.isfinite(gap) else float("inf")
         return worst
+
+    def _shown(self, turn: int) -> slice:
+        """The inputs of a turn: of the usual size, of the other sizes, and later the first alone."""
+        if turn > 1:
+            return slice(1)
+        return slice(self.count, None) if turn == 1 and len(self.inputs) > self.count else slice(self.count)
 
     def _choices(self, symmetries: list[NeuronSymmetry]) -> list[list[NeuronSymmetry]]:
         """What to try together: all, twice; of finite groups, which may undo each other, each or random ones, too."""
