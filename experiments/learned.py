@@ -16,6 +16,7 @@ import json
 import time
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ ARMS = {
     "LSTM(lr)": WHOLE | RATE,
     "LSTM(lr, tele)": WHOLE | RATE | PAPER,
     "LSTM(lr, exact tele)": WHOLE | RATE | EXACT,
+    "LSTM(lr, small exact tele)": WHOLE | RATE | EXACT | {"radius": 0.01},
     "LSTM(update)": WHOLE | UPDATE,
     "LSTM(update, tele)": WHOLE | UPDATE | PAPER,
     "LSTM(update, exact tele)": WHOLE | UPDATE | EXACT,
@@ -115,16 +117,14 @@ def hand_made(name: str, rate: float, params, data, steps: int) -> torch.Tensor:
     return torch.stack([*values, torch.func.vmap(loss)(params, data).detach()])
 
 
-def summary(losses: torch.Tensor, seconds: float) -> dict:
+def summary(losses: torch.Tensor) -> dict:
     """Geometric means over the problems that did not diverge: whose losses all stay below ten times the first."""
     bad = ~(losses <= 10 * losses[0]).all(0)
     curve = losses[:, ~bad].log().mean(1).exp() if not bad.all() else losses[:, 0] * float("nan")
-    steps = len(losses) - 1
     return {
         "loss": [float(f"{v:.4g}") if v == v else None for v in curve.tolist()],
         "final": [float(f"{v:.4g}") if abs(v) < 1e12 else None for v in losses[-1].tolist()],
         "diverged": int(bad.sum()),
-        "milliseconds_a_step": float(f"{1e3 * seconds / steps:.3g}"),
     }
 
 
@@ -133,23 +133,9 @@ def unseen(setting: str):
     return sampler(UNSEEN, scale, width)(torch.Generator().manual_seed(12345))
 
 
-def tested(step, settings) -> dict:
-    """The summary of an optimizer on some settings; `step` runs it on one."""
-    found = {}
-    for setting in settings:
-        start = time.perf_counter()
-        losses = step(setting)
-        found[setting] = summary(losses, time.perf_counter() - start)
-    return found
-
-
 def fits(arm: str) -> list[str]:
     """The settings in which an arm runs."""
     return [s for s, (_, width) in SETTINGS.items() if width == WIDTH or ARMS[arm].get("coordinatewise")]
-
-
-def _hand_made_on(name: str, rate: float, steps: int, setting: str) -> torch.Tensor:
-    return hand_made(name, rate, *unseen(setting), steps)
 
 
 def baselines(steps: int) -> list[dict]:
@@ -162,7 +148,7 @@ def baselines(steps: int) -> list[dict]:
             losses = hand_made(name, rate, params, data, steps)
             ends[rate] = float(losses[-1].log().mean().exp()) if losses.isfinite().all() else None
         best = min((e, r) for r, e in ends.items() if e is not None)[1]
-        found = tested(partial(_hand_made_on, name, best, steps), SETTINGS)
+        found = {s: summary(hand_made(name, best, *unseen(s), steps)) for s in SETTINGS}
         runs.append(
             {"arm": name, "seed": None, "rate": best, "grid": {str(r): e for r, e in ends.items()}, "test": found}
         )
@@ -188,11 +174,6 @@ def one(arm: str, seed: int, batches: int, steps: int) -> dict:
     )
     seconds = time.perf_counter() - start
 
-    def step(setting: str) -> torch.Tensor:
-        scale, width = SETTINGS[setting]
-        task, generator = task_of(kind, UNSEEN, scale, width)[0], torch.Generator().manual_seed(1000 + seed)
-        return run(optimizer, task, *unseen(setting), steps, generator)
-
     return {
         "arm": arm,
         "seed": seed,
@@ -200,8 +181,28 @@ def one(arm: str, seed: int, batches: int, steps: int) -> dict:
         "failures": history.failures,
         "seconds": float(f"{seconds:.3g}"),
         "parameters": sum(p.numel() for p in optimizer.parameters()),
-        "test": tested(step, fits(arm)),
+        "test": {s: summary(learned_run(optimizer, arm, seed, s, steps)) for s in fits(arm)},
     }
+
+
+def learned_run(optimizer: LearnedOptimizer, arm: str, seed: int, setting: str, steps: int) -> torch.Tensor:
+    """The losses of all unseen problems of a setting, before every step and after the last."""
+    scale, width = SETTINGS[setting]
+    task = task_of(ARMS[arm].get("symmetry"), UNSEEN, scale, width)[0]
+    return run(optimizer, task, *unseen(setting), steps, torch.Generator().manual_seed(1000 + seed))
+
+
+def milliseconds_a_step(steps: int, turns: int) -> dict[str, float]:
+    """The time of a step of all unseen problems together, by arm, all arms in turns: medians."""
+    actions = {name: partial(hand_made, name, rates[0], *unseen("as trained")) for name, (_, rates) in GRIDS.items()}
+    actions |= {arm: partial(learned_run, learner(arm, 0), arm, 0, "as trained") for arm in ARMS}
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in tqdm(range(turns), desc="times", leave=False):
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action(steps=steps)
+            times[name].append(1e3 * (time.perf_counter() - start) / steps)
+    return {name: float(f"{median(found):.3g}") for name, found in times.items()}
 
 
 def main() -> None:
@@ -222,6 +223,9 @@ def main() -> None:
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     if results.get("config") != config:
         results = {"config": config, "runs": baselines(steps)}
+        save(results, options.out)
+    if "milliseconds_a_step" not in results:
+        results["milliseconds_a_step"] = milliseconds_a_step(*((2, 1) if options.quick else (20, 7)))
         save(results, options.out)
     for seed in range(seeds):
         for arm in options.arm or ARMS:
