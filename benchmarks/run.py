@@ -249,11 +249,15 @@ def curvatures(board: Board, x: Tensor, y: Tensor, samples: int = 10) -> None:
         board.row(f"{name}: curvature, {samples} curves / gradient", value / one, 3.0)
         one, whole, _ = alternate(gradient, teleport, restore, repeats=SLOW_REPEATS)
         board.row(f"{name}: a step of a curvature teleport / gradient", whole / STEPS / one, 20.0)
-        if widths[1] < len(x):  # elsewhere it takes seconds a curve
-            one, value = alternate(
-                gradient, lambda m=model, s=batch_symmetry: tl.curvature(m, s, samples=1), repeats=SLOW_REPEATS
-            )
-            board.row(f"{name}: a curve of the mini-batch mixing / gradient", value / one)
+        one, alone, together = alternate(
+            gradient,
+            lambda m=model, s=batch_symmetry: tl.curvature(m, s, samples=1),
+            lambda m=model, s=batch_symmetry: tl.curvature(m, s, samples=samples),
+            repeats=SLOW_REPEATS,
+        )
+        narrow = widths[1] < len(x)
+        board.row(f"{name}: mini-batch mixing, a curve / gradient", alone / one)
+        board.row(f"{name}: the same, of {samples} together", together / samples / one, 3.0 if narrow else None)
 
 
 def ensembles(board: Board, x: Tensor, y: Tensor, members: int = 100) -> None:

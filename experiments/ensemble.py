@@ -19,6 +19,11 @@ SLOPE = 0.1  # of the leaky ReLU
 State = dict[str, Tensor]  # of one layer, each entry of the shape of its weights
 
 
+def widths_of(weights: list[Tensor]) -> tuple[int, ...]:
+    """Of the inputs, and of each layer."""
+    return (weights[0].shape[2], *(w.shape[1] for w in weights))
+
+
 def forward(weights: list[Tensor], x: Tensor) -> list[Tensor]:
     """Inputs of each layer, and the logits [members, batch, classes] last; weights are [members, out, in]."""
     members, width, _ = weights[0].shape

@@ -1,23 +1,25 @@
 """Do sharpness and curvature predict how well a network generalizes? A hundred networks, and many measures of each.
 
-    TELEPORT_LITE_DATA=... python experiments/generalization.py [--quick]
+    TELEPORT_LITE_DATA=... python experiments/generalization.py [--data cifar10] [--quick]
 
 The setting of arXiv:2305.13404, Table 1, on MNIST: 784-16-10-10, leaky ReLU of slope 0.1, no biases, SGD with rate 0.01
 and batches of 20 for 40 epochs; the networks differ in their initial weights and train as one ensemble, on the same
 batches. Results go to book/results/generalization.json; the trained weights are kept beside the output while the
-measures are taken, so that an interrupted run goes on where it stopped.
+measures are taken, so that an interrupted run goes on where it stopped. For other data see `datasets.py`.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from ensemble import Ensemble, evaluate, forward
-from mnist_teleport import command_line, mlp, save, split
+from datasets import SETTINGS, split
+from ensemble import Ensemble, evaluate, forward, widths_of
+from mnist_teleport import alone, command_line, mlp, save, scalings
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,15 +28,14 @@ from teleport_lite import geometry
 from teleport_lite.params import norm
 
 RESULTS = Path(__file__).resolve().parent.parent / "book" / "results" / "generalization.json"
-WIDTHS, BATCH, RATE, EPOCHS, NETWORKS = (784, 16, 10, 10), 20, 0.01, 40, 100
-RADII, BATCHES, BATCH_SIZE = geometry.RADII, 200, 200  # of the sharpness: a direction for each of the batches
+BATCH, RATE, EPOCHS, NETWORKS = 20, 0.01, 40, 100
+BATCHES, BATCH_SIZE = 200, 200  # of the sharpness: a direction for each of the batches
 CURVES = 50
-NAMES = ("0.weight", "2.weight", "4.weight")
 
 
-def train(networks: int, epochs: int, data, path: Path) -> tuple[list[Tensor], float]:
+def train(widths, rate: float, networks: int, epochs: int, data, path: Path) -> tuple[list[Tensor], float]:
     """The trained weights [networks, out, in], and how many minutes it took; saved after each epoch."""
-    starts = [[p.detach() for p in mlp(WIDTHS, seed).parameters()] for seed in range(networks)]
+    starts = [[p.detach() for p in mlp(widths, seed).parameters()] for seed in range(networks)]
     weights = [torch.stack(layer) for layer in zip(*starts, strict=True)]
     order = torch.Generator().manual_seed(0)
     done, minutes = 0, 0.0
@@ -42,7 +43,7 @@ def train(networks: int, epochs: int, data, path: Path) -> tuple[list[Tensor], f
         saved = torch.load(path)
         weights, done, minutes = saved["weights"], saved["epochs"], saved["minutes"]
         order.set_state(saved["order"])
-    ensemble = Ensemble(weights, torch.full((networks,), RATE))
+    ensemble = Ensemble(weights, torch.full((networks,), rate))
     for epoch in tqdm(range(done, epochs), desc="training", initial=done, total=epochs, leave=False):
         start = time.perf_counter()
         for x, y in data.batches(BATCH, generator=order):
@@ -69,45 +70,39 @@ def directions(weights: list[Tensor], kind: str, generator: torch.Generator) -> 
     return [d / length * f for d, f in zip(drawn, factors, strict=True)]
 
 
-def sharpness(weights: list[Tensor], kind: str, data, batches: int) -> Tensor:
-    """The mean loss around each network, over all radii and a direction for each batch."""
+def sharpness(weights: list[Tensor], kind: str, data, batches: int, radii: Sequence[float]) -> Tensor:
+    """The mean loss around each network, over all radii and a direction for each batch; the batches never differ."""
     draw, total = torch.Generator().manual_seed(1), torch.zeros(len(weights[0]))
     pick = torch.Generator().manual_seed(2)
     for _ in tqdm(range(batches), desc=f"sharpness, {kind}", leave=False):
         x, y = data.batch(BATCH_SIZE, generator=pick)
         way = directions(weights, kind, draw)
-        for t in RADII:
+        for t in radii:
             logits = forward([w + t * d for w, d in zip(weights, way, strict=True)], x)[-1]
             losses = F.cross_entropy(logits.transpose(1, 2), y.expand(len(logits), -1), reduction="none")
             total += losses.mean(1)
-    return total / (batches * len(RADII))
+    return total / (batches * len(radii))
 
 
-def alone(weights: list[Tensor], m: int):
-    """Network m as a module."""
-    net = mlp(WIDTHS, 0)
-    for p, w in zip(net.parameters(), weights, strict=True):
-        p.data.copy_(w[m])
-    return net
-
-
-def balanced(weights: list[Tensor], symmetry: tl.Product) -> list[Tensor]:
+def balanced(weights: list[Tensor]) -> list[Tensor]:
     """Each network at the point of its scaling orbit where the weight norm is least."""
-    rows = []
+    rows, x, symmetry = [], torch.ones(1, weights[0].shape[2]), scalings(widths_of(weights))
     for m in range(len(weights[0])):
         net = alone(weights, m)
-        tl.teleport(net, lambda n: n(torch.ones(1, WIDTHS[0])).sum() * 0 + 1, symmetry, "weight_norm", False, radius=5)
+        tl.teleport(net, lambda n: n(x).sum() * 0 + 1, symmetry, "weight_norm", False, radius=5)
         rows.append([p.detach() for p in net.parameters()])
     return [torch.stack(layer) for layer in zip(*rows, strict=True)]
 
 
-def measures(weights: list[Tensor], data, batches: int, curves: int) -> dict[str, list[float]]:
+def measures(weights: list[Tensor], data, batches: int, curves: int, radii: Sequence[float]) -> dict[str, list[float]]:
     """All measures of all networks."""
     x, _ = data.batch(BATCH_SIZE, generator=torch.Generator().manual_seed(3))
-    scalings = tl.find_symmetries(alone(weights, 0), x).continuous
-    found = {f"sharpness_{kind}": sharpness(weights, kind, data, batches) for kind in ("isotropic", "positive")}
-    found["sharpness_relative"] = sharpness(weights, "relative", data, batches)
-    found["sharpness_balanced"] = sharpness(balanced(weights, scalings), "isotropic", data, batches)
+    kinds = ("isotropic", "positive", "relative")
+    found = {f"sharpness_{kind}": sharpness(weights, kind, data, batches, radii) for kind in kinds}
+    found["sharpness_balanced"] = sharpness(balanced(weights), "isotropic", data, batches, radii)
+    base = sharpness(weights, "isotropic", data, batches, [0.0])  # the loss itself, on the same batches
+    around = sharpness(weights, "isotropic", data, batches, [*radii, *(-t for t in radii)])
+    found |= {"sharpness_base": base, "sharpness_added": around - base}  # in opposite pairs the slope cancels
     rows: dict[str, list[Tensor]] = {}
     xs, ys = data.batch(min(2000, len(data)), generator=torch.Generator().manual_seed(4))
     for m in tqdm(range(len(weights[0])), desc="curvature", leave=False):
@@ -116,7 +111,7 @@ def measures(weights: list[Tensor], data, batches: int, curves: int) -> dict[str
         draw = torch.Generator().manual_seed(5)
         loss_fn = lambda n: F.cross_entropy(n(xs), ys)  # noqa: E731
         row = {
-            "curvature_scaling": tl.curvature(net, scalings, samples=curves, generator=draw),
+            "curvature_scaling": tl.curvature(net, scalings(widths_of(weights)), samples=curves, generator=draw),
             "curvature_mixing": tl.curvature(net, mixing, samples=curves, generator=draw),
             "hessian_eigenvalue": tl.hessian_eigenvalues(net, loss_fn, generator=draw)[0],
             "hessian_trace": tl.hessian_trace(net, loss_fn, samples=20, generator=draw),
@@ -129,17 +124,18 @@ def measures(weights: list[Tensor], data, batches: int, curves: int) -> dict[str
 
 
 def main() -> None:
-    options = command_line(__doc__, RESULTS, "a smoke test: synthetic images, 3 networks, 1 epoch")
+    options = command_line(__doc__, RESULTS, "a smoke test: synthetic images, 3 networks, 1 epoch", data=SETTINGS)
     quick = (3, 1, 2, 2)
     networks, epochs, batches, curves = quick if options.quick else (NETWORKS, EPOCHS, BATCHES, CURVES)
-    data = split(options.quick)
+    data, setting = split(options.quick, options.data), SETTINGS[options.data]
+    (rate,), radii = setting.rates([RATE]), setting.radii(geometry.RADII)
     config = {
-        "widths": list(WIDTHS),
+        "widths": list(setting.minima),
         "batch": BATCH,
-        "rate": RATE,
+        "rate": rate,
         "epochs": epochs,
         "networks": networks,
-        "radii": list(RADII),
+        "radii": list(radii),
         "directions": batches,
         "curves": curves,
         "data": data[0].name,
@@ -150,13 +146,13 @@ def main() -> None:
     if options.out.exists() and json.loads(options.out.read_text())["config"] == config:
         return
     checkpoint = options.out.with_suffix(".pt")
-    weights, minutes = train(networks, epochs, data[0], checkpoint)
+    weights, minutes = train(setting.minima, rate, networks, epochs, data[0], checkpoint)
     losses = {
         f"{name}_{what}": [float(f"{v:.6g}") for v in values]
         for name, part in zip(("train", "validation", "test"), data, strict=True)
         for what, values in zip(("loss", "accuracy"), evaluate(weights, part.x, part.y), strict=True)
     }
-    found = measures(weights, data[0], batches, curves)
+    found = measures(weights, data[0], batches, curves, radii)
     save({"config": config, "minutes_of_training": round(minutes, 1), "networks": losses | found}, options.out)
     checkpoint.unlink()
 

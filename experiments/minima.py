@@ -1,24 +1,27 @@
 """Teleport a half-trained network to lower or raise sharpness or curvature, and train on.
 
-    TELEPORT_LITE_DATA=... python experiments/minima.py [--quick]
+    TELEPORT_LITE_DATA=... python experiments/minima.py [--data cifar10] [--quick]
 
 The protocol of arXiv:2305.13404, Figure 4, on MNIST: 784-16-10-10, leaky ReLU of slope 0.1, no biases, SGD with rate
 0.01 and batches of 20; a teleport after 20 epochs, 20 more epochs after it. For each seed all arms start from the same
 half-trained network and see the same batches. The arms `scaling` move along the exact scaling symmetry; the arms
 `mixing` along the mini-batch symmetry of the paper, on the same 2000 images. Two controls: no teleport, and random
 teleports of the same radius. Results go to book/results/minima.json, seed by seed; what is there is not computed again.
+For other data see `datasets.py`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from datasets import SETTINGS, Setting, split
 from ensemble import Ensemble, evaluate
-from mnist_teleport import command_line, mlp, save, split
+from mnist_teleport import alone, command_line, mlp, save
 from torch import nn
 from tqdm import tqdm
 
@@ -26,7 +29,7 @@ import teleport_lite as tl
 from teleport_lite import objectives
 
 RESULTS = Path(__file__).resolve().parent.parent / "book" / "results" / "minima.json"
-WIDTHS, BATCH, RATE, BEFORE, AFTER, SEEDS = (784, 16, 10, 10), 20, 0.01, 20, 20, 10
+BATCH, RATE, BEFORE, AFTER, SEEDS = 20, 0.01, 20, 20, 10
 TELEPORT_BATCH = 2000
 RADII, DRAWS = (0.02, 0.05, 0.1, 0.15, 0.2), 20
 RADIUS = {"scaling": 1.0, "mixing": 0.05}  # a mixing changes the loss on other images, the more the larger its radius
@@ -46,22 +49,22 @@ def symmetry_of(family: str, net: nn.Module, x) -> tl.Product:
     return tl.minibatch_symmetries(net, x)
 
 
-def measures(net: nn.Module, symmetry: tl.Product, x, y, draws: int) -> dict[str, float]:
+def measures(net: nn.Module, symmetry: tl.Product, x, y, radii: Sequence[float], draws: int) -> dict[str, float]:
     """Sharpness on the batch and curvature of the orbits, of the same directions and curves for all arms."""
     draw = torch.Generator().manual_seed(7)
     phi = tl.sharpness(
-        net, lambda n: F.cross_entropy(n(x), y), radii=RADII, directions=5 * draws, generator=draw, chunk_size=10
+        net, lambda n: F.cross_entropy(n(x), y), radii=radii, directions=5 * draws, generator=draw, chunk_size=10
     )
     psi = tl.curvature(net, symmetry, samples=5 * draws, generator=draw)
     return {"sharpness": float(phi), "curvature": float(psi)}
 
 
-def teleport(net: nn.Module, arm: str, x, y, seed: int, draws: int) -> dict:
+def teleport(net: nn.Module, arm: str, x, y, seed: int, radii: Sequence[float], draws: int) -> dict:
     """Teleport `net` as the arm says; what it changed. `draws` is how many directions or curves an objective has."""
     family, _, goal = arm.partition(", ")
     family = family if goal else "scaling"
     symmetry = symmetry_of(family, net, x)
-    row: dict = {"before": measures(net, symmetry, x, y, draws)}
+    row: dict = {"before": measures(net, symmetry, x, y, radii, draws)}
     if goal:
         draw, options = torch.Generator().manual_seed(seed), {"radius": RADIUS[family], "tol": math.inf}
         if GOALS[goal] is None:
@@ -71,7 +74,7 @@ def teleport(net: nn.Module, arm: str, x, y, seed: int, draws: int) -> dict:
         else:
             name, maximize = GOALS[goal]
             objective = (
-                objectives.sharpness(RADII, draws, generator=draw, chunk_size=5)
+                objectives.sharpness(radii, draws, generator=draw, chunk_size=5)
                 if name == "sharpness"
                 else objectives.curvature(draws, generator=draw)
             )
@@ -82,7 +85,7 @@ def teleport(net: nn.Module, arm: str, x, y, seed: int, draws: int) -> dict:
             "invariance_error": report.invariance_error,
             "seconds": report.seconds,
         }
-    return row | {"after": measures(net, symmetry, x, y, draws)}
+    return row | {"after": measures(net, symmetry, x, y, radii, draws)}
 
 
 def rounded(value):
@@ -93,11 +96,14 @@ def rounded(value):
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def run(seed: int, before: int, after: int, draws: int, data) -> list[dict]:
+def run(setting: Setting, seed: int, before: int, after: int, draws: int, data) -> list[dict]:
     """All arms of one seed; losses and accuracies are those before, right after, and after each epoch that follows."""
     train, _, test = data
+    (rate,), radii = setting.rates([RATE]), setting.radii(RADII)
     order = torch.Generator().manual_seed(seed)
-    ensemble = Ensemble([p.detach()[None].clone() for p in mlp(WIDTHS, seed).parameters()], torch.tensor([RATE]))
+    ensemble = Ensemble(
+        [p.detach()[None].clone() for p in mlp(setting.minima, seed).parameters()], torch.tensor([rate])
+    )
     for _ in tqdm(range(before), desc=f"seed {seed}, before", leave=False):
         for x, y in train.batches(BATCH, generator=order):
             ensemble.step(x, y)
@@ -105,12 +111,10 @@ def run(seed: int, before: int, after: int, draws: int, data) -> list[dict]:
     x, y = train.batch(min(TELEPORT_BATCH, len(train)), generator=torch.Generator().manual_seed(1000 + seed))
     rows, nets = [], []
     for arm in tqdm(ARMS, desc=f"seed {seed}, teleports", leave=False):
-        net = mlp(WIDTHS, 0)
-        for p, w in zip(net.parameters(), start, strict=True):
-            p.data.copy_(w[0])
-        rows.append({"seed": seed, "arm": arm, **teleport(net, arm, x, y, seed, draws)})
+        net = alone(start, 0)
+        rows.append({"seed": seed, "arm": arm, **teleport(net, arm, x, y, seed, radii, draws)})
         nets.append([p.detach() for p in net.parameters()])
-    ensemble = Ensemble([torch.stack(layer) for layer in zip(*nets, strict=True)], torch.full((len(ARMS),), RATE))
+    ensemble = Ensemble([torch.stack(layer) for layer in zip(*nets, strict=True)], torch.full((len(ARMS),), rate))
     curves: dict[str, list] = {"train_loss": [], "test_loss": [], "test_accuracy": []}
 
     def record(weights) -> None:
@@ -131,17 +135,19 @@ def run(seed: int, before: int, after: int, draws: int, data) -> list[dict]:
 
 
 def main() -> None:
-    options = command_line(__doc__, RESULTS, "a smoke test: synthetic images, one seed, few epochs", seeds=SEEDS)
+    options = command_line(
+        __doc__, RESULTS, "a smoke test: synthetic images, one seed, few epochs", data=SETTINGS, seeds=SEEDS
+    )
     seeds, before, after, draws = (1, 1, 1, 1) if options.quick else (options.seeds, BEFORE, AFTER, DRAWS)
-    data = split(options.quick)
+    data, setting = split(options.quick, options.data), SETTINGS[options.data]
     config = {
-        "widths": list(WIDTHS),
+        "widths": list(setting.minima),
         "batch": BATCH,
-        "rate": RATE,
+        "rate": setting.rates([RATE])[0],
         "epochs": [before, after],
         "teleport_batch": TELEPORT_BATCH,
         "radius": RADIUS,
-        "radii": list(RADII),
+        "radii": list(setting.radii(RADII)),
         "draws": draws,
         "arms": ARMS,
         "data": data[0].name,
@@ -154,7 +160,7 @@ def main() -> None:
         results = {"config": config, "runs": []}
     for seed in range(seeds):
         if all(row["seed"] != seed for row in results["runs"]):
-            results["runs"] += run(seed, before, after, draws, data)
+            results["runs"] += run(setting, seed, before, after, draws, data)
             save(results, options.out)
 
 

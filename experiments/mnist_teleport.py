@@ -1,10 +1,10 @@
 """One teleport of a network on MNIST: what it changes at once, and what becomes of the ten epochs that follow.
 
-    TELEPORT_LITE_DATA=... python experiments/mnist_teleport.py [--network 784-16-10-10] [--epochs 10] [--quick]
+    TELEPORT_LITE_DATA=... python experiments/mnist_teleport.py [--network 784-16-10-10] [--data cifar10] [--quick]
 
 For every seed, all arms and learning rates start from the same function and see the same batches; they are trained
 together as one ensemble. Results go to book/results/mnist_teleport.json, seed by seed as they come; what is there is
-not computed again, so an interrupted run goes on where it stopped.
+not computed again, so an interrupted run goes on where it stopped. For other data see `datasets.py`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from ensemble import SLOPE, evaluate, sgd_step
-from torch import nn
+from datasets import SETTINGS, split
+from ensemble import SLOPE, evaluate, sgd_step, widths_of
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import teleport_lite as tl
@@ -35,9 +37,15 @@ ARMS = {  # by name, the options of its teleport
     "half": {"radius": 0.5},
     "balance": {"radius": 1.0, "objective": "weight_norm", "maximize": False},
 }
-NETWORKS = {  # widths, batch size, arms, learning rates
-    "784-16-10-10": ((784, 16, 10, 10), 20, tuple(ARMS), (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)),
-    "784-512-512-10": ((784, 512, 512, 10), 100, ("plain", "teleport", "random"), (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)),
+RATES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+WIDE_RATES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+NETWORKS = {  # by name: widths, batch size, arms, learning rates
+    "-".join(map(str, widths)): (widths, batch, arms, setting.rates(rates))
+    for setting in SETTINGS.values()
+    for widths, batch, arms, rates in (
+        (setting.training, 20, tuple(ARMS), RATES),
+        ((setting.training[0], 512, 512, 10), 100, ("plain", "teleport", "random"), WIDE_RATES),
+    )
 }
 RADII = (0.25, 0.5, 1.0, 2.0)
 SEEDS = 5
@@ -53,15 +61,18 @@ def mlp(widths, seed: int) -> nn.Sequential:
     return nn.Sequential(*[module for pair in layers for module in pair][:-1])
 
 
-def split(quick: bool) -> tuple[Dataset, Dataset, Dataset]:
-    """50,000 images to train on, 10,000 to choose the learning rate with, 10,000 to test on."""
-    if quick:
-        generator = torch.Generator().manual_seed(0)
-        x, y = torch.rand(900, 784, generator=generator), torch.randint(10, (900,), generator=generator)
-        data = Dataset("synthetic", x, y)
-        return data[:500], data[500:700], data[700:]
-    train, test = tl.data.load("mnist")
-    return train[:50000], train[50000:], test
+def alone(weights: list[Tensor], m: int) -> nn.Sequential:
+    """Member m of an ensemble, as a module."""
+    net = mlp(widths_of(weights), 0)
+    for p, w in zip(net.parameters(), weights, strict=True):
+        p.data.copy_(w[m])
+    return net
+
+
+@cache
+def scalings(widths: tuple[int, ...]) -> tl.Product:
+    """The neuron scalings of such a network."""
+    return tl.find_symmetries(mlp(widths, 0), torch.ones(1, widths[0])).continuous
 
 
 def loss_on(data: Dataset):
@@ -156,19 +167,25 @@ def save(results: dict, path: Path) -> None:
     part.replace(path)
 
 
-def command_line(doc: str, results: Path, quick: str, **options: int | Iterable[str]) -> argparse.Namespace:
-    """What was asked for: `--out`, `--quick`, and for each of `options` a number, or some of the known names."""
+def command_line(
+    doc: str, results: Path, quick: str, *, data: Iterable[str] = (), **options: int | Iterable[str]
+) -> argparse.Namespace:
+    """What was asked for: `--out`, `--quick`, one of `data`, and for each of `options` a number, or some names."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in options.items():
         if isinstance(value, int):
             parser.add_argument(f"--{name}", type=int, default=value)
         else:
             parser.add_argument(f"--{name}", choices=list(value), action="append", help=f"this {name} only")
+    if data:
+        parser.add_argument("--data", choices=list(data), default="mnist", help="the images")
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--out", type=Path, default=results)
+    parser.add_argument("--out", type=Path, help=f"{results.name}, with other data {results.stem}-DATA.json")
     found = parser.parse_args()
-    if found.quick and found.out == results:
+    if found.quick and not found.out:
         parser.error("--quick needs --out, so that it does not replace the results")
+    other = "" if getattr(found, "data", "mnist") == "mnist" else f"-{found.data}"
+    found.out = found.out or results.with_stem(results.stem + other)
     return found
 
 
@@ -177,6 +194,7 @@ def main() -> None:
         __doc__,
         RESULTS,
         "a smoke test: synthetic images, one seed, one epoch",
+        data=SETTINGS,
         network=NETWORKS,
         epochs=EPOCHS,
         seeds=SEEDS,
@@ -184,8 +202,11 @@ def main() -> None:
     epochs, seeds = (1, 1) if options.quick else (options.epochs, options.seeds)
 
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    data = split(options.quick)
-    for name in options.network or NETWORKS:
+    data = split(options.quick, options.data)
+    fit = [name for name, (widths, *_) in NETWORKS.items() if widths[0] == data[0].x.shape[1]]
+    if wrong := set(options.network or ()) - set(fit):
+        raise SystemExit(f"{', '.join(wrong)} does not fit {options.data}, {', '.join(fit)} do")
+    for name in options.network or fit:
         widths, batch, arms, rates = NETWORKS[name]
         config = {
             "widths": list(widths),

@@ -1,10 +1,11 @@
 """Do teleports speed up SGD, momentum, AdaGrad, RMSProp and Adam, or does the forgotten optimizer state?
 
-    TELEPORT_LITE_DATA=... python experiments/optimizers.py [--optimizer adam] [--arm teleport] [--quick]
+    TELEPORT_LITE_DATA=... python experiments/optimizers.py [--optimizer adam] [--arm teleport] [--data cifar10]
 
 The setting of arXiv:2305.13404, Figure 5: MNIST, 784-16-10-10, leaky ReLU of slope 0.1, no biases, batches of 20, 40
 epochs; eight teleports, on the first eight steps of an epoch. All rates of all arms asked for train together. Results
-go to book/results/optimizers.json, one entry for each optimizer, arm and seed; what is there is not computed again.
+go to book/results/optimizers.json, one entry for each optimizer, arm and seed; what is there is not computed again. For
+other data see `datasets.py`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from ensemble import SECOND_MOMENTS, Ensemble, evaluate
-from mnist_teleport import command_line, mlp, save, split
+from datasets import SETTINGS, Setting, split
+from ensemble import SECOND_MOMENTS, Ensemble, evaluate, widths_of
+from mnist_teleport import alone, command_line, mlp, save, scalings
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import teleport_lite as tl
 
 RESULTS = Path(__file__).resolve().parent.parent / "book" / "results" / "optimizers.json"
-WIDTHS, BATCH, EPOCHS, SEEDS = (784, 16, 10, 10), 20, 40, 5
+BATCH, EPOCHS, SEEDS = 20, 40, 5
 TIMES, RADIUS, TELEPORT_BATCH = 8, 0.125, 200  # eight teleports of radius 1/8 reach as far as one of radius 1
 OPTIMIZERS = {  # learning rates, and the epoch whose first steps are teleports
     "sgd": ((0.005, 0.01, 0.02, 0.05, 0.1), 2),
@@ -34,20 +36,17 @@ OPTIMIZERS = {  # learning rates, and the epoch whose first steps are teleports
 }
 
 
-SYMMETRY = tl.find_symmetries(mlp(WIDTHS, 0), torch.ones(1, WIDTHS[0])).continuous  # the scalings
-
-
-def exact(net: nn.Module, loss_fn, generator: torch.Generator, optimizer: str) -> tl.Report:
+def exact(net: nn.Module, loss_fn, symmetry: tl.Product, generator: torch.Generator, optimizer: str) -> tl.Report:
     """To the steepest point of the scaling orbit."""
-    return tl.teleport(net, loss_fn, SYMMETRY, radius=RADIUS, generator=generator)
+    return tl.teleport(net, loss_fn, symmetry, radius=RADIUS, generator=generator)
 
 
-def at_random(net: nn.Module, loss_fn, generator: torch.Generator, optimizer: str) -> tl.Report:
+def at_random(net: nn.Module, loss_fn, symmetry: tl.Product, generator: torch.Generator, optimizer: str) -> tl.Report:
     """To a random point of the scaling orbit, as far away."""
-    return tl.teleport(net, loss_fn, SYMMETRY, radius=RADIUS, search="random", generator=generator)
+    return tl.teleport(net, loss_fn, symmetry, radius=RADIUS, search="random", generator=generator)
 
 
-def paper(net: nn.Module, loss_fn, generator: torch.Generator, optimizer: str) -> tl.Report:
+def paper(net: nn.Module, loss_fn, symmetry: tl.Product, generator: torch.Generator, optimizer: str) -> tl.Report:
     """As published, with the ascent rate that was published for the optimizer."""
     return tl.paper_teleport(net, loss_fn, lr=1e-4 if optimizer in ("sgd", "adagrad") else 5e-2)
 
@@ -77,14 +76,12 @@ def teleport(
         ensemble.reset(members)
     rows = []
     for m in range(members.start, members.stop) if move else ():
-        net, old = mlp(WIDTHS, 0), [w[m].clone() for w in ensemble.weights]
+        net, old = alone(ensemble.weights, m), [w[m].clone() for w in ensemble.weights]
         if not all(w.isfinite().all() for w in old):  # diverged: nothing is left to teleport
             continue
-        params = list(net.parameters())
-        for p, w in zip(params, old, strict=True):
-            p.data.copy_(w)
-        report = move(net, lambda n: F.cross_entropy(n(x), y), generator, optimizer)
-        for w, p, layer, before in zip(ensemble.weights, params, ensemble.states, old, strict=True):
+        symmetry = scalings(widths_of(ensemble.weights))
+        report = move(net, lambda n: F.cross_entropy(n(x), y), symmetry, generator, optimizer)
+        for w, p, layer, before in zip(ensemble.weights, net.parameters(), ensemble.states, old, strict=True):
             w[m] = p.detach()
             if state == "transport" and report.accepted:
                 carry(layer, before, w[m], m)
@@ -102,11 +99,12 @@ def teleport(
     return rows
 
 
-def run(optimizer: str, arms: list[str], seed: int, epochs: int, data) -> list[dict]:
+def run(setting: Setting, optimizer: str, arms: list[str], seed: int, epochs: int, data) -> list[dict]:
     """Train all rates of some arms from one seed; one entry an arm, its curves [rates, epochs + 1]."""
     train, validation, test = data
     rates, when = OPTIMIZERS[optimizer]
-    start = [p.detach() for p in mlp(WIDTHS, seed).parameters()]
+    rates = setting.rates(rates)
+    start = [p.detach() for p in mlp(setting.training, seed).parameters()]
     members = len(arms) * len(rates)
     ensemble = Ensemble(
         [p.expand(members, *p.shape).clone() for p in start], torch.tensor(rates).repeat(len(arms)), optimizer
@@ -153,9 +151,9 @@ def run(optimizer: str, arms: list[str], seed: int, epochs: int, data) -> list[d
     ]
 
 
-def seconds_a_step(optimizer: str, data, steps: int) -> float:
+def seconds_a_step(widths, optimizer: str, data, steps: int) -> float:
     """How long one step of one network takes in a plain torch.optim loop, data included."""
-    net = mlp(WIDTHS, 0)
+    net = mlp(widths, 0)
     make = {
         "sgd": torch.optim.SGD,
         "momentum": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
@@ -179,6 +177,7 @@ def main() -> None:
         __doc__,
         RESULTS,
         "a smoke test: synthetic images, one seed, one epoch",
+        data=SETTINGS,
         optimizer=OPTIMIZERS,
         arm=ARMS,
         epochs=EPOCHS,
@@ -186,9 +185,9 @@ def main() -> None:
     )
     epochs, seeds = (1, 1) if options.quick else (options.epochs, options.seeds)
 
-    data = split(options.quick)
+    data, setting = split(options.quick, options.data), SETTINGS[options.data]
     config = {
-        "widths": list(WIDTHS),
+        "widths": list(setting.training),
         "batch": BATCH,
         "epochs": epochs,
         "teleports": TIMES,
@@ -205,11 +204,13 @@ def main() -> None:
         results = {"config": config, "seconds_a_step": {}, "runs": []}
     for optimizer in options.optimizer or OPTIMIZERS:
         if optimizer not in results["seconds_a_step"]:
-            results["seconds_a_step"][optimizer] = seconds_a_step(optimizer, data, 20 if options.quick else 1000)
+            results["seconds_a_step"][optimizer] = seconds_a_step(
+                setting.training, optimizer, data, 20 if options.quick else 1000
+            )
         for seed in range(seeds):
             done = {r["arm"] for r in results["runs"] if (r["optimizer"], r["seed"]) == (optimizer, seed)}
             if arms := [arm for arm in options.arm or ARMS if arm not in done]:
-                results["runs"] += run(optimizer, arms, seed, epochs, data)
+                results["runs"] += run(setting, optimizer, arms, seed, epochs, data)
                 save(results, options.out)
 
 

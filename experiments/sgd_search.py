@@ -1,11 +1,11 @@
 """Which teleport helps plain SGD most? Objectives, radii and schedules side by side.
 
-    TELEPORT_LITE_DATA=... python experiments/sgd_search.py [--quick]
+    TELEPORT_LITE_DATA=... python experiments/sgd_search.py [--data cifar10] [--quick]
 
 MNIST, 784-16-10-10, leaky ReLU of slope 0.1, no biases, batches of 20, 40 epochs, as in `optimizers.py`. Every arm
 moves along the exact scaling symmetry, once before the first step or at the start of every epoch, on a batch of 200
 training images. All arms and rates of a seed train together. Results go to book/results/sgd_search.json, seed by seed;
-what is there is not computed again.
+what is there is not computed again. For other data see `datasets.py`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from datasets import SETTINGS, Setting, split
 from ensemble import Ensemble, evaluate
-from mnist_teleport import command_line, mlp, save, split
+from mnist_teleport import alone, command_line, mlp, save, scalings
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import teleport_lite as tl
 
 RESULTS = Path(__file__).resolve().parent.parent / "book" / "results" / "sgd_search.json"
-WIDTHS, BATCH, EPOCHS, SEEDS, TELEPORT_BATCH = (784, 16, 10, 10), 20, 40, 5, 200
+BATCH, EPOCHS, SEEDS, TELEPORT_BATCH = 20, 40, 5, 200
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 LAST = "4.weight"
 ARMS = {  # whether it teleports at every epoch, and how
@@ -39,28 +40,30 @@ ARMS = {  # whether it teleports at every epoch, and how
     "balanced, every epoch": (True, {"radius": 1.0, "objective": "weight_norm", "maximize": False}),
     "random, radius 0.2, every epoch": (True, {"radius": 0.2, "search": "random"}),
 }
-SYMMETRY = tl.find_symmetries(mlp(WIDTHS, 0), torch.ones(1, WIDTHS[0])).continuous
 
 
 def last_layer(params: dict[str, Tensor]) -> Tensor:
     return params[LAST].norm()
 
 
-def move(net: nn.Module, options: dict, rate: float, x: Tensor, y: Tensor, draw: torch.Generator) -> None:
+def move(
+    net: nn.Module, symmetry: tl.Product, options: dict, rate: float, x: Tensor, y: Tensor, draw: torch.Generator
+) -> None:
     """Teleport `net` in place; the objective that looks one step ahead is told the rate."""
     goals = {"last": last_layer, "one_step_loss": tl.one_step_loss(rate)}
     objective = options.get("objective", "gradient_norm")
     options = {**options, "objective": goals.get(objective, objective)}
     generator = draw if options.get("search") == "random" else None
-    tl.teleport(net, lambda n: F.cross_entropy(n(x), y), SYMMETRY, generator=generator, **options)
+    tl.teleport(net, lambda n: F.cross_entropy(n(x), y), symmetry, generator=generator, **options)
 
 
-def run(seed: int, epochs: int, data) -> dict:
+def run(setting: Setting, seed: int, epochs: int, data) -> dict:
     """All arms and rates of one seed; curves are [arms, rates, epochs + 1], null where a loss is not finite."""
     train, validation, test = data
-    start = [p.detach() for p in mlp(WIDTHS, seed).parameters()]
-    members = len(ARMS) * len(RATES)
-    ensemble = Ensemble([p.expand(members, *p.shape).clone() for p in start], torch.tensor(RATES).repeat(len(ARMS)))
+    widths, rates = setting.training, setting.rates(RATES)
+    start = [p.detach() for p in mlp(widths, seed).parameters()]
+    members = len(ARMS) * len(rates)
+    ensemble = Ensemble([p.expand(members, *p.shape).clone() for p in start], torch.tensor(rates).repeat(len(ARMS)))
     order, pick = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000 + seed)
     draw = torch.Generator().manual_seed(2000 + seed)
     curves: dict[str, list] = {"train_loss": [], "validation_loss": [], "test_loss": []}
@@ -78,13 +81,11 @@ def run(seed: int, epochs: int, data) -> dict:
     for epoch in tqdm(range(epochs), desc=f"seed {seed}", leave=False):
         x, y = train.batch(TELEPORT_BATCH, generator=pick)
         for m in range(members):
-            often, options = list(ARMS.values())[m // len(RATES)]
+            often, options = list(ARMS.values())[m // len(rates)]
             finite = all(w[m].isfinite().all() for w in ensemble.weights)
             if options is not None and finite and (often or epoch == 0):
-                net = mlp(WIDTHS, 0)
-                for p, w in zip(net.parameters(), ensemble.weights, strict=True):
-                    p.data.copy_(w[m])
-                move(net, options, RATES[m % len(RATES)], x, y, draw)
+                net = alone(ensemble.weights, m)
+                move(net, scalings(widths), options, rates[m % len(rates)], x, y, draw)
                 for p, w in zip(net.parameters(), ensemble.weights, strict=True):
                     w[m] = p.detach()
         for xs, ys in train.batches(BATCH, generator=order):
@@ -92,21 +93,23 @@ def run(seed: int, epochs: int, data) -> dict:
         record()
 
     def table(values: list[Tensor]) -> list:
-        stacked = torch.stack(values, -1).unflatten(0, (len(ARMS), len(RATES)))
+        stacked = torch.stack(values, -1).unflatten(0, (len(ARMS), len(rates)))
         return [[[float(f"{v:.4g}") if abs(v) < 1e9 else None for v in c] for c in arm] for arm in stacked.tolist()]
 
     return {"seed": seed, **{name: table(values) for name, values in curves.items()}}
 
 
 def main() -> None:
-    options = command_line(__doc__, RESULTS, "a smoke test: synthetic images, one seed, one epoch", seeds=SEEDS)
+    options = command_line(
+        __doc__, RESULTS, "a smoke test: synthetic images, one seed, one epoch", data=SETTINGS, seeds=SEEDS
+    )
     seeds, epochs = (1, 1) if options.quick else (options.seeds, EPOCHS)
-    data = split(options.quick)
+    data, setting = split(options.quick, options.data), SETTINGS[options.data]
     config = {
-        "widths": list(WIDTHS),
+        "widths": list(setting.training),
         "batch": BATCH,
         "arms": list(ARMS),
-        "rates": list(RATES),
+        "rates": list(setting.rates(RATES)),
         "epochs": epochs,
         "teleport_batch": TELEPORT_BATCH,
         "data": data[0].name,
@@ -119,7 +122,7 @@ def main() -> None:
         results = {"config": config, "runs": []}
     for seed in range(seeds):
         if all(r["seed"] != seed for r in results["runs"]):
-            results["runs"].append(run(seed, epochs, data))
+            results["runs"].append(run(setting, seed, epochs, data))
             save(results, options.out)
 
 

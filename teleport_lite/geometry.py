@@ -21,6 +21,7 @@ from teleport_lite.errors import TeleportError
 from teleport_lite.groups import PositiveScaling
 from teleport_lite.params import Loss, Params, check_scalar, dot, hvp, loss_of, trainable
 from teleport_lite.symmetries.base import Product, Symmetry
+from teleport_lite.symmetries.minibatch import is_chain, jets
 from teleport_lite.symmetries.neurons import NeuronSymmetry
 
 RADII = tuple(round(0.001 + 0.01 * k, 3) for k in range(20))  # of arXiv:2305.13404, for MNIST
@@ -209,6 +210,8 @@ def mean_kappa(params: Params, symmetry: Symmetry, curves: tuple[Tensor, ...]) -
     continuous = Product([symmetry]).continuous
     if all(map(_is_matrix_scaling, continuous)):
         return scaling_kappas(params, continuous, curves).mean()
+    if is_chain(continuous):
+        return vmap(kappa)(*jets(continuous, params, curves)).mean()
     one = continuous[0] if len(continuous) == 1 else None
     return vmap(lambda xi: kappa(*(one.jet(params, xi[0]) if one else continuous.jet(params, xi))))(curves).mean()
 

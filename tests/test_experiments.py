@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from torch import nn
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
+from datasets import SETTINGS  # noqa: E402
 from ensemble import RULES, SLOPE, Ensemble, evaluate  # noqa: E402
 
 OPTIMIZERS = {
@@ -113,6 +115,31 @@ def test_the_learned_optimizers_run_and_resume(tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_the_architectures_train_and_resume(tmp_path):
+    out = tmp_path / "results.json"
+    command = [sys.executable, str(EXPERIMENTS / "architectures.py"), "--quick", "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    first = json.loads(out.read_text())
+    assert {name: net["dimension"] for name, net in first["networks"].items()} == {"convnet": 54, "transformer": 400}
+    assert len(first["runs"]) == 2 * len(first["config"]["arms"])
+    for run in first["runs"]:
+        (train,), (start, end) = run["train_loss"], run["test_loss"]  # one epoch
+        assert start == pytest.approx(2.3, abs=0.2) and train < start + 0.1 and 0 < end < start + 0.1
+        moved = run["teleports"]
+        assert len(moved) == (0 if run["arm"] in ("plain", "reset") else 1)
+        assert all(move["accepted"] and move["invariance_error"] < 1e-5 for move in moved)
+        assert all(move["gain"] < 1 if run["arm"] == "balance" else move["gain"] > 1 for move in moved)
+    by_arm = {(run["network"], run["arm"]): run for run in first["runs"]}
+    for network in first["networks"]:
+        plain, reset = by_arm[network, "plain"], by_arm[network, "reset"]
+        assert plain["test_loss"][0] == reset["test_loss"][0] and plain["train_loss"] != reset["train_loss"]
+    last = first["runs"].pop()
+    out.write_text(json.dumps(first))
+    subprocess.run(command, check=True, capture_output=True)
+    again = json.loads(out.read_text())["runs"]
+    assert again[:-1] == first["runs"] and again[-1]["test_loss"] == last["test_loss"]
+
+
 def test_measures_of_generalization(tmp_path):
     out = tmp_path / "results.json"
     command = [sys.executable, str(EXPERIMENTS / "generalization.py"), "--quick", "--out", str(out)]
@@ -121,3 +148,31 @@ def test_measures_of_generalization(tmp_path):
     assert all(len(values) == 3 and torch.tensor(values).isfinite().all() for values in found.values())
     loss, around = (torch.tensor(found[name]) for name in ("train_loss", "sharpness_isotropic"))
     assert (around - loss).abs().max() < 0.1 and (around != loss).all()
+
+
+@pytest.mark.parametrize("data", [name for name in SETTINGS if name != "mnist"])
+@pytest.mark.parametrize("name", ["mnist_teleport", "optimizers", "sgd_search", "minima", "generalization"])
+def test_the_experiments_run_on_other_data(name, data, tmp_path, monkeypatch):
+    script, setting, few = importlib.import_module(name), SETTINGS[data], []
+    if name == "mnist_teleport":
+        few = ["--network", "-".join(map(str, setting.training))]
+    elif name == "optimizers":
+        few = ["--optimizer", "adam", "--arm", "plain", "--arm", "teleport"]
+    out = tmp_path / "results.json"
+    monkeypatch.setattr(sys, "argv", [name, "--data", data, "--quick", "--out", str(out), *few])
+    script.main()
+    found = json.loads(out.read_text())
+    config = found[few[1]]["config"] if name == "mnist_teleport" else found["config"]
+    at_minima = name in ("minima", "generalization")
+    assert config["widths"] == list(setting.minima if at_minima else setting.training)
+    assert config.get("rate", 0.01 * setting.speed) == 0.01 * setting.speed
+    if name == "generalization":
+        assert [round(t, 4) for t in config["radii"]] == [round(0.0001 + 0.001 * k, 4) for k in range(20)]
+
+
+def test_records_of_other_data_have_names_of_their_own(monkeypatch):
+    script = importlib.import_module("mnist_teleport")
+    for data, name in {"mnist": "mnist_teleport.json", "cifar10": "mnist_teleport-cifar10.json"}.items():
+        monkeypatch.setattr(sys, "argv", ["mnist_teleport", "--data", data])
+        found = script.command_line("", script.RESULTS, "", data=SETTINGS).out
+        assert found == script.RESULTS.with_name(name)

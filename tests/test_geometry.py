@@ -21,6 +21,7 @@ from teleport_lite.groups import PositiveScaling
 from teleport_lite.objectives import Problem
 from teleport_lite.params import loss_of
 from teleport_lite.symmetries import TestFunction, mixing, scaling
+from teleport_lite.symmetries.minibatch import is_chain, jets
 from teleport_lite.symmetries.neurons import Leg, NeuronSymmetry
 
 DOUBLE = torch.float64
@@ -257,6 +258,14 @@ def minibatch(kind, activation, x, **options):
     return model, tl.minibatch_symmetries(model, x, compensate=kind, **options)[0]
 
 
+def minibatches(kinds, activation, samples, bias=True):
+    """Mixings of consecutive layers, on few samples or on more than neurons."""
+    model = mlp([6, 8, 7, 5, 3], activation, bias=bias)
+    x = torch.randn(samples, 6, generator=torch.Generator().manual_seed(4), dtype=DOUBLE)
+    of_kind = {kind: tl.minibatch_symmetries(model, x, compensate=kind) for kind in set(kinds)}
+    return model, tl.Product([of_kind[kind][k] for k, kind in enumerate(kinds)])
+
+
 X = 0.3 * torch.randn(5, 6, generator=torch.Generator().manual_seed(3), dtype=DOUBLE)
 SMOOTH = [nn.LeakyReLU(0.1), nn.Tanh(), nn.Sigmoid()]
 CURVES = {
@@ -269,6 +278,12 @@ CURVES = {
         for kind in ("outgoing", "incoming")
         for act in SMOOTH
     },
+    "chain, few samples": lambda: minibatches(["outgoing"] * 3, nn.Tanh(), 4),
+    "chain, many samples": lambda: minibatches(["outgoing"] * 3, nn.GELU(), 30),
+    "chain, incoming": lambda: minibatches(["incoming"] * 3, nn.Tanh(), 4),
+    "chain, incoming, many": lambda: minibatches(["incoming"] * 2, nn.LeakyReLU(0.1), 30, bias=False),
+    "chain, both ways": lambda: minibatches(["incoming", "outgoing", "incoming"], nn.LeakyReLU(0.1), 12),
+    "no chain": lambda: (m := minibatches(["outgoing"] * 3, nn.Tanh(), 4), (m[0], tl.Product([m[1][0], m[1][2]])))[1],
 }
 
 
@@ -279,16 +294,20 @@ def test_jets_agree_with_differentiation_and_with_differences(name, generator):
     xi = symmetry.sample(params, radius=0.3, generator=generator)
     first, second = symmetry.jet(params, xi)
     kinds = [finite_differences(symmetry, params, xi)]
-    if symmetry.homogeneous:  # it has a closed form: compare with what the base class does without one
-        symmetry.homogeneous = False
+    symmetry.homogeneous, homogeneous = False, symmetry.homogeneous
+    if homogeneous or not isinstance(
+        symmetry, tl.Product
+    ):  # compare with what the base class does without closed forms
         kinds.append(tl.Symmetry.jet(symmetry, params, xi))
+    if is_chain(tl.Product([symmetry])):
+        kinds.append(jets(tl.Product([symmetry]), params, xi if isinstance(xi, tuple) else (xi,)))
     for one, two in kinds:
         expected = float(geometry.kappa(one, two))
         assert float(geometry.kappa(first, second)) == pytest.approx(expected, rel=1e-6)
         for n in symmetry.names:
             assert torch.allclose(first[n], one[n], rtol=1e-5, atol=1e-6)
             assert torch.allclose(second[n], two[n], rtol=1e-4, atol=1e-5)
-    assert len(kinds) == (2 if name in ("scaling", "mixing", "scalings", "mixings") else 1)
+    assert len(kinds) == (1 if name == "no chain" else 2 + (name.startswith(("outgoing", "incoming"))))
 
 
 @pytest.mark.parametrize("activation", SMOOTH, ids=lambda a: type(a).__name__)
@@ -348,6 +367,24 @@ def test_the_curvature_is_the_mean_over_curves(build, generator):
     alone = [geometry.kappa(*symmetry.jet(params, xi)) for xi in zip(*curves, strict=True)]
     found = geometry.mean_kappa(params, symmetry, curves)
     assert float(found) == pytest.approx(float(torch.stack(alone).mean()), rel=1e-8)
+
+
+@pytest.mark.parametrize("name", [name for name in CURVES if name.startswith("chain")])
+def test_curvature_of_chained_mixings_and_its_gradient_are_those_of_differentiated_curves(name, generator):
+    model, symmetry = CURVES[name]()
+    curves = tuple(0.3 * xi for xi in geometry.sample_curves(params_of(model), symmetry, 3, generator=generator))
+    found, grads = [], []
+    for way in (
+        lambda w: geometry.mean_kappa(w, symmetry, curves),
+        lambda w: torch.stack([geometry.kappa(*symmetry.jet(w, xi)) for xi in zip(*curves, strict=True)]).mean(),
+    ):
+        points = {n: p.clone().requires_grad_() for n, p in params_of(model).items()}
+        found.append(way(points))
+        grads.append(torch.autograd.grad(found[-1], [*points.values()], allow_unused=True))
+    assert float(found[0].detach()) == pytest.approx(float(found[1].detach()), rel=1e-9)
+    for a, b in zip(*grads, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b, rtol=1e-6, atol=1e-8 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])

@@ -15,11 +15,14 @@ identity at g = I. Neither is a group action: see the chapter *Mini-batch symmet
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import jvp
 
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import ActivationError, BatchError, NoSymmetryError, TeleportError, UnknownNameError
@@ -41,6 +44,20 @@ INVERSES: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
 
 class _Stop(Exception):
     """Ends a forward pass once the wanted input is known."""
+
+
+Derivatives = tuple[Tensor, Tensor]  # the first and the second
+
+
+class Moving(NamedTuple):
+    """A layer at t = 0, whose inputs and weights move because the layer before it is mixed: with their derivatives."""
+
+    x: Tensor  # X
+    v: Tensor  # V
+    dx: Tensor | None  # None where X stands still
+    dv: Tensor
+    ddv: Tensor
+    drift: Tensor  # the derivative of H
 
 
 class MiniBatchMixing(Symmetry):
@@ -92,13 +109,26 @@ class MiniBatchMixing(Symmetry):
         return v if self.bias is None else torch.cat([v, params[self.bias][:, None]], 1), params[self.outgoing]
 
     def move(self, params, xi):
-        v, u = self.solve(self.features(params), *self.weights(params), xi)
-        moved = {self.incoming: v, self.outgoing: u}
-        return moved if self.bias is None else moved | {self.incoming: v[:, :-1], self.bias: v[:, -1]}
+        return self.parts(*self.solve(self.features(params), *self.weights(params), xi))
+
+    def parts(self, v: Tensor, u: Tensor) -> Params:
+        """By name, what `weights` put together."""
+        parts = {self.incoming: v, self.outgoing: u}
+        return parts if self.bias is None else parts | {self.incoming: v[..., :-1], self.bias: v[..., -1]}
 
     @abstractmethod
     def solve(self, x: Tensor, v: Tensor, u: Tensor, xi: Tensor) -> tuple[Tensor, Tensor]:
         """The new V and U."""
+
+    def jet(self, params, xi):
+        return jets([self], params, (xi,)) if self.minimum_change else super().jet(params, xi)
+
+    @abstractmethod
+    def bend(self, layer: Moving, u: Tensor, xi: Tensor) -> tuple[Derivatives, Derivatives, Tensor, Tensor]:
+        """Derivatives of V and of U along the curve of the minimum-change solution, the activations, and their slope.
+
+        In closed form, with M = `xi` [..., h, h], on a layer that moves by itself.
+        """
 
     @abstractmethod
     def rank_matrix(self, x: Tensor, v: Tensor) -> Tensor:
@@ -127,6 +157,12 @@ class MiniBatchMixing(Symmetry):
             "compute the gradient at the moved parameters instead",
         )
 
+    def _slopes(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The activation at h, and its first and second derivative."""
+        one = torch.ones_like(h)
+        value, change = jvp(lambda z: jvp(self.activation, (z.clone(),), (one,)), (h,), (one,))[:2]
+        return *value, change[1]
+
     def _towards(self, matrix: Tensor, old: Tensor, now: Tensor, target: Tensor) -> Tensor:
         """The solution W of matrix @ W.T = target: nearest to `old`, which gives `now`, or the one of least norm."""
         inverse = torch.linalg.pinv(matrix)
@@ -142,12 +178,25 @@ class OutgoingMixing(MiniBatchMixing):
 
     With samples as columns, $V \mapsto gV$ and $U \mapsto U + (U\sigma(H) - U\sigma(gH))\,\sigma(gH)^+$; as published,
     $U \mapsto U\sigma(H)\,\sigma(gH)^+$. Propositions 3.2 and 3.5 of the chapter *Mini-batch symmetries*.
+
+    Along $g = e^{tM}$ the error $E = U\sigma(H) - U\sigma(gH)$ has at t = 0 the derivatives $-U(\sigma' \odot MH)$ and
+    $-U(\sigma' \odot M^2H + \sigma'' \odot (MH)^2)$; `_corrections` gets those of U from them.
     """
 
     def solve(self, x, v, u, xi):
         v_new = self.group.exp(xi) @ v
         before, after = self.activation(x @ v.mT), self.activation(x @ v_new.mT)
         return v_new, self._towards(after, u, after @ u.mT, before @ u.mT)
+
+    def bend(self, layer, u, xi):
+        h, m = layer.x @ layer.v.mT, xi.mT
+        a, s, b = self._slopes(h)
+        once = h @ m  # H moves by D, the drift, and B by D + HM^T; of A - B remains what the mixing adds
+        both, twice = once + layer.drift, once + 2 * layer.drift
+        gaps = -s * once, -(s * (twice @ m) + b * once * twice)
+        du = _corrections(a, s * both, *(gap @ u.mT for gap in gaps))
+        mv = xi @ layer.v
+        return (mv + layer.dv, xi @ (mv + 2 * layer.dv) + layer.ddv), du, a, s * both
 
     def rank_matrix(self, x, v):
         return self.activation(x @ v.mT)
@@ -157,7 +206,8 @@ class IncomingMixing(MiniBatchMixing):
     r"""Mix the outgoing weights, solve for the incoming ones [T22] (arXiv:2205.10637).
 
     With samples as columns, $U \mapsto U g^{-1}$ and $V \mapsto V + (\sigma^{-1}(g\sigma(H)) - H)\,X^+$; as published,
-    $V \mapsto \sigma^{-1}(g\sigma(H))\,X^+$. Propositions 3.1 and 3.5 of the chapter *Mini-batch symmetries*.
+    $V \mapsto \sigma^{-1}(g\sigma(H))\,X^+$. Propositions 3.1 and 3.5 of the chapter *Mini-batch symmetries*; velocity
+    and acceleration in Proposition 11.5 of *Sharpness and curvature*.
 
     The activation must be invertible, and $g\sigma(H)$ must stay in its range: elsewhere the new weights are NaN, which
     a teleport refuses.
@@ -174,6 +224,15 @@ class IncomingMixing(MiniBatchMixing):
         hidden = self.activation(x @ v.mT)
         now, target = (INVERSES[type(self.activation)](self.activation, a) for a in (hidden, hidden @ g.mT))
         return self._towards(x, v, now, target), u @ g_inverse
+
+    def bend(self, layer, u, xi):
+        h, m = layer.x @ layer.v.mT, xi.mT
+        a, s, b = self._slopes(h)
+        once = a @ m / s  # H moves by D, and what the new V has to give by D + AM^T/s
+        twice = once + 2 * layer.drift
+        v1, v2 = _corrections(layer.x, layer.dx, once, ((s * twice) @ m - b * once * twice) / s)
+        um = u @ xi
+        return (layer.dv + v1, layer.ddv + v2), (-um, um @ xi), a, s * (layer.drift + layer.x @ v1.mT)
 
     def rank_matrix(self, x, v):
         return x
@@ -213,6 +272,55 @@ def minibatch_symmetries(
     kind = COMPENSATIONS[compensate]
     factors = [kind(model, inputs, hidden, minimum_change=minimum_change) for hidden in traced.hidden]
     return Product(factors, traced.reasons)
+
+
+def is_chain(factors: Sequence[Symmetry]) -> bool:
+    """Whether these are minimum-change mixings, each of the layer that follows the one before."""
+    mixings = [f for f in factors if isinstance(f, MiniBatchMixing) and f.minimum_change]
+    return len(mixings) == len(factors) and all(a.outgoing == b.incoming for a, b in pairwise(mixings))
+
+
+def jets(factors: Sequence[MiniBatchMixing], params: Params, curves: tuple[Tensor, ...]) -> tuple[Params, Params]:
+    r"""First and second derivative at t = 0 of $e^{t\xi_n} \cdots e^{t\xi_1} \cdot w$, in closed form.
+
+    Args:
+        factors: as `is_chain` wants them.
+        params: w.
+        curves: for each factor, coordinates [..., h, h]; the result has the same leading dimensions.
+    """
+    first: Params = {}
+    second: Params = {}
+    x, dx = factors[0].features(params), None
+    dv = ddv = drift = x.new_zeros(())
+    for factor, xi in zip(factors, curves, strict=True):
+        v, u = factor.weights(params)
+        if dx is not None and factor.bias is not None:
+            x, (dx, dv, ddv) = F.pad(x, (0, 1), value=1.0), (F.pad(d, (0, 1)) for d in (dx, dv, ddv))
+        (v1, v2), (u1, u2), a, da = factor.bend(Moving(x, v, dx, dv, ddv, drift), u, xi)
+        first |= factor.parts(v1, u1)
+        second |= factor.parts(v2, u2)
+        x, dx, dv, ddv, drift = a, da, u1, u2, da @ u.mT + a @ u1.mT
+    return first, second
+
+
+def _corrections(matrix: Tensor, slope: Tensor | None, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    r"""First and second derivative of W(t) at t = 0, where $W^\top = B^+ E$ with B(t) and E(t), and E(0) = 0.
+
+    $W'^\top = B^+ E'$ and $W''^\top = B^+ E'' + 2 (B^+)' E'$, with the derivative of a pseudo-inverse of constant rank
+    (G. H. Golub, V. Pereyra, SIAM Journal on Numerical Analysis 10, 1973) applied to the few columns of E'.
+
+    Args:
+        matrix: B.
+        slope: B', or None where B stands still.
+        first: E'.
+        second: E''.
+    """
+    inverse, back = torch.linalg.pinv(matrix), 0.0
+    w = inverse @ first
+    if slope is not None:
+        back = slope.mT @ (inverse.mT @ w)
+        second = second + 2 * (inverse.mT @ (slope.mT @ (first - matrix @ w)) - slope @ w - matrix @ back)
+    return w.mT, (inverse @ second + 2 * back).mT
 
 
 def _single(hidden: Hidden) -> nn.Module:
