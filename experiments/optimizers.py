@@ -151,9 +151,9 @@ def run(setting: Setting, optimizer: str, arms: list[str], seed: int, epochs: in
     ]
 
 
-def seconds_a_step(widths, optimizer: str, data, steps: int) -> float:
-    """How long one step of one network takes in a plain torch.optim loop, data included."""
-    net = mlp(widths, 0)
+def seconds(widths, data, turns: int) -> dict[str, dict[str, float]]:
+    """How long a step of each optimizer takes in a plain loop of torch, and a teleport of each arm: taken in turns."""
+    train = data[0]
     make = {
         "sgd": torch.optim.SGD,
         "momentum": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
@@ -161,15 +161,30 @@ def seconds_a_step(widths, optimizer: str, data, steps: int) -> float:
         "rmsprop": torch.optim.RMSprop,
         "adam": torch.optim.Adam,
     }
-    loop = make[optimizer](net.parameters(), lr=1e-4)
-    times = []
-    for x, y in data[0][: BATCH * steps].batches(BATCH, generator=torch.Generator().manual_seed(0)):
-        start = time.perf_counter()
-        loop.zero_grad()
-        F.cross_entropy(net(x), y).backward()
-        loop.step()
-        times.append(time.perf_counter() - start)
-    return float(f"{torch.tensor(times).median():.3g}")
+    nets = {name: mlp(widths, 0) for name in OPTIMIZERS}
+    loops = {name: make[name](net.parameters(), lr=1e-4) for name, net in nets.items()}
+    tx, ty = train.batch(TELEPORT_BATCH, generator=torch.Generator().manual_seed(0))
+    draw, symmetry = torch.Generator().manual_seed(0), scalings(widths)
+    steps: dict[str, list[float]] = {name: [] for name in loops}
+    teleports: dict[str, list[float]] = {arm: [] for arm, (move, _) in ARMS.items() if move}
+    for _ in tqdm(range(turns), desc="times", leave=False):
+        for name, loop in loops.items():
+            batches = train[: 20 * BATCH].batches(BATCH, generator=draw)
+            start = time.perf_counter()
+            for x, y in batches:
+                loop.zero_grad()
+                F.cross_entropy(nets[name](x), y).backward()
+                loop.step()
+            steps[name].append((time.perf_counter() - start) / 20)
+        for arm, times in teleports.items():
+            move, net = ARMS[arm][0], mlp(widths, 0)
+            start = time.perf_counter()
+            move(net, lambda n: F.cross_entropy(n(tx), ty), symmetry, draw, "adam")
+            times.append(time.perf_counter() - start)
+    return {
+        what: {name: float(f"{torch.tensor(times).median():.3g}") for name, times in found.items()}
+        for what, found in (("step", steps), ("teleport", teleports))
+    }
 
 
 def main() -> None:
@@ -201,12 +216,11 @@ def main() -> None:
     }
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     if results.get("config") != config:
-        results = {"config": config, "seconds_a_step": {}, "runs": []}
+        results = {"config": config, "runs": []}
+    if "seconds" not in results:
+        results["seconds"] = seconds(setting.training, data, 2 if options.quick else 50)
+        save(results, options.out)
     for optimizer in options.optimizer or OPTIMIZERS:
-        if optimizer not in results["seconds_a_step"]:
-            results["seconds_a_step"][optimizer] = seconds_a_step(
-                setting.training, optimizer, data, 20 if options.quick else 1000
-            )
         for seed in range(seeds):
             done = {r["arm"] for r in results["runs"] if (r["optimizer"], r["seed"]) == (optimizer, seed)}
             if arms := [arm for arm in options.arm or ARMS if arm not in done]:

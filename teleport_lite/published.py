@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +36,11 @@ class Additive(GeneralLinear):
 
 
 class Mixing(OutgoingMixing):
-    """The published action of one hidden layer, by g = I + T; `carried` are its inputs where they are not computed."""
+    """The published action of one hidden layer, by g = I + T."""
 
     def __init__(self, model: nn.Module, inputs: object, hidden: Hidden) -> None:
         super().__init__(model, inputs, hidden, minimum_change=False)
         self.group, self.above = Additive(hidden.width), hidden.outgoing
-        self.carried: Tensor | None = None
-
-    def features(self, params: Params) -> Tensor:
-        return super().features(params) if self.carried is None else self.carried
 
 
 def paper_teleport(
@@ -160,21 +157,28 @@ def by_weights(
     factors: list[Mixing], loss: Loss, params: Params, steps: int, lr: float, stop: float, carried: bool
 ) -> Params:
     """The moved parameters, by automatic differentiation of the action."""
-    product = Product(factors)
-    for factor in factors if carried else factors[:1]:  # the inputs of the net never change
-        factor.carried = factor.features(params)
+    inputs: list[Any] = [f.features(params) if carried or f is factors[0] else None for f in factors]
+    zeros = [xi.requires_grad_() for xi in Product(factors).zeros(params)]
+
+    def act(xis: list[Tensor]) -> Params:
+        moved, above = dict(params), torch.empty(0)
+        for factor, x, xi in zip(factors, inputs, xis, strict=True):
+            x = factor.widened(above) if x is None else x
+            v, u = factor.solve(x, *factor.weights(moved), xi)
+            moved |= factor.parts(v, u)
+            above = factor.activation(x @ v.mT)
+        return moved
+
     for _ in range(steps):
-        zeros = [xi.requires_grad_() for xi in product.zeros(params)]
-        _, grads = value_and_grad(loss, product.act(params, zeros), create_graph=True)
+        _, grads = value_and_grad(loss, act(zeros), create_graph=True)
         square = torch.stack([grad.square().sum() for grad in grads.values()]).sum()
         if square > stop:
             break
         ts = [lr * slope for slope in torch.autograd.grad(square, zeros)]
-        params = product.act(params, ts)
-        for t, factor in zip(ts, factors[1:], strict=False):
-            if factor.carried is not None:
-                h = factor.carried
-                factor.carried = torch.cat([h[:, : len(t)] + h[:, : len(t)] @ t.mT, h[:, len(t) :]], 1)
+        params = act(ts)
+        for k, (t, h) in enumerate(zip(ts, inputs[1:], strict=False), 1):
+            if h is not None:
+                inputs[k] = torch.cat([h[:, : len(t)] + h[:, : len(t)] @ t.mT, h[:, len(t) :]], 1)
     return params
 
 

@@ -100,7 +100,10 @@ class MiniBatchMixing(Symmetry):
             pass
         finally:
             handle.remove()
-        x = seen[0].flatten(0, -2)
+        return self.widened(seen[0].flatten(0, -2))
+
+    def widened(self, x: Tensor) -> Tensor:
+        """`x`, with a column of ones when the layer has a bias."""
         return x if self.bias is None else torch.cat([x, x.new_ones(len(x), 1)], 1)
 
     def weights(self, params: Params) -> tuple[Tensor, Tensor]:
