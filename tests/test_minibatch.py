@@ -90,6 +90,18 @@ def test_minimum_change_is_the_nearest_solution(kind, generator):
 
 
 @pytest.mark.parametrize("kind", ["outgoing", "incoming"])
+def test_curves_of_both_formulas_are_the_same_where_the_solution_is_unique(kind, generator):
+    model, x = mlp([12, 10, 3], nn.LeakyReLU(0.1)), batch(40)
+    params = params_of(model)
+    closed, differentiated = (
+        tl.minibatch_symmetries(model, x, compensate=kind, minimum_change=flag)[0] for flag in (True, False)
+    )
+    xi = closed.sample(params, radius=0.3, generator=generator)
+    for one, two in zip(closed.jet(params, xi), differentiated.jet(params, xi), strict=True):
+        assert all(relative(one[name], two[name]) < 1e-9 for name in closed.names)
+
+
+@pytest.mark.parametrize("kind", ["outgoing", "incoming"])
 def test_too_large_a_batch_is_reported_with_the_error_recomputed(kind, generator):
     model, x = mlp([12, 10, 3], nn.LeakyReLU(0.1)), batch(60)
     symmetry, y = tl.minibatch_symmetries(model, x, compensate=kind), batch(60, 3, seed=5)
