@@ -444,7 +444,16 @@ def test_search_finds_teleportation(site, browser):
     assert browser.complaints() == []
 
 
-@pytest.mark.parametrize("page", PAGES)
+@every_page
+def test_a_link_to_it_has_a_picture(page):
+    soup = BeautifulSoup((HTML / f"{page}.html").read_text("utf8"), "html.parser")
+    found = {tag["property"]: tag["content"] for tag in soup.find_all("meta", property=True)}
+    assert found["og:image"].endswith("/_static/card.png") and found["og:url"].endswith(f"/{page}.html")
+    assert not found["og:description"].startswith("Open in Colab")
+    assert (HTML / "_static" / "card.png").stat().st_size < 200_000
+
+
+@every_page
 def test_it_is_light(page):
     path = HTML / f"{page}.html"
     soup = BeautifulSoup(path.read_text("utf8"), "html.parser")

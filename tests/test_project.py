@@ -53,6 +53,7 @@ def places(url):
     yield "README.md", site
     yield "_config.yml", f"url: {url}\n"
     yield "_config.yml", f"baseurl: {site}\n"
+    yield "_config.yml", f"ogp_site_url: {site}\n"
     for chapter in CHAPTERS:
         path = chapter.relative_to(ROOT).as_posix()
         yield path, f"https://colab.research.google.com/github/{slug}/blob/main/{path}"

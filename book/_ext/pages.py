@@ -4,7 +4,11 @@ from __future__ import annotations
 
 
 def on_page(app, pagename: str, templatename: str, context: dict, doctree) -> None:
-    """Leave out the scripts of Thebe, which the book does not use and which declare the same constant twice."""
+    """Leave out the scripts of Thebe, which the book does not use and which declare the same constant twice.
+
+    And the text of the badge from the description of a chapter.
+    """
+    context["metatags"] = context.get("metatags", "").replace('content="Open in Colab ', 'content="')
     context.setdefault("default_mode", "auto")  # light or dark as the reader's system says
 
     def is_thebe(script) -> bool:
