@@ -203,7 +203,7 @@ def test_the_glossary_is_sorted_and_links_every_term():
 def test_every_reference_has_an_address():
     entries = re.findall(r"^- .*?(?=^- |^#|\Z)", text("references.md"), re.M | re.S)
     assert len(entries) > 15
-    assert [e[:60] for e in entries if not re.search(r"\]\(https://(?:arxiv|doi)\.org/\S+\)", e)] == []
+    assert [e[:60] for e in entries if not re.search(r"\]\(https://(?:(?:arxiv|doi|jmlr)\.org|openreview\.net)/\S+\)", e)] == []
 
 
 def test_the_extensions_are_those_of_the_folder():
