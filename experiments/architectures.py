@@ -23,7 +23,6 @@ A number is null where it is not finite: once a loss is not, that run ends.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
@@ -31,7 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from mnist_teleport import command_line, save, split
+from mnist_teleport import command_line, provenance, resumed, save, split
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -194,14 +193,9 @@ def main() -> None:
         "radii": list(RADII[:some]),
         "trial_seed": TRIAL_SEED,
         "arms": list(ARMS),
-        "data": train.name,
-        "images": [len(part) for part in data],
-        "torch": torch.__version__.split("+")[0],
-        "teleport_lite": tl.__version__,
+        **provenance(data),
     }
-    results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    if results.get("config") != config:
-        results = {"config": config, "networks": {}, "radius": {}, "rates": {}, "trials": [], "runs": []}
+    results = {"networks": {}, "radius": {}, "rates": {}, "trials": [], **resumed(options.out, config)}
 
     def complete(kind: str, todo: list[tuple]) -> None:
         """Run what is not among the results of that kind yet."""

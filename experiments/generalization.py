@@ -10,7 +10,6 @@ measures are taken, so that an interrupted run goes on where it stopped. For oth
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from datasets import SETTINGS, split
 from ensemble import Ensemble, evaluate, forward, widths_of
-from mnist_teleport import alone, command_line, mlp, save, scalings
+from mnist_teleport import alone, command_line, mlp, provenance, resumed, save, scalings
 from torch import Tensor
 from tqdm import tqdm
 
@@ -138,12 +137,9 @@ def main() -> None:
         "radii": list(radii),
         "directions": batches,
         "curves": curves,
-        "data": data[0].name,
-        "images": [len(part) for part in data],
-        "torch": torch.__version__.split("+")[0],
-        "teleport_lite": tl.__version__,
+        **provenance(data),
     }
-    if options.out.exists() and json.loads(options.out.read_text())["config"] == config:
+    if "networks" in resumed(options.out, config):
         return
     checkpoint = options.out.with_suffix(".pt")
     weights, minutes = train(setting.minima, rate, networks, epochs, data[0], checkpoint)

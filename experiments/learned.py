@@ -12,7 +12,6 @@ what is there is not computed again.
 
 from __future__ import annotations
 
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from mnist_teleport import command_line, save
+from mnist_teleport import command_line, provenance, resumed, save
 from torch import nn
 from tqdm import tqdm
 
@@ -217,12 +216,11 @@ def main() -> None:
         "unseen": UNSEEN,
         "arms": ARMS,
         "settings": {name: list(value) for name, value in SETTINGS.items()},
-        "torch": torch.__version__.split("+")[0],
-        "teleport_lite": tl.__version__,
+        **provenance(),
     }
-    results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    if results.get("config") != config:
-        results = {"config": config, "runs": baselines(steps)}
+    results = resumed(options.out, config)
+    if not results["runs"]:
+        results["runs"] = baselines(steps)
         save(results, options.out)
     if "milliseconds_a_step" not in results:
         results["milliseconds_a_step"] = milliseconds_a_step(*((2, 1) if options.quick else (20, 7)))

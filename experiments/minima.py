@@ -12,7 +12,6 @@ For other data see `datasets.py`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from datasets import SETTINGS, Setting, split
 from ensemble import Ensemble, evaluate
-from mnist_teleport import alone, command_line, mlp, save
+from mnist_teleport import alone, command_line, mlp, provenance, resumed, save
 from torch import nn
 from tqdm import tqdm
 
@@ -150,14 +149,9 @@ def main() -> None:
         "radii": list(setting.radii(RADII)),
         "draws": draws,
         "arms": ARMS,
-        "data": data[0].name,
-        "images": [len(part) for part in data],
-        "torch": torch.__version__.split("+")[0],
-        "teleport_lite": tl.__version__,
+        **provenance(data),
     }
-    results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    if results.get("config") != config:
-        results = {"config": config, "runs": []}
+    results = resumed(options.out, config)
     for seed in range(seeds):
         if all(row["seed"] != seed for row in results["runs"]):
             results["runs"] += run(setting, seed, before, after, draws, data)

@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -167,6 +167,18 @@ def save(results: dict, path: Path) -> None:
     part.replace(path)
 
 
+def provenance(data: Sequence[Dataset] = ()) -> dict:
+    """What a record says of where it comes from."""
+    found = {"data": data[0].name, "images": [len(part) for part in data]} if data else {}
+    return {**found, "torch": torch.__version__.split("+")[0], "teleport_lite": tl.__version__}
+
+
+def resumed(path: Path, config: dict) -> dict:
+    """The record that is there, when it is of the same configuration, else one without runs."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    return results if results.get("config") == config else {"config": config, "runs": []}
+
+
 def command_line(
     doc: str, results: Path, quick: str, *, data: Iterable[str] = (), **options: int | Iterable[str]
 ) -> argparse.Namespace:
@@ -215,10 +227,7 @@ def main() -> None:
             "rates": list(rates),
             "epochs": epochs,
             "teleport_batch": TELEPORT_BATCH,
-            "data": data[0].name,
-            "images": [len(part) for part in data],
-            "torch": torch.__version__.split("+")[0],
-            "teleport_lite": tl.__version__,
+            **provenance(data),
         }
         if results.get(name, {}).get("config") != config:
             results[name] = {"config": config, "cores": os.cpu_count(), "moves": [], "runs": []}

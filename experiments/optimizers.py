@@ -10,7 +10,6 @@ other data see `datasets.py`.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from datasets import SETTINGS, Setting, split
 from ensemble import SECOND_MOMENTS, Ensemble, evaluate, widths_of
-from mnist_teleport import alone, command_line, mlp, save, scalings
+from mnist_teleport import alone, command_line, mlp, provenance, resumed, save, scalings
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -209,14 +208,9 @@ def main() -> None:
         "radius": RADIUS,
         "teleport_batch": TELEPORT_BATCH,
         "epoch_of_teleports": {name: when for name, (_, when) in OPTIMIZERS.items()},
-        "data": data[0].name,
-        "images": [len(part) for part in data],
-        "torch": torch.__version__.split("+")[0],
-        "teleport_lite": tl.__version__,
+        **provenance(data),
     }
-    results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    if results.get("config") != config:
-        results = {"config": config, "runs": []}
+    results = resumed(options.out, config)
     if "seconds" not in results:
         results["seconds"] = seconds(setting.training, data, 2 if options.quick else 50)
         save(results, options.out)

@@ -10,14 +10,13 @@ what is there is not computed again. For other data see `datasets.py`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from datasets import SETTINGS, Setting, split
 from ensemble import Ensemble, evaluate
-from mnist_teleport import alone, command_line, mlp, save, scalings
+from mnist_teleport import alone, command_line, mlp, provenance, resumed, save, scalings
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -112,14 +111,9 @@ def main() -> None:
         "rates": list(setting.rates(RATES)),
         "epochs": epochs,
         "teleport_batch": TELEPORT_BATCH,
-        "data": data[0].name,
-        "images": [len(part) for part in data],
-        "torch": torch.__version__.split("+")[0],
-        "teleport_lite": tl.__version__,
+        **provenance(data),
     }
-    results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    if results.get("config") != config:
-        results = {"config": config, "runs": []}
+    results = resumed(options.out, config)
     for seed in range(seeds):
         if all(r["seed"] != seed for r in results["runs"]):
             results["runs"].append(run(setting, seed, epochs, data))
