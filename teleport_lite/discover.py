@@ -43,8 +43,12 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
 
     Works on any model that runs: modules, functions and loops are all followed, operation by operation. What moves
     may be neurons and channels (scalings, signs, permutations, mixings where nothing stands between two linear maps),
-    the queries and keys or the values of an attention head, or a residual stream. Frozen parameters stay. The model is
-    only read, and the global random state is left as it was.
+    the queries and keys or the values of attention heads, or a residual stream. Mixings of the heads of a layer are one
+    factor, GL(d)^heads. Frozen parameters stay. The model is only read, and the global random state is left as it was.
+
+    Each factor is verified on the whole model: in float64, on random inputs of three sizes, in evaluation and training
+    mode. That is a test and no proof: a branch that these inputs do not reach is not seen. See the chapter *Modern
+    architectures*.
 
     Args:
         model: the model, on any device, in any mode.

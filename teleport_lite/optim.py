@@ -28,7 +28,7 @@ class Teleporter:
     Under `DistributedDataParallel` all ranks call `step`, each with the loss on its own shard; see `teleport`. Rank 0
     decides when a schedule is random or a callable.
 
-    See the chapter *Momentum and adaptive optimizers*.
+    See the chapter *Momentum, AdaGrad, RMSProp, Adam*.
 
     Args:
         model: the model, compiled or not, distributed or not.

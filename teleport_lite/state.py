@@ -26,7 +26,7 @@ bound, and a step bound or a direction is refused. An entry without a rule is re
 A momentum buffer sums gradients that were taken at different points; one M carries them all because the action is
 linear. Where it is not, M is that at the present weights, and the state is right to first order. What weight decay adds
 to a gradient is carried along with it, though its penalty is not invariant, and so is what eps or an initial value adds
-to a square. See the chapter *Momentum and adaptive optimizers*.
+to a square. See the chapter *Momentum, AdaGrad, RMSProp, Adam*.
 """
 
 from __future__ import annotations

@@ -104,8 +104,9 @@ def teleport(
         loss_fn: net -> scalar loss, deterministic; `net` is a callable with the signature of the model.
         symmetry: where to move; by default `find_symmetries` on the inputs with which loss_fn calls the net (pass it
             when teleporting often).
-        objective: "gradient_norm", "weight_norm", "one_step_loss", an `Objective`, or any callable on params.
-        maximize: the direction; pass False for "weight_norm" and "one_step_loss".
+        objective: "gradient_norm", "weight_norm", "one_step_loss", "sharpness", "curvature", "hessian_trace", an
+            `Objective`, or any callable on params.
+        maximize: the direction; pass False for "weight_norm" and "one_step_loss", and to go to a flatter point.
         radius: bound on the operator norm of the coordinates: nothing is stretched by more than e^radius.
         tol: relative tolerance for the loss; by default 1e-10 in float64, 1e-5 in float32, by dtype. Rounding noise of
             8 machine epsilons is always allowed. The dtype is the coarsest of the parameters, the outputs of the net,

@@ -4,12 +4,13 @@ With inputs X [k, n] of a layer, pre-activations $H = X V^\top + b$ [k, h] and $
 through any activation when one of the two weights makes up for it on the k samples at hand:
 
 - `OutgoingMixing` (arXiv:2305.13404): $V \mapsto gV$; U' solves $B\,U'^\top = A\,U^\top$, where $B = \sigma(H g^\top)$.
-- `IncomingMixing` [T22] (arXiv:2205.10637): $U \mapsto U g^{-1}$; V' solves $X V'^\top = \sigma^{-1}(A g^\top)$.
+- `IncomingMixing` (arXiv:2205.10637): $U \mapsto U g^{-1}$; V' solves $X V'^\top = \sigma^{-1}(A g^\top)$.
 
 Both keep the outputs on the batch when the matrix to be inverted ($B$, $X$) has full row rank k; otherwise they are
 least-squares approximations. The published formulas solve for the new weights outright, and so replace them by a
 projection even at g = I; the minimum-change solution, the default here, adds the smallest correction and is the
-identity at g = I. Neither is a group action: see the chapter *Mini-batch symmetries*.
+identity at g = I. Of the four, the minimum-change `IncomingMixing` alone obeys both laws of a group action, where it is
+exact: Proposition 3.6 of the chapter *Mini-batch symmetries*.
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ class OutgoingMixing(MiniBatchMixing):
 
 
 class IncomingMixing(MiniBatchMixing):
-    r"""Mix the outgoing weights, solve for the incoming ones [T22] (arXiv:2205.10637).
+    r"""Mix the outgoing weights, solve for the incoming ones (arXiv:2205.10637).
 
     With samples as columns, $U \mapsto U g^{-1}$ and $V \mapsto V + (\sigma^{-1}(g\sigma(H)) - H)\,X^+$; as published,
     $V \mapsto \sigma^{-1}(g\sigma(H))\,X^+$. Propositions 3.1 and 3.5 of the chapter *Mini-batch symmetries*; velocity

@@ -1,7 +1,7 @@
 r"""Test functions of the plane whose level sets are circles in disguise, with their SO(2) symmetry.
 
 Each is $f(w) = u^2 + v^2$ in suitable coordinates $(u, v) = \varphi(w)$; rotating $(u, v)$ keeps f. The functions are
-those of [T22] (arXiv:2205.10637); the chapter *Orbits* derives the actions, *Teleporting* uses them.
+those of arXiv:2205.10637; the chapter *Orbits* derives the actions, *Teleporting* uses them.
 """
 
 from __future__ import annotations
