@@ -21,18 +21,17 @@ from torch import Tensor, nn
 
 import teleport_lite as tl
 
-BATCH = 32  # images of 32 x 32, or sequences of 32 tokens
+BATCHES = (64, 64, 32, 32)  # images of 32 x 32, or sequences of 32 tokens, by size
+REPEATS = 3
 
-REPEATS = 5
 
-
-def convnet(width: int) -> tuple[nn.Module, Tensor, Tensor]:
+def convnet(batch: int, width: int) -> tuple[nn.Module, Tensor, Tensor]:
     """Convolutions with batch norm, ReLU and pooling, then two linear layers."""
     body: list[nn.Module] = []
     for a, b in ((3, width), (width, 2 * width), (2 * width, 4 * width)):
         body += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
     model = nn.Sequential(*body, nn.Flatten(), nn.Linear(64 * width, 8 * width), nn.ReLU(), nn.Linear(8 * width, 10))
-    return model, torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
+    return model, torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
 
 
 class Block(nn.Module):
@@ -48,7 +47,7 @@ class Block(nn.Module):
         return F.relu(self.nb(self.b(F.relu(self.na(self.a(x))))) + self.skip(x))
 
 
-def resnet(width: int) -> tuple[nn.Module, Tensor, Tensor]:
+def resnet(batch: int, width: int) -> tuple[nn.Module, Tensor, Tensor]:
     """Four stages of two residual blocks."""
     body: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     channels = width
@@ -57,7 +56,7 @@ def resnet(width: int) -> tuple[nn.Module, Tensor, Tensor]:
             body.append(Block(channels, width << stage, 2 if stage and not k else 1))
             channels = width << stage
     model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
-    return model, torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
+    return model, torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
 
 
 class Transformer(nn.Module):
@@ -83,8 +82,8 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
 
-def transformer(width: int, layers: int, vocabulary: int) -> tuple[nn.Module, Tensor, Tensor]:
-    tokens = torch.randint(vocabulary, (BATCH, 33))
+def transformer(batch: int, width: int, layers: int, vocabulary: int) -> tuple[nn.Module, Tensor, Tensor]:
+    tokens = torch.randint(vocabulary, (batch, 33))
     return Transformer(width, layers, vocabulary, 32), tokens[:, :-1], tokens[:, 1:].flatten()
 
 
@@ -114,9 +113,9 @@ def peak(action: Callable[[], object]) -> float:
 def costs(board: Board, sizes: int = 2) -> None:
     """A teleport, discovery and peak memory beside one gradient, and beside one step of training."""
     for family, (make, known) in SIZES.items():
-        for size in known[:sizes]:
+        for size, batch in zip(known[:sizes], BATCHES, strict=False):
             torch.manual_seed(0)
-            model, x, y = make(*size)
+            model, x, y = make(batch, *size)
             model.eval()
             count = sum(p.numel() for p in model.parameters())
             fresh = copy.deepcopy(model.state_dict())

@@ -33,7 +33,7 @@ from teleport_lite.trace import copy_of, kept_random_state
 TOLERANCE = 1e-10  # relative change in float64 beyond which a proposed symmetry is dropped
 ENOUGH = 16  # fresh examples to verify on
 SIZES = (30.0, 1 / 30)  # and so many times larger ones, for models that branch on what they read
-APART = 12  # finite groups are tried one by one up to so many, else so many random selections of them
+APART = 8  # finite groups are tried one by one up to so many, else so many random selections of them
 PIECES = 64  # an axis in more pieces than that is left out
 RETURNED = "the model returns them"
 
@@ -406,15 +406,23 @@ def _blocks(found: list[NeuronSymmetry], check: _Check) -> list[NeuronSymmetry]:
         behind = all([(n, d, start + size, size) for n, d, start, size in a] == b for a, b in pairwise(runs))
         if len(members) > 1 and behind:
             sides.append((len(members), [Leg(name, dim, dim == 1, start, size) for name, dim, start, size in runs[0]]))
-    blocks: list[NeuronSymmetry] = []
-    used = -1
-    for k, ((n, a), (m, b)) in enumerate(pairwise(sides)):
-        if n == m and k != used and not {*a} & {*b}:
+
+    def pairs(holds: Callable[[list[NeuronSymmetry]], bool]) -> list[NeuronSymmetry]:
+        """Each side with the one that follows it, where that `holds`."""
+        blocks: list[NeuronSymmetry] = []
+        used = -1
+        for k, ((n, a), (m, b)) in enumerate(pairwise(sides)):
             symmetry = NeuronSymmetry(Permutation(n), a + b)
-            if check.error([symmetry]) <= TOLERANCE:
+            if n == m and k != used and not {*a} & {*b} and holds([symmetry]):
                 blocks.append(symmetry)
                 used = k + 1
-    return blocks
+        return blocks
+
+    def verified(symmetries: list[NeuronSymmetry]) -> bool:
+        return check.error(symmetries) <= TOLERANCE
+
+    blocks = pairs(lambda _: True)
+    return blocks if not blocks or verified(blocks) else pairs(verified)
 
 
 def _runs(symmetry: NeuronSymmetry) -> list[tuple[str, int, int, int]]:
