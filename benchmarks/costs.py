@@ -1,7 +1,7 @@
 """What a teleport costs on a convnet, a residual net and a transformer, from 0.1 M to 100 M parameters.
 
 `make bench` measures the first two sizes of each; `python benchmarks/costs.py` all four, up to 100 M, which
-takes half an hour and 6 GB of memory. Everything is a ratio to one gradient on the same batch, in one run.
+takes most of an hour and 7 GB of memory. Everything is a ratio to one gradient on the same batch, in one run.
 """
 
 from __future__ import annotations
