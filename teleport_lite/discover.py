@@ -120,9 +120,9 @@ class _Check:
         few = max((len(x) for x in real if x.ndim), default=ENOUGH)
         self.inputs = [self._fresh() for _ in range(-(-ENOUGH // max(few, 1)))]
         self.count = len(self.inputs)
-        self.inputs += [self._fresh(size) for size in SIZES] if real else []
         self.params: Params = dict(self.probe.named_parameters())
         self.widen = True  # until it is known that the model asks for nothing less than float64
+        self.inputs += [x for size in SIZES if self._takes(x := self._fresh(size))] if real else []
         self.before: dict[bool, list[list[Tensor]]] = {}
         for training in (False, True):
             try:
@@ -135,6 +135,13 @@ class _Check:
                     self.before[training] = [first, *(self._run(self.params, x, training) for x in self.inputs[1:])]
             except Exception:
                 self.before.pop(training, None)
+
+    def _takes(self, inputs: tuple[tuple, dict[str, Any]]) -> bool:
+        """Whether the model runs on these inputs, and its outputs are finite."""
+        try:
+            return all(bool(y.isfinite().all()) for y in self._run(self.params, inputs, training=False))
+        except Exception:
+            return False
 
     def _repeats(self, first: list[Tensor], training: bool) -> bool:
         """Whether the model gives the same again; tried without `InFloat64`, which is left out from then on if so."""

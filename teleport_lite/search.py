@@ -7,7 +7,6 @@ factor exactly given the others. Derived in the chapter *Teleporting*.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from teleport_lite.errors import UnknownNameError
-from teleport_lite.groups import GeneralLinear, Group, PositiveScaling
+from teleport_lite.groups import GeneralLinear, PositiveScaling
 from teleport_lite.objectives import AlongOrbit, Objective, Problem
 from teleport_lite.params import Params
 from teleport_lite.symmetries.base import Product, Symmetry
@@ -232,24 +231,11 @@ def _sweep_tensors(
                 totals[leg.dual != gradients] += group.gram(factor.axis(state[leg.name], leg), 0)
             up, down = (_both_sides(h, t) for h, t in zip((inverse, g), totals, strict=True))
             xis[k] = group.extremum(up, down, maximize=maximize, radius=radius)
-            elements[k] = new, new_inverse = _pair(group, xis[k], radius if maximize else None)
+            elements[k] = new, new_inverse = group.exp(torch.stack([xis[k], -xis[k]])).unbind()
             steps = group.compose(new, inverse), group.compose(new_inverse, g)
             for leg in factor.legs:
                 factor.multiply_(steps[leg.dual != gradients], state[leg.name], leg)
     return xis
-
-
-def _pair(group: Group, xi: Tensor, radius: float | None) -> tuple[Tensor, Tensor]:
-    r"""The element with the coordinates `xi`, and its inverse.
-
-    With a `radius`, the eigenvalues of a matrix xi are $\pm r$ or 0, and $e^{\xi}$ is a polynomial in xi.
-    """
-    if radius is None or isinstance(group, PositiveScaling):
-        g, inverse = group.exp(torch.stack([xi, -xi])).unbind()
-        return g, inverse
-    one = torch.eye(xi.shape[-1], dtype=xi.dtype, device=xi.device)
-    even, odd = one + (math.cosh(radius) - 1) / radius**2 * (xi @ xi), math.sinh(radius) / radius * xi
-    return even + odd, even - odd
 
 
 def _both_sides(h: Tensor, total: Tensor | float) -> Tensor | float:

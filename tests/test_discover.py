@@ -193,3 +193,23 @@ def test_half_precision_models_are_understood():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tl.find_symmetries(model, torch.zeros(3, 4, dtype=torch.bfloat16)).dim == 6
+
+
+class FarOut(nn.Module):
+    """Fine on inputs of the usual size, and not on large ones."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.one, self.two, self.how = nn.Linear(4, 5), nn.Linear(5, 2), how
+
+    def forward(self, x):
+        if self.how == "raises" and x.abs().max() > 20:
+            raise ValueError("too large")
+        y = self.two(torch.relu(self.one(x)))
+        return (5 * y).exp().exp() if self.how == "overflows" else y
+
+
+@pytest.mark.parametrize("how", ["raises", "overflows"])
+def test_inputs_that_the_model_cannot_take_are_left_out(how):
+    torch.manual_seed(0)
+    assert tl.find_symmetries(FarOut(how), torch.randn(20, 4)).dim == 5
