@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import teleport_lite as tl
+from teleport_lite.functional import loss_of, norm, value_and_grad
 from teleport_lite.geometry import mean_loss_around, unit_directions
-from teleport_lite.params import loss_of, norm, value_and_grad
 from teleport_lite.search import STEPS, closed_form
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))

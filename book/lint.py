@@ -37,7 +37,7 @@ except ImportError:  # on Colab, for example
 
 import torch
 import matplotlib.pyplot as plt
-from teleport_lite import plot
+from teleport_lite.book import plot
 
 plot.use_style()
 generator = torch.Generator().manual_seed(0)

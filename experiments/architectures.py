@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import teleport_lite as tl
-from teleport_lite.data import Dataset
+from teleport_lite.book.data import Dataset
 
 RESULTS = Path(__file__).resolve().parent.parent / "book" / "results" / "architectures.json"
 BATCH, EPOCHS, SEEDS, TELEPORT_BATCH = 50, 6, 5, 200

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 import teleport_lite as tl
-from teleport_lite.data import Dataset
+from teleport_lite.book.data import Dataset
 
 
 @dataclass(frozen=True)

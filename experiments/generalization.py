@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import teleport_lite as tl
 from teleport_lite import geometry
-from teleport_lite.params import norm
+from teleport_lite.functional import norm
 
 RESULTS = Path(__file__).resolve().parent.parent / "book" / "results" / "generalization.json"
 BATCH, RATE, EPOCHS, NETWORKS = 20, 0.01, 40, 100

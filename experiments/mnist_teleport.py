@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import teleport_lite as tl
-from teleport_lite.data import Dataset
-from teleport_lite.params import hvp, loss_of, trainable, value_and_grad
+from teleport_lite.book.data import Dataset
+from teleport_lite.functional import hvp, loss_of, trainable, value_and_grad
 
 RESULTS = Path(__file__).resolve().parent.parent / "book" / "results" / "mnist_teleport.json"
 ARMS = {  # by name, the options of its teleport

@@ -4,12 +4,13 @@ A symmetry is a group acting on a model's parameters without changing what the m
 a group element on purpose.
 """
 
-from teleport_lite import data, learned, objectives, symmetries
-from teleport_lite.discover import find_symmetries
+from teleport_lite import learned, objectives, symmetries
+from teleport_lite.book import data
+from teleport_lite.discovery import find_symmetries
 from teleport_lite.errors import TeleportError
 from teleport_lite.geometry import conserved_quantities, curvature, hessian_eigenvalues, hessian_trace, sharpness
-from teleport_lite.levelset import LevelSetReport, level_set_teleport
-from teleport_lite.nullspace import null_space_teleport
+from teleport_lite.level_set import LevelSetReport, level_set_teleport
+from teleport_lite.null_space import null_space_teleport
 from teleport_lite.objectives import Objective, one_step_loss
 from teleport_lite.optim import Teleporter
 from teleport_lite.published import paper_teleport

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from teleport_lite.errors import DivergenceError, NoSymmetryError, TeleportError, UnknownNameError
+from teleport_lite.functional import Params, norm
 from teleport_lite.groups import Group, PositiveScaling
-from teleport_lite.params import Params, norm
+from teleport_lite.runtime import as_inputs
 from teleport_lite.symmetries.base import Product, Symmetry, check_radius
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
-from teleport_lite.trace import as_inputs
 
 EMITS = ("fixed", "rate", "update")
 TELEPORTS = ("none", "learned", "random")

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import LossError, TeleportError, UnknownNameError
+from teleport_lite.functional import Loss, Params, check_scalar, dot, hvp, norm, value_and_grad
 from teleport_lite.geometry import RADII, mean_kappa, mean_loss_around, sample_curves, sign_probes, unit_directions
-from teleport_lite.params import Loss, Params, check_scalar, dot, hvp, norm, value_and_grad
 from teleport_lite.symmetries.base import Symmetry
 
 AlongOrbit = Callable[[Any], Tensor]  # the objective as a function of the coordinates xi

@@ -20,12 +20,14 @@ from torch.autograd.function import once_differentiable
 from torch.linalg import solve_triangular
 
 from teleport_lite.errors import LossError, NoSymmetryError, TeleportError, UnknownNameError
+from teleport_lite.functional import Loss, Net, Params, loss_of, norm, trainable, value_and_grad
 from teleport_lite.groups import GeneralLinear
-from teleport_lite.params import Loss, Net, Params, loss_of, norm, trainable, value_and_grad
+from teleport_lite.layers import Hidden, trace
+from teleport_lite.runtime import TOLERANCES, LossFn, copy_of, double, eager_mode, kept_random_state, unwrap_compiled
 from teleport_lite.symmetries.base import Product
 from teleport_lite.symmetries.minibatch import OutgoingMixing
-from teleport_lite.teleport import TOLERANCES, LossFn, Report, check_movable, commit, plain, plainly
-from teleport_lite.trace import Hidden, copy_of, double, kept_random_state, trace
+from teleport_lite.teleport import Report, check_movable
+from teleport_lite.transaction import commit
 
 
 class Additive(GeneralLinear):
@@ -93,10 +95,10 @@ def paper_teleport(
     if steps < 1 or not lr > 0 or not stop > 0:
         got = f"steps={steps}, lr={lr}, stop={stop}"
         raise TeleportError("at least one step, a positive lr and stop", got, "leave them out for the authors' values")
-    model = plain(model, None)
+    model = unwrap_compiled(model)
     params = {name: p.detach() for name, p in trainable(model).items()}
     loss = loss_of(model, loss_fn)
-    with kept_random_state(model), plainly(next(iter(params.values())).device.type):
+    with kept_random_state(model), eager_mode(next(iter(params.values())).device.type):
         net = Net(model, params)
 
         def first(params: Params) -> Tensor:

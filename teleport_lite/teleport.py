@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from teleport_lite.discover import find_symmetries
+from teleport_lite.discovery import find_symmetries
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import BatchError, LossError, NoSymmetryError, ParameterError, TeleportError
+from teleport_lite.functional import Net, Params, loss_of, trainable
 from teleport_lite.objectives import Objective, Problem, as_objective
-from teleport_lite.params import Net, Params, loss_of, trainable
+from teleport_lite.runtime import (
+    TOLERANCES,
+    LossFn,
+    PrecisionProbe,
+    coarsest,
+    eager_mode,
+    kept_random_state,
+    unwrap_compiled,
+)
 from teleport_lite.search import search as find
 from teleport_lite.symmetries.base import Product, Symmetry, check_radius
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
-from teleport_lite.trace import kept_random_state
+from teleport_lite.transaction import commit
 
-LossFn = Callable[[Callable], Tensor]
 Commit = Callable[[nn.Module, Product, Any, Params, Callable[[], None]], None]  # model, symmetry, xi, moved, finish
-
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
@@ -176,11 +179,11 @@ def carry_out(
         raise TeleportError("a generator for a random teleport", None, remedy)
     if symmetry is None:
         symmetry = symmetries_of(ranks.model, loss_fn)
-    model = plain(ranks.model, symmetry)
+    model = unwrap_compiled(ranks.model, symmetry.names)
     params = {name: p.detach() for name, p in trainable(model).items()}
-    loss_fn = watched = Watched(loss_fn, next(iter(params.values())))
+    loss_fn = watched = PrecisionProbe(loss_fn, next(iter(params.values())))
 
-    with kept_random_state(model), plainly(watched.device):
+    with kept_random_state(model), eager_mode(watched.device):
         product = symmetry if isinstance(symmetry, Product) else Product([symmetry])
         if not len(product):
             raise NoSymmetryError(product.reasons)
@@ -226,89 +229,8 @@ def carry_out(
     return Report(goal.name, before, after, old, new, error, seconds, accepted=not reason, reason=reason)
 
 
-class Watched:
-    """`loss_fn` as the caller would run it, under the caller's autocast; it notes the coarsest `dtype` it computes in.
-
-    Args:
-        loss_fn: net -> scalar loss.
-        like: a parameter of the model.
-    """
-
-    def __init__(self, loss_fn: LossFn, like: Tensor) -> None:
-        self.loss_fn, self.dtype, self.device = loss_fn, like.dtype, like.device.type
-        self.autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else None
-
-    def __call__(self, net: Callable) -> Tensor:
-        context = nullcontext() if self.autocast is None else torch.autocast(self.device, self.autocast)
-        with context:
-            value = self.loss_fn(lambda *args, **kwargs: self._call(net, *args, **kwargs))
-        self._note(value)
-        return value
-
-    def _call(self, net, *args, **kwargs):
-        if torch.is_autocast_enabled(self.device):
-            self.dtype = coarsest([self.dtype, torch.get_autocast_dtype(self.device)])
-        output = net(*args, **kwargs)
-        self._note(output)
-        return output
-
-    def _note(self, output: object) -> None:
-        found = [t.dtype for t in tree_leaves(output) if isinstance(t, Tensor) and t.dtype in TOLERANCES]
-        self.dtype = coarsest([self.dtype, *found])
-
-
-def coarsest(dtypes: list[torch.dtype]) -> torch.dtype:
-    """The floating-point type with the largest machine epsilon.
-
-    >>> coarsest([torch.float32, torch.bfloat16, torch.float64])
-    torch.bfloat16
-    """
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def plain(model: nn.Module, symmetry: Symmetry | None) -> nn.Module:
-    """The module in which the names of `symmetry` are those of parameters: inside of `torch.compile`, or as it is."""
-    inner = getattr(model, "_orig_mod", None)
-    if isinstance(inner, nn.Module) and (
-        symmetry is None or set(symmetry.names) <= dict(inner.named_parameters()).keys()
-    ):
-        return inner
-    return model
-
-
-@contextmanager
-def plainly(device: str) -> Iterator[None]:
-    """A context without compilation and without autocast."""
-    compiled = "torch._dynamo" in sys.modules  # importing it takes seconds, so not before something is compiled
-    stance = getattr(torch.compiler, "set_stance", None) if compiled else None  # torch >= 2.6
-    autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-    with stance("force_eager") if stance else nullcontext(), autocast:
-        yield
-
-
 def _move(model: nn.Module, product: Product, xi: Any, moved: Params, finish: Callable[[], None]) -> None:
     commit(model, {name: moved[name] for name in product.names}, finish)
-
-
-def commit(model: nn.Module, moved: Params, finish: Callable[[], None] | None = None) -> None:
-    """Copy `moved` into the parameters of `model`, in place, then `finish`; all or nothing when anything interrupts."""
-    parameters = dict(model.named_parameters())
-    write([(parameters[name], value) for name, value in moved.items()], finish)
-
-
-def write(pairs: list[tuple[Tensor, Tensor]], finish: Callable[[], None] | None = None) -> None:
-    """Copy the second tensor of each pair into the first, then `finish`; all of it, or nothing when anything raises."""
-    backup = [(target, target.detach().clone()) for target, _ in pairs]
-    with torch.no_grad():
-        try:
-            for target, value in pairs:
-                target.copy_(value)
-            if finish is not None:
-                finish()
-        except BaseException:
-            for target, value in backup:
-                target.copy_(value)
-            raise
 
 
 def symmetries_of(model: nn.Module, loss_fn: LossFn) -> Product:
@@ -317,10 +239,10 @@ def symmetries_of(model: nn.Module, loss_fn: LossFn) -> Product:
     Raises:
         LossError: when it does not call it.
     """
-    model = plain(Ranks(model).model, None)
-    watched = Watched(loss_fn, next(iter(trainable(model).values())))
+    model = unwrap_compiled(Ranks(model).model)
+    watched = PrecisionProbe(loss_fn, next(iter(trainable(model).values())))
     net = Net(model, {})
-    with kept_random_state(model), plainly(watched.device):
+    with kept_random_state(model), eager_mode(watched.device):
         with torch.no_grad():
             watched(net)
         if net.inputs is None:

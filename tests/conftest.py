@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import teleport_lite as tl
-from teleport_lite.params import Params
+from teleport_lite.functional import Params
 
 
 def mlp(widths, activation: nn.Module, *, bias: bool = True, dtype=torch.float64, seed: int = 0) -> nn.Sequential:

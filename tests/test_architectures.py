@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import teleport_lite as tl
+from teleport_lite.discovery.propagate import InFloat64
 from teleport_lite.errors import TeleportError
-from teleport_lite.params import Params
-from teleport_lite.propagate import InFloat64
+from teleport_lite.functional import Params
 
 
 def outputs(model: nn.Module, params: Params, inputs: object) -> Tensor:

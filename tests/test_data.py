@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from teleport_lite import data
+from teleport_lite.book import data
 from teleport_lite.errors import DataError, TeleportError, UnknownNameError
 
 

@@ -24,7 +24,7 @@ import teleport_lite as tl
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import LossError, ParameterError, RankError, StateError, TeleportError
 from teleport_lite.objectives import OBJECTIVES
-from teleport_lite.state import RULES
+from teleport_lite.optim.state_rules import RULES
 
 X = torch.randn(12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 Y = torch.randn(12, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

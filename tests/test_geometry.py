@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 import teleport_lite as tl
 from teleport_lite import geometry, objectives
 from teleport_lite.errors import TeleportError
+from teleport_lite.functional import loss_of
 from teleport_lite.groups import PositiveScaling
 from teleport_lite.objectives import Problem
-from teleport_lite.params import loss_of
 from teleport_lite.symmetries import TestFunction, mixing, scaling
+from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 from teleport_lite.symmetries.minibatch import is_chain, jets
-from teleport_lite.symmetries.neurons import Leg, NeuronSymmetry
 
 DOUBLE = torch.float64
 

@@ -13,7 +13,7 @@ from torch import nn, optim
 import teleport_lite as tl
 from teleport_lite.errors import LossError, ParameterError, StateError, TeleportError, UnknownNameError
 from teleport_lite.groups import SpecialOrthogonal
-from teleport_lite.state import KINDS, RULES, STATES, move
+from teleport_lite.optim.state_rules import KINDS, RULES, STATES, move
 from teleport_lite.symmetries import (
     Leg,
     NeuronSymmetry,
@@ -756,7 +756,10 @@ def test_an_interrupt_at_any_write_leaves_everything_as_it_was(case, monkeypatch
 
 
 def test_an_interrupt_while_the_state_is_carried_or_reset(monkeypatch):
-    for target, state in (("teleport_lite.state._carried", "transport"), ("teleport_lite.state._forget", "reset")):
+    for target, state in (
+        ("teleport_lite.optim.state_rules._carried", "transport"),
+        ("teleport_lite.optim.state_rules._forget", "reset"),
+    ):
         _, _, teleporter, snapshot = prepared("Adam", state)
         with monkeypatch.context() as patch:
             patch.setattr(target, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from teleport_lite import plot
+from teleport_lite.book import plot
 from teleport_lite.errors import ShapeError, TeleportError, UnknownNameError
 
 matplotlib.use("agg")

@@ -14,7 +14,7 @@ from torch import nn
 import teleport_lite as tl
 from teleport_lite import published
 from teleport_lite.errors import LossError, NoSymmetryError, ParameterError, TeleportError, UnknownNameError
-from teleport_lite.params import loss_of, norm, value_and_grad
+from teleport_lite.functional import loss_of, norm, value_and_grad
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from run import plain_paper_teleport

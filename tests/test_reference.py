@@ -20,7 +20,7 @@ reference = importlib.import_module("reference")
 recorded = importlib.import_module("recorded")
 
 FOLDER = BOOK / "reference"
-OPEN = ("groups", "errors", "data", "plot")  # modules all of whose names are public
+OPEN = ("groups", "errors", "book.data", "book.plot")  # modules all of whose names are public
 
 
 def text(name):
@@ -36,7 +36,7 @@ def public():
     names |= {f"teleport_lite.symmetries.{n}": getattr(symmetries, n) for n in symmetries.__all__}
     for module in (importlib.import_module(f"teleport_lite.{m}") for m in OPEN):
         for name, value in vars(module).items():
-            if callable(value) and name[0] != "_" and getattr(value, "__module__", "") == module.__name__:
+            if callable(value) and name[0] != "_" and getattr(value, "__module__", "").startswith(module.__name__):
                 names[f"{module.__name__}.{name}"] = value
     return {name: value for name, value in names.items() if not inspect.ismodule(value)}
 
@@ -91,8 +91,9 @@ def test_the_examples_in_their_docstrings_hold(module):
 
 def test_uses_of_names_are_found_under_all_their_aliases():
     known = {}
-    code = "import teleport_lite as tl\n%pip install x\nfrom teleport_lite import plot as p\nf = tl.symmetries.scaling"
-    index = {id(symmetries.scaling): "scaling", id(importlib.import_module("teleport_lite.plot").path): "path"}
+    code = "import teleport_lite as tl\n%pip install x\nfrom teleport_lite.book import plot as p"
+    code += "\nf = tl.symmetries.scaling"
+    index = {id(symmetries.scaling): "scaling", id(importlib.import_module("teleport_lite.book.plot").path): "path"}
     found = [reference.described(path, index) for path in reference.names_in_code(code + "\np.path(ax)", known)]
     assert found == ["scaling", "path"]
     assert list(reference.names_in_code("tl = 3; x.tl.teleport", dict(known))) == []

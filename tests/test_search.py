@@ -10,8 +10,8 @@ from conftest import hidden_product, mlp, params_of
 from torch import nn
 
 import teleport_lite as tl
+from teleport_lite.functional import hvp, loss_of, norm, value_and_grad
 from teleport_lite.groups import GeneralLinear, PositiveScaling
-from teleport_lite.params import hvp, loss_of, norm, value_and_grad
 from teleport_lite.search import closed_form
 from teleport_lite.symmetries import mixing, scaling
 

@@ -12,8 +12,8 @@ from torch.func import functional_call
 
 import teleport_lite as tl
 from teleport_lite.errors import ParameterError, ShapeError, TeleportError, UnknownNameError
+from teleport_lite.functional import loss_of, value_and_grad
 from teleport_lite.groups import GeneralLinear, Permutation, PositiveScaling, Signs, SpecialOrthogonal
-from teleport_lite.params import loss_of, value_and_grad
 from teleport_lite.symmetries import Leg, NeuronSymmetry, Symmetry, TestFunction, mixing, permutation, scaling, sign
 
 

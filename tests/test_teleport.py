@@ -19,7 +19,7 @@ from teleport_lite.errors import (
     UnknownNameError,
 )
 from teleport_lite.symmetries import permutation, scaling
-from teleport_lite.teleport import commit
+from teleport_lite.transaction import commit
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 Y = torch.randn(40, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

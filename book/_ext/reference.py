@@ -142,7 +142,7 @@ def names_in_text(text: str) -> Iterator[str]:
     """Dotted paths into the package in the inline code of some text.
 
     >>> list(names_in_text("With `tl.teleport(model, loss_fn)` and `x.T`, as `plot.path` shows."))
-    ['teleport_lite.teleport', 'teleport_lite.plot.path']
+    ['teleport_lite.teleport', 'teleport_lite.book.plot.path']
     """
     for code in INLINE.findall(text):
         if match := MENTION.fullmatch(code):

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from teleport_lite.errors import ParameterError, ShapeError, TeleportError, UnknownNameError
+from teleport_lite.functional import Params
 from teleport_lite.groups import Group
-from teleport_lite.params import Params
 
 
 class Symmetry(ABC):

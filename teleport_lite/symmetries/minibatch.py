@@ -27,10 +27,11 @@ from torch.func import jvp
 
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import ActivationError, BatchError, NoSymmetryError, TeleportError, UnknownNameError
+from teleport_lite.functional import Net, Params
 from teleport_lite.groups import GeneralLinear
-from teleport_lite.params import Net, Params
+from teleport_lite.layers import Hidden, trace
+from teleport_lite.runtime import as_inputs, copy_of, double
 from teleport_lite.symmetries.base import Product, Symmetry
-from teleport_lite.trace import Hidden, as_inputs, copy_of, double, trace
 
 INVERSES: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     nn.Identity: lambda module, y: y,
@@ -67,7 +68,7 @@ class MiniBatchMixing(Symmetry):
     Args:
         model: the model; only read.
         inputs: the batch, as the positional arguments of the model.
-        hidden: the hidden layer, from `teleport_lite.trace`.
+        hidden: the hidden layer, from `teleport_lite.layers`.
         minimum_change: whether to add the smallest correction (the identity stays the identity), or to solve for the
             weights outright, as published.
     """

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport_lite.errors import LossError, ParameterError, TeleportError
-from teleport_lite.params import Params, check_scalar, loss_of, trainable, value_and_grad
-from teleport_lite.teleport import TOLERANCES, LossFn, Report, commit, plain, plainly
-from teleport_lite.trace import kept_random_state
+from teleport_lite.functional import Params, check_scalar, loss_of, trainable, value_and_grad
+from teleport_lite.runtime import TOLERANCES, LossFn, eager_mode, kept_random_state, unwrap_compiled
+from teleport_lite.teleport import Report
+from teleport_lite.transaction import commit
 
 HALVINGS = 30  # of a step that does not improve
 DONE, SPENT, STUCK = "KKT residual reached", "all steps are taken", "no step along the direction improves"
@@ -71,7 +72,7 @@ class Walk:
         if steps < 1 or not kkt_tol > 0 or not (tol is None or tol > 0):
             got = f"steps={steps}, tol={tol}, kkt_tol={kkt_tol}"
             raise TeleportError("at least one step, a positive tol and kkt_tol", got, "leave them out for the defaults")
-        model = plain(model, None)
+        model = unwrap_compiled(model)
         self.model, self.loss, self.began = model, loss_of(model, loss_fn), time.perf_counter()
         self.params = {name: p.detach() for name, p in trainable(model).items()}
         for name, p in self.params.items():
@@ -257,7 +258,7 @@ def carry_out(
     p: Point | None = None
     facts: dict[str, Any] = {"stopped": "a number was not finite"}
     residual = after = new = math.nan
-    eager = plainly(walk.x.device.type)  # neither compiled code nor fused attention has a second derivative
+    eager = eager_mode(walk.x.device.type)  # neither compiled code nor fused attention has a second derivative
     with kept_random_state(walk.model), eager, sdpa_kernel(SDPBackend.MATH):
         try:
             p, residual, facts = search(walk)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from teleport_lite.constraints import MIX, PERM, SCALE, SIGN, Constraints, negative
+from teleport_lite.discovery.constraints import MIX, PERM, SCALE, SIGN, Constraints, negative
 
 Labels = list[Tensor]  # of one tensor: each broadcasts to its shape, and they add up
 

@@ -1,4 +1,4 @@
-r"""How a group element is chosen: in closed form, by ascent in the algebra, or at random.
+"""The closed forms of norms along an orbit.
 
 Norms of transported gradients and of moved weights are sums of exponentials of `xi`, convex along the orbit: their
 maximum over a ball is at its boundary, their minimum is the balanced point. Both are found factor by factor, each
@@ -17,57 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teleport_lite.errors import UnknownNameError
+from teleport_lite.functional import Params
 from teleport_lite.groups import GeneralLinear, PositiveScaling
-from teleport_lite.objectives import AlongOrbit, Objective, Problem
-from teleport_lite.params import Params
+from teleport_lite.objectives import Objective
+from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 from teleport_lite.symmetries.base import Product, Symmetry
-from teleport_lite.symmetries.neurons import Leg, NeuronSymmetry
 
 SWEEPS_UP = 4  # a corner maximum has been stable after 1 to 4 sweeps wherever it was measured
 SWEEPS_DOWN = 100  # balancing converges linearly, by about cos^2(pi / depth) a sweep
-STEPS = 30  # of an ascent
-
-
-def search(
-    problem: Problem,
-    symmetry: Product,
-    objective: Objective,
-    *,
-    how: str | None = None,
-    maximize: bool = True,
-    radius: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, ...]:
-    """Coordinates that improve `objective` along the orbit, within `radius`.
-
-    Args:
-        problem: the loss at a point.
-        symmetry: where to move.
-        objective: what to improve.
-        how: "closed_form", "ascent", "random", or None for the closed form where there is one and ascent elsewhere.
-        maximize: the direction.
-        radius: bound on the operator norm of the coordinates.
-        generator: for "random", and for random starts of an ascent (without one it starts at the identity only).
-
-    Raises:
-        UnknownNameError: when there is no such search.
-    """
-    if how is None:
-        how = "closed_form" if has_closed_form(symmetry, objective) else "ascent"
-    if how == "random":
-        return symmetry.sample(problem.params, radius=radius, generator=generator)
-    if how == "closed_form" and has_closed_form(symmetry, objective):
-        tensors = problem.gradient if objective.quadratic == "gradient" else problem.params
-        return closed_form(symmetry, tensors, objective.quadratic == "gradient", maximize=maximize, radius=radius)
-    if how == "ascent":
-        starts = [symmetry.zeros(problem.params)]
-        if generator is not None:
-            starts += [symmetry.sample(problem.params, radius=radius, generator=generator) for _ in range(4)]
-        along = objective.along(problem, symmetry)
-        return ascent(along, symmetry, starts, maximize=maximize, radius=radius)
-    known = ["closed_form", "ascent", "random"] if has_closed_form(symmetry, objective) else ["ascent", "random"]
-    raise UnknownNameError(f"search for {objective.name}", how, known)
 
 
 def has_closed_form(symmetry: Product, objective: Objective) -> bool:
@@ -250,60 +207,3 @@ def _summed_squares(tensor: Tensor, dims: set[int]) -> Tensor:
     rest = [d for d in range(tensor.ndim) if d not in dims]
     wide = tensor if tensor.dtype.itemsize >= 4 else tensor.float()
     return (torch.linalg.vector_norm(wide, dim=rest, keepdim=True) if rest else wide).square()
-
-
-def ascent(
-    along: AlongOrbit,
-    symmetry: Product,
-    starts: list[tuple[Tensor, ...]],
-    *,
-    maximize: bool = True,
-    radius: float = 1.0,
-) -> tuple[Tensor, ...]:
-    """Improve `along` from each of `starts` by clipped gradient steps in the algebra; the best point found.
-
-    A step that improves is kept and the next one is longer; one that does not is undone and the next one is shorter.
-    Finite groups stay where they start.
-
-    Args:
-        along: the objective as a function of the coordinates.
-        symmetry: gives the norm and the clipping of each factor.
-        starts: coordinates to begin at.
-        maximize: the direction.
-        radius: bound on the operator norm of each factor.
-    """
-    sign = 1.0 if maximize else -1.0
-    groups = [f.group for f in symmetry]
-
-    def slope(xi: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
-        points = [x.detach().requires_grad_() if g.dim else x for x, g in zip(xi, groups, strict=True)]
-        free = [x for x in points if x.requires_grad]
-        with torch.enable_grad():
-            value = sign * along(tuple(points))
-            grads = iter(torch.autograd.grad(value, free, allow_unused=True) if free and value.requires_grad else free)
-        directions = []
-        for x, g in zip(points, groups, strict=True):
-            d = next(grads) if x.requires_grad else None
-            d = torch.zeros_like(x, dtype=value.dtype) if d is None or not value.requires_grad else d
-            directions.append(d / g.norm(d).clamp(min=torch.finfo(d.dtype).tiny) if g.dim else d)
-        return value.detach(), directions
-
-    best, best_value = starts[0], None
-    for xi in starts:
-        value, directions = slope(xi)
-        step = torch.full_like(value, radius / 2)
-        for _ in range(STEPS):
-            trial = tuple(
-                g.clip(x + step.to(x) * d, radius) if g.dim else x
-                for x, d, g in zip(xi, directions, groups, strict=True)
-            )
-            trial_value, trial_directions = slope(trial)
-            better = trial_value > value
-            xi = tuple(torch.where(better, t, x) for t, x in zip(trial, xi, strict=True))
-            directions = [torch.where(better, t, d) for t, d in zip(trial_directions, directions, strict=True)]
-            value = torch.where(better, trial_value, value)
-            step = torch.where(better, 1.5 * step, step / 3)
-        keep = torch.ones_like(value, dtype=torch.bool) if best_value is None else ~(value <= best_value)
-        best = tuple(torch.where(keep, x, b) for x, b in zip(xi, best, strict=True))
-        best_value = value if best_value is None else torch.where(keep, value, best_value)
-    return best

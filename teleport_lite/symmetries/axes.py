@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from teleport_lite.errors import ShapeError, TeleportError
+from teleport_lite.functional import Params
 from teleport_lite.groups import GeneralLinear, Group, Permutation, PositiveScaling, Signs
-from teleport_lite.params import Params
 from teleport_lite.symmetries.base import Symmetry
 
 

@@ -162,3 +162,12 @@ def norm(params: Params) -> Tensor:
     tensor(5.)
     """
     return torch.stack([torch.linalg.vector_norm(p) for p in params.values()]).norm()
+
+
+def normal_like(params: Params, count: int, generator: torch.Generator | None) -> Params:
+    """Normal random numbers [count, ...] for each parameter, drawn where the generator lives."""
+    drawn = {}
+    for name, p in params.items():
+        device = p.device if generator is None else generator.device
+        drawn[name] = torch.randn(count, *p.shape, generator=generator, dtype=p.dtype, device=device).to(p.device)
+    return drawn

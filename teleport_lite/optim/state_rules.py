@@ -41,9 +41,10 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
 from teleport_lite.errors import StateError, UnknownNameError
-from teleport_lite.params import Params, dot
+from teleport_lite.functional import Params, dot
+from teleport_lite.runtime import eager_mode, unwrap_compiled
 from teleport_lite.symmetries.base import Symmetry
-from teleport_lite.teleport import plain, plainly, write
+from teleport_lite.transaction import write
 
 STATES = ("transport", "reset", "keep")
 Slots = dict[str, Params]  # the entries of an optimizer's state by name, each by the name of its parameter
@@ -187,10 +188,10 @@ def move(
     """
     if state not in STATES:
         raise UnknownNameError("state", state, STATES)
-    model, optimizers = plain(model, symmetry), list(optimizers)
+    model, optimizers = unwrap_compiled(model, symmetry.names), list(optimizers)
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     carrier = Carrier(symmetry, xi, {name: parameters[name].detach() for name in symmetry.names})
-    with torch.no_grad(), plainly(next(iter(carrier.params.values())).device.type):
+    with torch.no_grad(), eager_mode(next(iter(carrier.params.values())).device.type):
         moved = symmetry.act(carrier.params, xi) if moved is None else moved
         pairs = [(parameters[name], moved[name]) for name in symmetry.names]
         if state == "transport":
@@ -220,7 +221,7 @@ def _carried(optimizer: Optimizer, carrier: Carrier, parameters: dict[str, Tenso
         kind = rules.get(entry.partition(".")[0])
         if kind is None:
             known = "rules for " + ", ".join(rules) if rules else "no rules for this optimizer"
-            remedy = f"say how it moves in teleport_lite.state.RULES[{label!r}], or pass state='reset'"
+            remedy = f"say how it moves in teleport_lite.optim.state_rules.RULES[{label!r}], or pass state='reset'"
             raise StateError(label, entry, "a rule", known, remedy)
         if kind == "fixed" or not tensors:
             continue

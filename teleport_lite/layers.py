@@ -6,19 +6,17 @@ the model, so the model is never touched.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from teleport_lite.distributed import Ranks
-from teleport_lite.errors import TeleportError
-
-Inputs = tuple  # the positional arguments of one call of the model
+from teleport_lite.runtime import (
+    Inputs,
+    kept_random_state,
+)
 
 
 @dataclass(frozen=True)
@@ -59,32 +57,6 @@ class Trace:
     hidden: list[Hidden]
     reasons: list[str]
     uses: Counter[int]
-
-
-def as_inputs(example_inputs: object) -> Inputs:
-    """The positional arguments that `example_inputs` stands for: a tuple or list as it is, anything else alone."""
-    return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """An independent copy of `model`, not compiled, of one process, in evaluation mode and float64.
-
-    Raises:
-        ParameterError: when the model is sharded over several processes.
-        TeleportError: when the model cannot be copied.
-    """
-    inner = Ranks(model).model
-    try:
-        return copy.deepcopy(getattr(inner, "_orig_mod", inner)).eval().double()
-    except Exception as error:
-        remedy = "pass symmetry=... built by hand from teleport_lite.symmetries"
-        got = f"{type(error).__name__}: {error}"
-        raise TeleportError("a model that copy.deepcopy can copy", got, remedy) from error
-
-
-def double(inputs: Inputs) -> Inputs:
-    """`inputs` with floating-point tensors as float64."""
-    return tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def trace(probe: nn.Module, inputs: Inputs) -> Trace:
@@ -130,9 +102,3 @@ def trace(probe: nn.Module, inputs: Inputs) -> Trace:
         count = "no nn.Linear" if not linear else "one nn.Linear only"
         reasons.append(f"the model calls {count}, hence there is no hidden layer between two of them")
     return Trace(hidden, reasons, uses)
-
-
-def kept_random_state(module: nn.Module) -> AbstractContextManager:
-    """A context that leaves the global random state, of the devices that `module` lives on, as it was."""
-    devices = sorted({p.device for p in module.parameters() if p.device.type == "cuda"}, key=str)
-    return torch.random.fork_rng(devices=devices)

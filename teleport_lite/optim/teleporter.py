@@ -11,11 +11,12 @@ from torch.optim import Optimizer
 
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import TeleportError, UnknownNameError
+from teleport_lite.functional import Params
 from teleport_lite.objectives import Objective, as_objective
-from teleport_lite.params import Params
-from teleport_lite.state import STATES, move
+from teleport_lite.optim.state_rules import STATES, move
+from teleport_lite.runtime import LossFn, unwrap_compiled
 from teleport_lite.symmetries.base import Symmetry, check_radius
-from teleport_lite.teleport import LossFn, Report, carry_out, check_movable, plain, symmetries_of
+from teleport_lite.teleport import Report, carry_out, check_movable, symmetries_of
 
 
 class Teleporter:
@@ -38,8 +39,8 @@ class Teleporter:
             at each step (a float between 0 and 1, drawn from `generator`), or where a callable of the step says so.
         objective: what to improve, as in `teleport`.
         radius: bound on the operator norm of the coordinates.
-        state: "transport" to carry the optimizer's state along, as `teleport_lite.state` says; "reset" to begin with a
-            new state after each teleport; "keep" to leave it as it is, made for the old weights.
+        state: "transport" to carry the optimizer's state along, as `teleport_lite.optim.state_rules` says;
+            "reset" to begin with a new state after each teleport; "keep" to leave it as it is, made for the old weights.
         maximize: the direction; pass False for "weight_norm" and "one_step_loss".
         generator: for random choices.
         search: how to choose, as in `teleport`.
@@ -101,7 +102,7 @@ class Teleporter:
                 got = f"{type(o).__name__}, which leaves it to another"
                 raise TeleportError("an optimizer that holds its state", got, "pass optimizer.optim")
         if symmetry is not None:
-            check_movable(plain(self._ranks.model, symmetry), symmetry)
+            check_movable(unwrap_compiled(self._ranks.model, symmetry.names), symmetry)
         self._due, self._when = _schedule(every, generator)
 
     def step(self, loss_fn: LossFn) -> Report | None:

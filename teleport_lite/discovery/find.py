@@ -1,0 +1,91 @@
+"""Find the symmetries of an unmodified model: propose, verify, keep only what holds.
+
+One run of a copy of the model, operation by operation, gives equations between the axes of its parameters
+(`teleport_lite.discovery.propagate`); their solutions are proposed as groups. Every proposal is then verified on the
+whole model, in float64, on fresh inputs, in evaluation and training mode; what fails is dropped, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from teleport_lite.discovery.propagate import Propagation
+from teleport_lite.discovery.propose import solve_and_verify
+from teleport_lite.discovery.verify import Verifier, as_call, perturb, tensors_of, unfused
+from teleport_lite.errors import EmptyModelError, TeleportError
+from teleport_lite.functional import Params
+from teleport_lite.runtime import copy_of, kept_random_state
+from teleport_lite.symmetries.base import Product
+
+RETURNED = "the model returns them"
+
+
+def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
+    """The symmetries of `model` that hold on all inputs.
+
+    Works on any model that runs: modules, functions and loops are all followed, operation by operation. What moves
+    may be neurons and channels (scalings, signs, permutations, mixings where nothing stands between two linear maps),
+    the queries and keys or the values of attention heads, or a residual stream. Mixings of the heads of a layer are one
+    factor, GL(d)^heads. Frozen parameters stay. The model is only read, and the global random state is left as it was.
+
+    Each factor is verified on the whole model: in float64, on random inputs of three sizes, in evaluation and training
+    mode. That is a test and no proof: a branch that these inputs do not reach is not seen. See the chapter *Modern
+    architectures*.
+
+    Args:
+        model: the model, on any device, in any mode.
+        example_inputs: an input of the right shape, a tuple of positional arguments, or a dictionary of keyword
+            arguments.
+
+    Returns:
+        A `Product`; empty, with `reasons`, when there is no symmetry. What was left out is listed there too.
+
+    Raises:
+        EmptyModelError: when the model has no parameters.
+        TeleportError: when the model cannot be copied, or does not run on `example_inputs` in float64.
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 1))
+    >>> find_symmetries(model, torch.zeros(1, 8))
+    Product of 4 symmetries, dim 16
+      parameters                      group      dim  holds on
+      0.weight, 0.bias -> 2.weight    (R>0)^16   16   all inputs
+      0.weight, 0.bias -> 2.weight    S(16)      0    all inputs
+      2.weight, 2.bias -> 4.weight    {1,-1}^4   0    all inputs
+      2.weight, 2.bias -> 4.weight    S(4)       0    all inputs
+    """
+    if not any(True for _ in model.parameters()):
+        raise EmptyModelError(model)
+    probe = copy_of(model)
+    args, kwargs = as_call(example_inputs)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), kept_random_state(probe), unfused():
+        perturb(probe, generator)
+        params: Params = dict(probe.named_parameters())
+        check = Verifier(probe, args, kwargs, generator)
+        args, kwargs = check.inputs[0]
+        seen = Propagation(params)
+        for name, p in params.items():
+            if not p.requires_grad:
+                seen.freeze(name, f"{name} is frozen")
+        torch.manual_seed(0)
+        try:
+            with seen:
+                outputs = tensors_of(probe(*args, **kwargs))
+        except Exception as error:
+            remedy = "pass an input on which the model runs in float64"
+            raise TeleportError(
+                "a model that runs on example_inputs", f"{type(error).__name__}: {error}", remedy
+            ) from error
+        seen.finish(outputs)
+        factors, reasons = solve_and_verify(seen, check)
+    moved = {(leg.name, leg.dim) for f in factors for leg in f.legs}
+    still = [s for s in seen.slots if s[1] == 0 and params[s[0]].ndim > 1 and s[0] in seen.used and s[:2] not in moved]
+    whys: dict[str, list[str]] = defaultdict(list)
+    for (name, _, _), why in zip(still, seen.book.reasons([seen.slots[s] for s in still]), strict=True):
+        if why and not (factors and why == RETURNED):
+            whys[why].append(name)
+    reasons += [f"rows of {', '.join(names)}: {why}" for why, names in whys.items()]
+    return Product(factors, reasons)

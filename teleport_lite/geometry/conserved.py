@@ -1,0 +1,36 @@
+"""What gradient flow conserves because of a symmetry.
+
+Derived in the chapter *Symmetries of networks*.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teleport_lite.functional import Params
+from teleport_lite.symmetries.axes import NeuronSymmetry
+from teleport_lite.symmetries.base import Product, Symmetry
+
+
+def conserved_quantities(params: Params, symmetry: Symmetry) -> list[Tensor]:
+    r"""What gradient flow conserves because of a symmetry, and a teleport changes; a tensor for each scaling or mixing.
+
+    For a scaling $\lVert V_i \rVert^2 - \lVert U_{:i} \rVert^2$, [n]; for a mixing $VV^\top - U^\top U$, [n, n].
+    Theorem 2.10 of the chapter *Symmetries of networks*.
+
+    >>> from teleport_lite.symmetries import scaling
+    >>> w = {"v": torch.tensor([[3.0], [1.0]]), "u": torch.tensor([[2.0, 2.0]])}
+    >>> conserved_quantities(w, scaling(2, "v", "u"))
+    [tensor([ 5., -3.])]
+    """
+    found = []
+    for factor in Product([symmetry]):
+        group: Any = factor.group
+        if isinstance(factor, NeuronSymmetry) and not group.isometry:
+            grams = [group.gram(factor.axis(params[leg.name], leg), 0) for leg in factor.legs]
+            signs = [-1 if leg.dual else 1 for leg in factor.legs]
+            found.append(torch.stack([s * g for s, g in zip(signs, grams, strict=True)]).sum(0))
+    return found

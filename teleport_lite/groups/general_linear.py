@@ -1,0 +1,113 @@
+"""Invertible matrices, one block or several."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from teleport_lite.groups.base import Group, draw, in_ball, matmul_along
+
+
+class GeneralLinear(Group):
+    r"""The identity component of $GL(n)$: `xi` of shape [n, n], acting by $x \mapsto e^{\xi} x$.
+
+    Args:
+        n: size of a block.
+        blocks: with more than one, the group $GL(n)^{blocks}$ of block-diagonal matrices, such as the heads of an
+            attention layer: `xi` has shape [blocks, n, n] and acts on vectors of length blocks * n.
+
+    >>> group = GeneralLinear(2)
+    >>> group.exp(group.zeros(torch.ones(1)))
+    tensor([[1., 0.],
+            [0., 1.]])
+    >>> GeneralLinear(2, blocks=3), GeneralLinear(2, blocks=3).dim
+    (GL(2)^3, 12)
+    """
+
+    def __init__(self, n: int, blocks: int = 1) -> None:
+        super().__init__(n * blocks)
+        self.blocks = blocks
+        self.shape = (n, n) if blocks == 1 else (blocks, n, n)
+
+    @property
+    def dim(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def symbol(self) -> str:
+        return f"GL({self.shape[-1]})" + (f"^{self.blocks}" if self.blocks > 1 else "")
+
+    def zeros(self, like):
+        return like.new_zeros(self.shape)
+
+    def exp(self, xi):
+        return torch.linalg.matrix_exp(xi)
+
+    def compose(self, g, h):
+        return g @ h
+
+    def along(self, g, tensor, dim):
+        if self.blocks == 1:
+            return matmul_along(g, tensor, dim)
+        first = tensor.movedim(dim, 0)
+        return (g @ self._rows(first)).reshape(first.shape).movedim(0, dim)
+
+    def sample(self, like, *, radius=1.0, generator=None):
+        drawn = [draw(torch.randn, *self.shape[-2:], like=like, generator=generator) for _ in range(self.blocks)]
+        size = self.shape[-1] ** 2
+        balls = [in_ball(x, torch.linalg.matrix_norm(x, 2), size, radius, generator) for x in drawn]
+        return torch.stack(balls).view(self.shape)
+
+    def dual(self, xi):
+        return -xi.mT
+
+    def norm(self, xi):
+        return torch.linalg.matrix_norm(xi, 2).amax()
+
+    def clip(self, xi, radius):
+        u, s, vh = torch.linalg.svd(xi)
+        return u * s.clamp(max=radius).unsqueeze(-2) @ vh
+
+    def gram(self, tensor: Tensor, dim: int) -> Tensor:
+        r"""Inner products of the slices of `tensor` along `dim`: $T T^\top$, block by block, shaped like `xi`."""
+        rows = self._rows(tensor.movedim(dim, 0))
+        return rows @ rows.mT
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """`tensor` [blocks * n, ...] as matrices [n, rest], one a block."""
+        return tensor.reshape(*self.shape[:-1], -1)
+
+    def extremum(self, up: Tensor, down: Tensor, *, maximize: bool, radius: float) -> Tensor:
+        r"""Extremise $\mathrm{tr}(A M) + \mathrm{tr}(B M^{-1})$ over $M = e^{2\xi}$, $\xi$ symmetric, $\|\xi\| \le r$.
+
+        Convex in M. The maximum is attained where all eigenvalues of $\xi$ are $\pm r$, with the sign of those of
+        $A - B$ (a direction in which both vanish stays). The minimum is the geometric mean $M = A^{-1} \# B$; where
+        that leaves the ball, or A is singular, its eigenvalues are clipped, which is close to the minimum within the
+        ball and not equal to it. Proposition 4.5 of the chapter *Teleporting*. (A = `up`, B = `down`.)
+        """
+        if maximize:
+            values, vectors = torch.linalg.eigh(up - down)
+            sizes = (vectors * ((up + down) @ vectors)).sum(-2)
+            dead = sizes <= 100 * torch.finfo(sizes.dtype).eps * sizes.amax(-1, keepdim=True)
+            signs = torch.where(dead, 0.0, torch.where(values >= 0, radius, -radius))
+            return (vectors * signs.to(vectors).unsqueeze(-2)) @ vectors.mT
+        root, inverse = _roots(up)
+        middle, _ = _roots(root @ down @ root)
+        values, vectors = torch.linalg.eigh(inverse @ middle @ inverse)
+        logs = (values.clamp(min=0).log() / 2).nan_to_num(0.0, radius, -radius).clamp(-radius, radius)
+        return (vectors * logs.unsqueeze(-2)) @ vectors.mT
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and isinstance(other, GeneralLinear) and self.shape == other.shape
+
+    def __hash__(self) -> int:
+        return super().__hash__()
+
+
+def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root of a positive semidefinite matrix and the inverse of that root (infinite eigenvalues kept finite)."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root = values.clamp(min=values.amax(-1, keepdim=True) * torch.finfo(values.dtype).eps).sqrt().unsqueeze(-2)
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
