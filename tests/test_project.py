@@ -15,6 +15,7 @@ import pytest
 import tomllib
 import yaml
 from packaging.requirements import Requirement
+from setuptools import find_packages
 
 import teleport_lite
 
@@ -117,7 +118,8 @@ def test_requirements_are_exact_and_ordinary():
 
 def test_the_distribution_holds_every_module_and_nothing_else():
     packages = {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in ROOT.glob("teleport_lite/**/*.py")}
-    assert set(project()["tool"]["setuptools"]["packages"]) == packages
+    found = project()["tool"]["setuptools"]["packages"]["find"]
+    assert set(find_packages(ROOT, include=found["include"])) == packages
     assert (ROOT / "teleport_lite" / "py.typed").is_file()
 
 

@@ -32,7 +32,10 @@ from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxRole
 
 PACKAGE = "teleport_lite"
-SHORT = {"tl": PACKAGE, **{name: f"{PACKAGE}.{name}" for name in ("data", "geometry", "objectives", "plot", "state")}}
+SHORT = {
+    "tl": PACKAGE,
+    **{path.rpartition(".")[2]: f"{PACKAGE}.{path}" for path in ("book.data", "book.plot", "geometry", "objectives")},
+}
 FENCE = re.compile(r"^```\{(api|modules)\} (\S+)\n(.*?)^```$", re.M | re.S)
 MENTION = re.compile(rf"((?:{PACKAGE}|{'|'.join(SHORT)})(?:\.\w+)+)(?:\(.*\))?")
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")

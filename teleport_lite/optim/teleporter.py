@@ -40,7 +40,7 @@ class Teleporter:
         objective: what to improve, as in `teleport`.
         radius: bound on the operator norm of the coordinates.
         state: "transport" to carry the optimizer's state along, as `teleport_lite.optim.state_rules` says;
-            "reset" to begin with a new state after each teleport; "keep" to leave it as it is, made for the old weights.
+            "reset" to begin with a new state after each teleport; "keep" to leave it as it was, made for old weights.
         maximize: the direction; pass False for "weight_norm" and "one_step_loss".
         generator: for random choices.
         search: how to choose, as in `teleport`.
