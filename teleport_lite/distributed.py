@@ -31,6 +31,8 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Ranks:
     """The processes that train `model` together: those of its `DistributedDataParallel`, or this one alone.
 
+    What `DataParallel` wraps is one process, and stands for itself.
+
     Its methods are collectives: all ranks call them, in the same order. Before anything is exchanged the ranks tell
     each other that they are well, and one that has failed says so there: see `together`.
 
@@ -49,6 +51,8 @@ class Ranks:
         self.group: Any = None
         if isinstance(wrapped, DistributedDataParallel):
             self.model, self.group = wrapped.module, wrapped.process_group
+        elif isinstance(wrapped, nn.DataParallel):
+            self.model = wrapped.module
         check_whole(self.model)
 
     @contextmanager

@@ -1,22 +1,35 @@
 """Parameters as a plain dictionary, and losses as functions of it.
 
-Everything in the package is a function of `Params`, the dictionary that `dict(model.named_parameters())`
-gives. The model itself is only read: a loss is evaluated at other parameters through
-`torch.func.functional_call`, on copies of the buffers, so nothing of the model changes until a teleport
-is committed.
+Everything in the package is a function of `Params`, the dictionary that `dict(model.named_parameters())` gives. A loss
+is evaluated at other parameters by an `Evaluation`: on the model itself, with those parameters in the places of its own
+for as long as that takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
+from torch.utils._pytree import tree_leaves
 
 from teleport_lite.distributed import check_whole
-from teleport_lite.errors import EmptyModelError, LossError, ShapeError, TeleportError
+from teleport_lite.errors import EmptyModelError, LossError, ParameterError, ShapeError, TeleportError
+from teleport_lite.runtime import (
+    TOLERANCES,
+    Call,
+    LossFn,
+    RandomState,
+    Stage,
+    coarsest,
+    eager_mode,
+    kept_random_state,
+    unwrap_compiled,
+)
 
 Params = dict[str, Tensor]
 Loss = Callable[[Params], Tensor]
@@ -27,41 +40,149 @@ def trainable(model: nn.Module) -> Params:
 
     Raises:
         EmptyModelError: when there is none.
-        ParameterError: when one is sharded over several processes.
+        ParameterError: when one is sharded over several processes, not initialised, without data, or overlaps another
+            one in memory.
 
     >>> sorted(trainable(nn.Linear(2, 3)))
     ['bias', 'weight']
     """
     check_whole(model)
-    params: Params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    everything: Params = dict(model.named_parameters())
+    for name, p in everything.items():
+        if isinstance(p, UninitializedParameter):
+            raise ParameterError(name, "initialised", "a lazy one", "run the model on an input once")
+        if p.is_meta:
+            raise ParameterError(name, "a tensor with data", "one on the meta device", "load its values first")
+    check_apart(everything)
+    params: Params = {name: p for name, p in everything.items() if p.requires_grad}
     if not params:
         raise EmptyModelError(model)
     return params
 
 
-class Net:
-    """`model` at the given parameters, as a callable with the model's signature: what a `loss_fn` receives.
+def check_apart(params: Params) -> None:
+    """Refuse two parameters that share an entry in memory: moving one would move the other.
 
-    Buffers are copied first, so that a batch norm in training mode updates the copies. `inputs` keeps the
-    arguments of the first call.
+    Raises:
+        ParameterError: when there are such.
+    """
+    by_storage: dict[Any, list[tuple[int, int, str]]] = {}
+    for name, p in params.items():
+        if p.layout == torch.strided and p.numel():
+            first = int(p.storage_offset())
+            last = first + sum(int((n - 1) * step) for n, step in zip(p.shape, p.stride(), strict=True))
+            key = (p.device, p.untyped_storage().data_ptr())
+            by_storage.setdefault(key, []).append((first * p.itemsize, (last + 1) * p.itemsize, name))
+    for spans in by_storage.values():
+        spans.sort()
+        for k, (_, end, name) in enumerate(spans):
+            for other in (other for start, _, other in spans[k + 1 :] if start < end):
+                if torch.isin(_entries(params[name]), _entries(params[other])).any():
+                    remedy = f"let both modules hold one nn.Parameter, or compute one from {name!r} in forward"
+                    raise ParameterError(other, "alone in its memory", f"the memory of {name!r}", remedy)
+
+
+def _entries(p: Tensor) -> Tensor:
+    """Where the entries of `p` begin in its storage, in bytes."""
+    places = torch.arange(p.untyped_storage().nbytes() // p.itemsize)
+    return places.as_strided(p.shape, p.stride(), p.storage_offset()).flatten() * p.itemsize
+
+
+class Evaluation:
+    """The loss of a model as a function of its parameters: `evaluation(params)` is `loss_fn(model)` at `params`.
+
+    What `loss_fn` receives is the model, with `params` in the places of its parameters and copies of its buffers in
+    theirs. It is run as the caller would run it, under the caller's autocast but not compiled, and always from the same
+    random state. Inside of `with evaluation:` the parameters of the last call stay in place, since a checkpointed layer
+    runs again when it is differentiated; behind it all is as before, whatever happened.
+
+    Args:
+        model: the model, compiled or not.
+        loss_fn: model -> scalar loss.
+
+    Attributes:
+        call: the arguments of the first call of the model.
+        dtype: the coarsest type that the parameters, the outputs and the loss had so far, autocast included.
+
+    >>> model, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
+    >>> loss = Evaluation(model, lambda net: net(x).sum() + net.weight.square().sum())
+    >>> loss({"weight": torch.tensor([[3.0]])}).item()
+    12.0
     """
 
-    def __init__(self, model: nn.Module, params: Params) -> None:
-        self.model, self.params = model, params
-        self.buffers = {name: b.clone() for name, b in model.named_buffers()}
-        self.inputs: tuple | None = None
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        self.model, self.loss_fn = unwrap_compiled(model), loss_fn
+        self.call: Call | None = None
+        first = next((p for p in self.model.parameters() if p.dtype in TOLERANCES), torch.empty(0))
+        self.dtype, self.device = first.dtype, first.device.type
+        self._outputs: list[Tensor] | None = None
+        self._depth = 0
+        self._stack = ExitStack()
 
-    def __call__(self, *args, **kwargs):
-        if self.inputs is None:
-            self.inputs = args
-        return functional_call(self.model, {**self.buffers, **self.params}, args, kwargs)
+    def __enter__(self) -> Evaluation:
+        if not self._depth:
+            with ExitStack() as stack:
+                self._stage: Stage = Stage(self.model)
+                stack.callback(self._stage.put_back)
+                self._random: RandomState = stack.enter_context(kept_random_state(self.model))
+                on = torch.is_autocast_enabled(self.device)
+                self._autocast = torch.get_autocast_dtype(self.device) if on else None
+                stack.enter_context(eager_mode(self.device))
+                note = lambda *call: self._note_call(*call)  # noqa: E731 - a bound method would be copied along with a model
+                stack.callback(self.model.register_forward_hook(note, with_kwargs=True).remove)
+                self._stack = stack.pop_all()
+        self._depth += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._stack.close()
+
+    def __call__(self, params: Params) -> Tensor:
+        with self:
+            self._stage.put(params)
+            self._random.restore()
+            on = self._autocast is not None
+            with torch.autocast(self.device, self._autocast) if on else nullcontext():
+                value = self.loss_fn(self.model)
+            self._note(value)
+            return value
+
+    @contextmanager
+    def observed(self) -> Iterator[list[Tensor]]:
+        """A context with a list that fills with what the model returns."""
+        outputs: list[Tensor] = []
+        self._outputs = outputs
+        try:
+            yield outputs
+        finally:
+            self._outputs = None
+
+    def rest(self) -> None:
+        """Put the model's own parameters and buffers back in their places, until the next call."""
+        self._stage.put_back()
+
+    def _note_call(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if self.call is None:
+            self.call = Call(args, kwargs)
+        if torch.is_autocast_enabled(self.device):
+            self.dtype = coarsest([self.dtype, torch.get_autocast_dtype(self.device)])
+        tensors = self._note(output)
+        if self._outputs is not None:
+            self._outputs += [t.detach().clone() for t in tensors]
+
+    def _note(self, output: object) -> list[Tensor]:
+        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        self.dtype = coarsest([self.dtype, *(t.dtype for t in tensors if t.dtype in TOLERANCES)])
+        return tensors
 
     def __repr__(self) -> str:
-        return f"Net({type(self.model).__name__} at {len(self.params)} given parameters)"
+        return f"Evaluation({type(self.model).__name__})"
 
 
-def loss_of(model: nn.Module, loss_fn: Callable[[Callable], Tensor]) -> Loss:
-    """The loss as a function of parameters: params -> loss_fn(net), where net is the model at params.
+def loss_of(model: nn.Module, loss_fn: LossFn) -> Evaluation:
+    """The loss as a function of parameters: params -> loss_fn(model at params).
 
     Raises:
         TeleportError: when the model is a `DistributedDataParallel`, of which one process knows a shard of the loss.
@@ -74,7 +195,12 @@ def loss_of(model: nn.Module, loss_fn: Callable[[Callable], Tensor]) -> Loss:
     if isinstance(model, DistributedDataParallel):
         remedy = "pass model.module for the loss of this process alone; teleport takes the loss of all"
         raise TeleportError("a model of this process", "DistributedDataParallel", remedy)
-    return lambda params: loss_fn(Net(model, params))
+    return Evaluation(model, loss_fn)
+
+
+def session(loss: Loss) -> AbstractContextManager:
+    """A context in which the parameters of the last evaluation stay in place until it is differentiated."""
+    return loss if isinstance(loss, Evaluation) else nullcontext()
 
 
 def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) -> tuple[Tensor, Params]:
@@ -88,7 +214,7 @@ def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) ->
     >>> value_and_grad(lambda p: (p["w"] ** 2).sum(), {"w": torch.tensor([1.0, 2.0])})
     (tensor(5.), {'w': tensor([2., 4.])})
     """
-    with torch.enable_grad():
+    with session(loss), torch.enable_grad():
         points = {  # views, because one parameter may have been computed from another
             name: p.view_as(p) if create_graph and p.requires_grad else p.detach().requires_grad_()
             for name, p in params.items()
@@ -100,15 +226,32 @@ def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) ->
                 "one without a gradient",
                 "call the given net inside loss_fn, and do not detach its output",
             )
-        grads = torch.autograd.grad(value, list(points.values()), create_graph=create_graph, allow_unused=True)
+        grads = _gradients(value, points, create_graph)
     if all(g is None for g in grads):
         raise LossError(
             "a loss that depends on the parameters",
             "one that uses none of them",
-            "call the given net inside loss_fn, not the model itself",
+            "call the given net inside loss_fn",
         )
     filled = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(points.items(), grads, strict=True)}
     return (value if create_graph else value.detach()), filled
+
+
+def _gradients(value: Tensor, points: Params, create_graph: bool) -> list[Tensor | None]:
+    """The derivatives of `value` by `points`, dense.
+
+    Raises:
+        LossError: when a reentrant checkpoint stands in the way.
+        RuntimeError: whatever else torch has to say.
+    """
+    try:
+        grads = torch.autograd.grad(value, list(points.values()), create_graph=create_graph, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error) and "not compatible with .grad()" not in str(error):
+            raise
+        remedy = "pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
+        raise LossError("a loss that torch.autograd.grad differentiates", "a reentrant checkpoint", remedy) from error
+    return [g.to_dense() if g is not None and g.is_sparse else g for g in grads]
 
 
 def check_scalar(value: object) -> Tensor:
@@ -137,12 +280,12 @@ def hvp(loss: Loss, params: Params, vector: Params) -> Params:
             got = tuple(vector[name].shape) if name in vector else None
             raise ShapeError(f"vector[{name!r}]", tuple(p.shape), got, "pass a vector that is shaped like params")
     points = {name: p.detach().requires_grad_() for name, p in params.items()}
-    _, grads = value_and_grad(loss, points, create_graph=True)
-    with torch.enable_grad():
+    with session(loss), torch.enable_grad():
+        _, grads = value_and_grad(loss, points, create_graph=True)
         slope = dot(grads, vector)
         if not slope.requires_grad:  # a linear loss
             return {name: torch.zeros_like(p) for name, p in params.items()}
-        rows = torch.autograd.grad(slope, list(points.values()), allow_unused=True)
+        rows = _gradients(slope, points, create_graph=False)
     return {n: torch.zeros_like(p) if row is None else row for (n, p), row in zip(points.items(), rows, strict=True)}
 
 
@@ -161,7 +304,7 @@ def norm(params: Params) -> Tensor:
     >>> norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
     tensor(5.)
     """
-    return torch.stack([torch.linalg.vector_norm(p) for p in params.values()]).norm()
+    return norms(params).norm()
 
 
 def normal_like(params: Params, count: int, generator: torch.Generator | None) -> Params:
@@ -171,3 +314,12 @@ def normal_like(params: Params, count: int, generator: torch.Generator | None) -
         device = p.device if generator is None else generator.device
         drawn[name] = torch.randn(count, *p.shape, generator=generator, dtype=p.dtype, device=device).to(p.device)
     return drawn
+
+
+def norms(params: Params) -> Tensor:
+    """The Euclidean norm of each entry of the dictionary: a vector.
+
+    >>> norms({"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([[1.0]])})
+    tensor([5., 1.])
+    """
+    return torch.stack([torch.linalg.vector_norm(p) for p in params.values()])

@@ -80,12 +80,21 @@ class Objective:
         along: (problem, symmetry) -> function of xi, differentiable in xi.
         quadratic: "params" or "gradient" when the objective is the norm of the moved parameters or of the transported
             gradient, so that closed forms apply.
+        maximize: its natural direction, taken by a teleport that is not told another.
+        transports: whether it takes gradients along the orbit instead of computing them there.
     """
 
     def __init__(
-        self, name: str, along: Callable[[Problem, Symmetry], AlongOrbit], *, quadratic: str | None = None
+        self,
+        name: str,
+        along: Callable[[Problem, Symmetry], AlongOrbit],
+        *,
+        quadratic: str | None = None,
+        maximize: bool = True,
+        transports: bool = False,
     ) -> None:
         self.name, self.along, self.quadratic = name, along, quadratic
+        self.maximize, self.transports = maximize, transports
 
     def before(self, problem: Problem, symmetry: Symmetry) -> Tensor:
         """The objective at the identity, without graph."""
@@ -138,7 +147,7 @@ def one_step_loss(lr: float = 0.1) -> Objective:
 
         return along
 
-    return Objective("one_step_loss", bind)
+    return Objective("one_step_loss", bind, maximize=False, transports=True)
 
 
 def sharpness(
@@ -161,7 +170,7 @@ def sharpness(
         mean = problem.mean(lambda p: mean_loss_around(problem.local, p, around, radii, chunk_size=chunk_size))
         return lambda xi: mean(symmetry.act(problem.params, xi))
 
-    return Objective("sharpness", bind)
+    return Objective("sharpness", bind, maximize=False)
 
 
 def curvature(samples: int = 10, *, generator: torch.Generator | None = None) -> Objective:
@@ -218,7 +227,7 @@ def hessian_trace(samples: int = 10, *, generator: torch.Generator | None = None
 
         return pulled if symmetry.exact and symmetry.linear else moved
 
-    return Objective("hessian_trace", bind)
+    return Objective("hessian_trace", bind, maximize=False, transports=True)
 
 
 def _seeded(generator: torch.Generator | None) -> torch.Generator:
@@ -226,8 +235,8 @@ def _seeded(generator: torch.Generator | None) -> torch.Generator:
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "gradient_norm": Objective("gradient_norm", _gradient_norm, quadratic="gradient"),
-    "weight_norm": Objective("weight_norm", _weight_norm, quadratic="params"),
+    "gradient_norm": Objective("gradient_norm", _gradient_norm, quadratic="gradient", transports=True),
+    "weight_norm": Objective("weight_norm", _weight_norm, quadratic="params", maximize=False),
     "one_step_loss": one_step_loss(),
     "sharpness": sharpness(),
     "curvature": curvature(),
@@ -236,7 +245,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def as_objective(objective: object) -> Objective:
-    """The objective of that name, an `Objective` as it is, or any callable on parameters as an objective.
+    """The objective of that name, an `Objective` as it is, or any callable on parameters as one to be maximised.
 
     Raises:
         UnknownNameError: for an unknown name.

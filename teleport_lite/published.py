@@ -20,10 +20,10 @@ from torch.autograd.function import once_differentiable
 from torch.linalg import solve_triangular
 
 from teleport_lite.errors import LossError, NoSymmetryError, TeleportError, UnknownNameError
-from teleport_lite.functional import Loss, Net, Params, loss_of, norm, trainable, value_and_grad
+from teleport_lite.functional import Loss, Params, loss_of, norm, trainable, value_and_grad
 from teleport_lite.groups import GeneralLinear
 from teleport_lite.layers import Hidden, trace
-from teleport_lite.runtime import TOLERANCES, LossFn, copy_of, double, eager_mode, kept_random_state, unwrap_compiled
+from teleport_lite.runtime import TOLERANCES, LossFn, copy_of, double, unwrap_compiled
 from teleport_lite.symmetries.base import Product
 from teleport_lite.symmetries.minibatch import OutgoingMixing
 from teleport_lite.teleport import Report, check_movable
@@ -98,18 +98,13 @@ def paper_teleport(
     model = unwrap_compiled(model)
     params = {name: p.detach() for name, p in trainable(model).items()}
     loss = loss_of(model, loss_fn)
-    with kept_random_state(model), eager_mode(next(iter(params.values())).device.type):
-        net = Net(model, params)
-
-        def first(params: Params) -> Tensor:
-            net.params = params
-            return loss_fn(net)
-
-        value, grads = value_and_grad(first, params)
+    with loss:
+        value, grads = value_and_grad(loss, params)
         before, old = float(value), float(norm(grads))
-        if net.inputs is None:
+        if loss.call is None:
             raise LossError("a loss_fn that calls the given net", "one that does not", "call net(x) inside loss_fn")
-        factors = chain(model, net.inputs, params)
+        loss.rest()
+        factors = chain(model, loss.call.args, params)
         check_movable(model, Product(factors))
         try:
             moved = None if hidden == "carried" else by_outputs(model, factors, loss, params, steps, lr, stop)
@@ -128,6 +123,7 @@ def paper_teleport(
         elif moved is params:
             reason = f"the squared gradient norm exceeds {stop:g} at the start"
         else:
+            loss.rest()
             commit(model, moved)
     error = abs(after - before) / abs(before) if after != before else 0.0
     seconds = time.perf_counter() - began

@@ -1,53 +1,129 @@
-"""What a model is run as: unwrapped, eager, with its random state kept and its precision noted."""
+"""What a model is run as: unwrapped, eager, its random state kept, other tensors in the places of its parameters."""
 
 from __future__ import annotations
 
 import copy
+import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import TeleportError
 
-LossFn = Callable[[Callable], Tensor]
+LossFn = Callable[[Any], Tensor]  # of the model
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 Inputs = tuple  # the positional arguments of one call of the model
 
 
-class PrecisionProbe:
-    """`loss_fn` as the caller would run it, under the caller's autocast; it notes the coarsest `dtype` it computes in.
+class Call(NamedTuple):
+    """The arguments of one call of a model."""
 
-    Args:
-        loss_fn: net -> scalar loss.
-        like: a parameter of the model.
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+class Stage:
+    """`model` with other tensors in the places of its parameters, and fresh copies of its buffers in theirs.
+
+    A place is an entry of the `_parameters` or `_buffers` of a module. Places are found by identity, so a parameter
+    that is registered twice, or whose module is, is replaced wherever it stands. Invariant: after `put_back` each place
+    holds the very object that it held when the stage was made, and each module the very attributes.
+
+    Raises:
+        TeleportError: when a module is compiled by TorchScript, whose places Python does not reach.
+
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> stage, weight = Stage(model), model.weight
+    >>> stage.put({"weight": torch.tensor([[2.0]])})
+    >>> model(torch.ones(1)), stage.put_back(), model.weight is weight
+    (tensor([2.]), None, True)
     """
 
-    def __init__(self, loss_fn: LossFn, like: Tensor) -> None:
-        self.loss_fn, self.dtype, self.device = loss_fn, like.dtype, like.device.type
-        self.autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else None
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+            remedy = "pass the module that was scripted, and script it again afterwards"
+            raise TeleportError("a module of Python", "a ScriptModule", remedy)
+        names = {id(p): name for name, p in model.named_parameters()}
+        self._parameters: list[tuple[dict, str, Tensor, str]] = [
+            (module._parameters, key, p, names[id(p)])
+            for module in modules
+            for key, p in module._parameters.items()
+            if p is not None
+        ]
+        self._buffers: list[tuple[dict, str, Tensor]] = [
+            (module._buffers, key, b) for module in modules for key, b in module._buffers.items() if b is not None
+        ]
+        self._attributes = [(vars(module), dict(vars(module))) for module in modules]
 
-    def __call__(self, net: Callable) -> Tensor:
-        context = nullcontext() if self.autocast is None else torch.autocast(self.device, self.autocast)
-        with context:
-            value = self.loss_fn(lambda *args, **kwargs: self._call(net, *args, **kwargs))
-        self._note(value)
-        return value
+    def put(self, params: dict[str, Tensor]) -> None:
+        """Let `params` stand in their places, the model's own parameters in all others, and buffers be as at first."""
+        self._restore_attributes()
+        copies = {id(b): b.clone() for _, _, b in self._buffers}
+        for places, key, p, name in self._parameters:
+            places[key] = params.get(name, p)
+        for places, key, b in self._buffers:
+            places[key] = copies[id(b)]
 
-    def _call(self, net, *args, **kwargs):
-        if torch.is_autocast_enabled(self.device):
-            self.dtype = coarsest([self.dtype, torch.get_autocast_dtype(self.device)])
-        output = net(*args, **kwargs)
-        self._note(output)
-        return output
+    def put_back(self) -> None:
+        """Let all stand where it stood."""
+        self._restore_attributes()
+        for places, key, p, _ in self._parameters:
+            places[key] = p
+        for places, key, b in self._buffers:
+            places[key] = b
 
-    def _note(self, output: object) -> None:
-        found = [t.dtype for t in tree_leaves(output) if isinstance(t, Tensor) and t.dtype in TOLERANCES]
-        self.dtype = coarsest([self.dtype, *found])
+    def _restore_attributes(self) -> None:
+        """What a forward pass keeps in a module, an activation or a count, is undone."""
+        for now, then in self._attributes:
+            if len(now) != len(then) or any(now.get(key, now) is not value for key, value in then.items()):
+                for key in now.keys() - then.keys():
+                    del now[key]
+                now.update(then)
+
+
+class RandomState:
+    """The global random states that a model can draw from: of torch, of the devices it lives on, of Python and numpy.
+
+    >>> state, first = RandomState(nn.Linear(1, 1)), torch.rand(3)
+    >>> state.restore()
+    >>> torch.equal(first, torch.rand(3))
+    True
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.torch, self.python = torch.get_rng_state(), random.getstate()
+        devices = {p.device for p in module.parameters()}
+        self.cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
+        self.mps = torch.mps.get_rng_state() if any(d.type == "mps" for d in devices) else None
+        numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
+        self.numpy = None if numpy is None else (numpy, numpy.get_state())
+
+    def restore(self) -> None:
+        """Let all draws be again those that followed."""
+        torch.set_rng_state(self.torch)
+        random.setstate(self.python)
+        for device, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, device)
+        if self.mps is not None:
+            torch.mps.set_rng_state(self.mps)
+        if self.numpy is not None:
+            self.numpy[0].set_state(self.numpy[1])
+
+
+@contextmanager
+def kept_random_state(module: nn.Module) -> Iterator[RandomState]:
+    """A context that leaves the global random state, of the devices that `module` lives on, as it was."""
+    state = RandomState(module)
+    try:
+        yield state
+    finally:
+        state.restore()
 
 
 def coarsest(dtypes: list[torch.dtype]) -> torch.dtype:
@@ -75,12 +151,6 @@ def eager_mode(device: str) -> Iterator[None]:
     autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
     with stance("force_eager") if stance else nullcontext(), autocast:
         yield
-
-
-def kept_random_state(module: nn.Module) -> AbstractContextManager:
-    """A context that leaves the global random state, of the devices that `module` lives on, as it was."""
-    devices = sorted({p.device for p in module.parameters() if p.device.type == "cuda"}, key=str)
-    return torch.random.fork_rng(devices=devices)
 
 
 def copy_of(model: nn.Module) -> nn.Module:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,15 +15,13 @@ from torch import Tensor, nn
 from teleport_lite.discovery import find_symmetries
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import BatchError, LossError, NoSymmetryError, ParameterError, TeleportError
-from teleport_lite.functional import Net, Params, loss_of, trainable
+from teleport_lite.exactness import LARGEST, largest_change, rounded
+from teleport_lite.functional import Evaluation, Params, norms, trainable
 from teleport_lite.objectives import Objective, Problem, as_objective
 from teleport_lite.runtime import (
     TOLERANCES,
     LossFn,
-    PrecisionProbe,
     coarsest,
-    eager_mode,
-    kept_random_state,
     unwrap_compiled,
 )
 from teleport_lite.search import search as find
@@ -29,6 +29,7 @@ from teleport_lite.symmetries.base import Product, Symmetry, check_radius
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
 from teleport_lite.transaction import commit
 
+MOVED = "the loss moved"
 Commit = Callable[[nn.Module, Product, Any, Params, Callable[[], None]], None]  # model, symmetry, xi, moved, finish
 
 
@@ -46,6 +47,8 @@ class Report:
         seconds: wall time of the whole teleport.
         accepted: whether the model was moved; otherwise it is bit for bit as before.
         reason: why it was not moved; empty when it was.
+        symmetry: along which it moved, or would have.
+        xi: by which element: `symmetry.act(params, xi)` moves a copy of the old parameters along.
     """
 
     objective: str
@@ -57,6 +60,8 @@ class Report:
     seconds: float
     accepted: bool
     reason: str = ""
+    symmetry: Symmetry | None = field(default=None, repr=False)
+    xi: Any = field(default=None, repr=False)
 
     def __str__(self) -> str:
         head = "Teleported" if self.accepted else f"Not teleported: {self.reason}"
@@ -80,7 +85,7 @@ def teleport(
     loss_fn: LossFn,
     symmetry: Symmetry | None = None,
     objective: str | Objective | Callable[[Params], Tensor] = "gradient_norm",
-    maximize: bool = True,
+    maximize: bool | None = None,
     radius: float = 1.0,
     tol: float | None = None,
     generator: torch.Generator | None = None,
@@ -88,12 +93,14 @@ def teleport(
 ) -> Report:
     r"""Move the parameters of `model` along its symmetry orbit, in place, to improve `objective`.
 
-    Exact or nothing: the move is kept only if the loss stays within `tol`, the objective improves and all is finite.
+    Exact or nothing, on the model itself: when it has moved, its loss and the outputs that the loss saw are compared
+    with those before. The move stays only if they agree within `tol`, the objective improves and all is finite.
     Otherwise, and when anything raises (a KeyboardInterrupt too), the model is bit for bit what it was. Parameters keep
     their identity, so optimizers stay valid; buffers, modes and the global random state are left as they were.
 
-    For exact symmetries one gradient tells the whole orbit (Proposition 4.1 of the chapter *Teleporting*), so the cost
-    of a gradient-norm teleport is that of about two gradients, verification included.
+    For exact symmetries one gradient tells the whole orbit (Proposition 4.1 of the chapter *Teleporting*). A second one
+    is computed at the new point: it is what the report calls the objective after, and it has to be the gradient that
+    was foretold, which it is not where a backward pass is no derivative (straight-through estimators).
 
     A compiled model is teleported too; what is evaluated for the teleport runs uncompiled.
 
@@ -104,16 +111,20 @@ def teleport(
 
     Args:
         model: the model; frozen parameters are never moved.
-        loss_fn: net -> scalar loss, deterministic; `net` is a callable with the signature of the model.
+        loss_fn: net -> scalar loss; `net` is the model, at other parameters. Global random numbers (dropout) are the
+            same at each call; what else changes from call to call is refused.
         symmetry: where to move; by default `find_symmetries` on the inputs with which loss_fn calls the net (pass it
             when teleporting often).
         objective: "gradient_norm", "weight_norm", "one_step_loss", "sharpness", "curvature", "hessian_trace", an
             `Objective`, or any callable on params.
-        maximize: the direction; pass False for "weight_norm" and "one_step_loss", and to go to a flatter point.
-        radius: bound on the operator norm of the coordinates: nothing is stretched by more than e^radius.
-        tol: relative tolerance for the loss; by default 1e-10 in float64, 1e-5 in float32, by dtype. Rounding noise of
-            8 machine epsilons is always allowed. The dtype is the coarsest of the parameters, the outputs of the net,
-            the loss, and of autocast where it is on when loss_fn calls the net.
+        maximize: the direction; by default the natural one of the objective: up for "gradient_norm", "curvature" and
+            callables, down for the others.
+        radius: bound on the operator norm of the coordinates of each group element, which stretches nothing by more
+            than e^radius; a weight between two layers that are both scaled can change by e^(2 radius).
+        tol: relative tolerance for the loss, and ten times that for the largest change of an output; by default 1e-10
+            in float64, 1e-5 in float32, by dtype. The dtype is the coarsest of the parameters, the outputs of the net,
+            the loss, and of autocast where it is on when loss_fn calls the net. A loss that is small beside its terms
+            may move as far as rounding the weights moves it, if the outputs agree.
         generator: for random choices; needed by search="random".
         search: "closed_form", "ascent" or "random"; by default the closed form where there is one, ascent elsewhere.
 
@@ -150,27 +161,41 @@ def teleport(
         )
 
 
+class _RefusedError(Exception):
+    """Ends a transaction whose result must not stay."""
+
+    def __init__(self, reason: str, moved: bool = False) -> None:
+        self.reason, self.moved = reason, moved
+        super().__init__(reason)
+
+
 def carry_out(
     ranks: Ranks,
     loss_fn: LossFn,
     symmetry: Symmetry | None,
     objective: str | Objective | Callable[[Params], Tensor],
     *,
-    maximize: bool,
+    maximize: bool | None,
     radius: float,
     tol: float | None,
     generator: torch.Generator | None,
     search: str | None,
     commit: Commit | None = None,
+    carries: bool = False,
 ) -> Report:
-    """A `teleport` that leaves the last step, once all is verified, to `commit`; by default only the model moves.
+    """A `teleport` that leaves the writing to `commit`, with what else moves along; by default only the model moves.
+
+    What is written is verified before `commit` returns, and undone by it when the verification raises. Where the state
+    of an optimizer `carries` what was made of gradients, they are verified as well.
 
     Raises:
+        LossError: when the loss changes from call to call.
         NoSymmetryError: as `teleport`.
         TeleportError: as `teleport`.
     """
     start = time.perf_counter()
     goal = as_objective(objective)
+    maximize = goal.maximize if maximize is None else maximize
     check_radius(radius)
     if tol is not None and not tol > 0:
         raise TeleportError("a positive tol", tol, "leave it out for the default of the dtype")
@@ -180,10 +205,10 @@ def carry_out(
     if symmetry is None:
         symmetry = symmetries_of(ranks.model, loss_fn)
     model = unwrap_compiled(ranks.model, symmetry.names)
-    params = {name: p.detach() for name, p in trainable(model).items()}
-    loss_fn = watched = PrecisionProbe(loss_fn, next(iter(params.values())))
+    parameters = trainable(model)
+    params = {name: p.detach() for name, p in parameters.items()}  # in the same memory
 
-    with kept_random_state(model), eager_mode(watched.device):
+    with Evaluation(model, loss_fn) as loss:
         product = symmetry if isinstance(symmetry, Product) else Product([symmetry])
         if not len(product):
             raise NoSymmetryError(product.reasons)
@@ -200,33 +225,68 @@ def carry_out(
             generator=None if generator is None else generator.get_state().tolist(),
             request=(goal.name, maximize, radius, tol, search),
         )
-        problem = Problem(loss_of(model, loss_fn), params, ranks)
-        if goal.quadratic == "gradient" and product.exact:
-            _ = problem.gradient  # gives the value along with it
-        loss_before = problem.value
+        problem = Problem(loss, params, ranks)
+        steep = goal.quadratic == "gradient"
+        told = product.exact and (steep or goal.transports or (carries and _is_unchecked(symmetry, model)))
+        with loss.observed() as outputs:
+            if told or steep:
+                _ = problem.gradient  # gives the value along with it
+            loss_before = problem.value
         xi = find(problem, product, goal, how=search, maximize=maximize, radius=radius, generator=generator)
         xi = ranks.first(xi)
-        scores = [goal.before(problem, product), goal.along(problem, product)(xi).detach()]
+        scores = [goal.before(problem, product)]
+        expected: Tensor | None = None
+        if told:
+            expected = norms(product.transport(problem.gradient, xi, None if product.linear else params))
+        scores.append(loss_before.detach() if steep else goal.along(problem, product)(xi).detach())
         problem.forget()
         moved = product.act(params, xi)
         moved = {**params, **ranks.first({name: moved[name] for name in product.names})}
+        numbers: list[float] = []
 
-        measured = torch.stack([t.double() for t in (loss_before, problem.at(moved), *scores)])
-        before, after, old, new = measured.tolist()  # the one time that the host waits for the device
-        dtype = coarsest([watched.dtype, *(params[name].dtype for name in product.names)])
-        ranks.check_same(precision=dtype)
-        tol = TOLERANCES[dtype] if tol is None else tol
-        noise = 8 * torch.finfo(dtype).eps
-        if not _close(after, before, tol, noise):
-            _check_deterministic(problem, before, tol, noise)
-        reason = _reason(before, after, old, new, tol, noise, product, params, maximize, search)
-        if refused := ranks.ask(bool(reason)):
-            reason = reason or f"refused on rank {refused[0]}"
-        else:
-            (commit or _move)(model, product, xi, moved, ranks.join)
+        def verify() -> None:
+            """Compare the real model, which has moved, with what it was.
+
+            Raises:
+                _RefusedError: when it must not stay there.
+            """
+            now = Problem(loss, {name: p.detach() for name, p in parameters.items()}, ranks)
+            with loss.observed() as new_outputs:
+                if told or steep:
+                    _ = now.gradient
+                loss_after = now.value
+            found = norms(now.gradient) if told or steep else None
+            if steep and found is not None:
+                scores[1] = found.norm()
+            false = _gap(found, expected) if found is not None and expected is not None else loss_after.new_zeros(())
+            gap = largest_change(outputs, new_outputs) if product.exact else loss_after.new_zeros(())
+            now.forget()
+            loss.rest()
+            measured = (loss_before, loss_after, *scores, gap.to(loss_after.device), false)
+            numbers[:] = torch.stack([t.double() for t in measured]).tolist()  # the one time that the host waits
+            allowed = _tolerance(tol, loss, product, params)
+            ranks.check_same(tolerance=allowed)
+            reason = _reason(numbers, now, product, allowed, bool(new_outputs), maximize, search)
+            if refused := ranks.ask(bool(reason)):
+                raise _RefusedError(reason or f"refused on rank {refused[0]}", moved=reason.startswith(MOVED))
+            ranks.join()
+
+        loss.rest()
+        reason = ""
+        try:
+            (commit or _move)(model, product, xi, moved, verify)
+        except _RefusedError as refusal:
+            reason = refusal.reason
+            if refusal.moved:
+                _check_deterministic(problem, numbers[0], _tolerance(tol, loss, product, params))
+        if told and not reason:
+            _remember(symmetry, model)
+    before, after, old, new = numbers[:4]
     error = abs(after - before) / abs(before) if after != before else 0.0
     seconds = time.perf_counter() - start
-    return Report(goal.name, before, after, old, new, error, seconds, accepted=not reason, reason=reason)
+    return Report(
+        goal.name, before, after, old, new, error, seconds, accepted=not reason, reason=reason, symmetry=product, xi=xi
+    )
 
 
 def _move(model: nn.Module, product: Product, xi: Any, moved: Params, finish: Callable[[], None]) -> None:
@@ -234,20 +294,19 @@ def _move(model: nn.Module, product: Product, xi: Any, moved: Params, finish: Ca
 
 
 def symmetries_of(model: nn.Module, loss_fn: LossFn) -> Product:
-    """`find_symmetries` on the inputs with which `loss_fn` calls its net.
+    """`find_symmetries` on the arguments with which `loss_fn` calls its net.
 
     Raises:
         LossError: when it does not call it.
     """
-    model = unwrap_compiled(Ranks(model).model)
-    watched = PrecisionProbe(loss_fn, next(iter(trainable(model).values())))
-    net = Net(model, {})
-    with kept_random_state(model), eager_mode(watched.device):
-        with torch.no_grad():
-            watched(net)
-        if net.inputs is None:
-            raise LossError("a loss_fn that calls the given net", "one that does not", "call net(x) inside loss_fn")
-        return find_symmetries(model, net.inputs)
+    loss = Evaluation(Ranks(model).model, loss_fn)
+    trainable(loss.model)
+    with torch.no_grad():
+        loss({})
+    if loss.call is None:
+        remedy = "call net(x) inside loss_fn, or pass symmetry=find_symmetries(model, x)"
+        raise LossError("a loss_fn that calls the given net", "one that does not", remedy)
+    return find_symmetries(loss.model, loss.call)
 
 
 def check_movable(model: nn.Module, symmetry: Symmetry) -> None:
@@ -266,60 +325,99 @@ def check_movable(model: nn.Module, symmetry: Symmetry) -> None:
             raise ParameterError(name, "trainable", "requires_grad=False", remedy)
 
 
-def _check_deterministic(problem: Problem, before: float, tol: float, noise: float) -> None:
-    """Evaluate the loss again at the old parameters, to tell a broken symmetry from a loss that changes by itself.
+def _check_deterministic(problem: Problem, value: float, tol: float) -> None:
+    """Evaluate the loss again at the same parameters, to tell a broken symmetry from a loss that changes by itself.
 
     Raises:
         LossError: when it does.
     """
     again = float(problem.at(problem.params))
-    if not _close(again, before, tol, noise):
+    if not _close(again, value, tol):
         raise LossError(
             "a deterministic loss",
-            f"{before:.6g} and {again:.6g} at the same parameters",
-            "fix the batch and the random numbers, and put dropout in evaluation mode (model.eval())",
+            f"{value:.6g} and {again:.6g} at the same parameters",
+            "fix the batch, and seed what draws from a generator of its own at each call",
         )
 
 
-def _close(a: float, b: float, tol: float, noise: float) -> bool:
+def _close(a: float, b: float, tol: float) -> bool:
     """Whether two losses agree; two that are not finite count as agreeing here, and are refused elsewhere."""
-    return a == b or abs(a - b) <= tol * abs(b) + noise or a - b != a - b
+    return a == b or abs(a - b) <= tol * abs(b) or a - b != a - b
+
+
+def _tolerance(tol: float | None, loss: Evaluation, product: Product, params: Params) -> float:
+    dtype = coarsest([loss.dtype, *(params[name].dtype for name in product.names)])
+    return TOLERANCES[dtype] if tol is None else tol
+
+
+def _is_noise(before: float, after: float, problem: Problem, tol: float) -> bool:
+    """Whether rounding the weights moves the loss as far: it does where the loss is small beside its terms.
+
+    Raises:
+        LossError: when it changes by itself.
+    """
+    _check_deterministic(problem, after, tol)
+    probes = [float(problem.at(rounded(problem.params, sign))) for sign in (1, -1)]
+    return abs(after - before) <= 2 * max(abs(probe - after) for probe in probes)
 
 
 def _reason(
-    before: float,
-    after: float,
-    old: float,
-    new: float,
-    tol: float,
-    noise: float,
+    numbers: list[float],
+    problem: Problem,
     product: Product,
-    params: Params,
+    tol: float,
+    seen: bool,
     maximize: bool,
     search: str | None,
 ) -> str:
-    """Why the move must not be committed, or nothing.
+    """Why the move must not stay, or nothing.
+
+    What all ranks know alike comes first, so that all take part in what is evaluated again.
 
     Raises:
+        LossError: when the loss changes by itself.
         ParameterError: when a parameter is not finite.
     """
+    before, after, old, new, gap, false = numbers
     finite = torch.tensor([before, after, old, new]).isfinite().tolist()
     if not finite[0] or not finite[2]:
-        for name, p in params.items():
+        for name, p in problem.params.items():
             if not p.isfinite().all():
                 raise ParameterError(name, "finite", "NaN or infinity in it", "restore it from a checkpoint")
     if not all(finite):
         names = ("loss", "loss after the move", "objective", "objective after the move")
         return f"the {names[finite.index(False)]} is not finite"
-    if not _close(after, before, tol, noise):
+    if not _close(after, before, tol) and not (_is_noise(before, after, problem, tol) and seen):
         hint = ""
         for factor in product:
             if isinstance(factor, MiniBatchMixing):
                 try:
-                    factor.require_exact(params)
+                    factor.require_exact(problem.params)
                 except BatchError as error:
                     hint = f" ({error})"
-        return f"the loss moved from {before:.6g} to {after:.6g}, beyond the relative tolerance {tol:g}{hint}"
+        return f"{MOVED} from {before:.6g} to {after:.6g}, beyond the relative tolerance {tol:g}{hint}"
+    if false > math.sqrt(tol):
+        return (
+            f"the gradient after the move is not the one that was carried along (off by {false:.1e}, relative): the "
+            "backward pass is not the derivative of the forward pass, as with straight-through estimators"
+        )
     if search != "random" and not (new > old if maximize else new < old):
         return f"nothing {'larger' if maximize else 'smaller'} was found within the radius"
+    if gap > LARGEST * tol:
+        return f"the outputs moved by {gap:.1e} of the largest, beyond {LARGEST} times the relative tolerance {tol:g}"
     return ""
+
+
+def _gap(found: Tensor, expected: Tensor) -> Tensor:
+    """The distance of two vectors, relative to the longer one."""
+    size = torch.maximum(found.norm(), expected.norm())
+    return torch.where(size > 0, (found - expected).norm() / size, 0.0)
+
+
+def _is_unchecked(symmetry: Symmetry, model: nn.Module) -> bool:
+    """Whether no gradient of this model was compared with one that the symmetry carried."""
+    return model not in vars(symmetry).get("_checked", ())
+
+
+def _remember(symmetry: Symmetry, model: nn.Module) -> None:
+    vars(symmetry).setdefault("_checked", weakref.WeakSet()).add(model)

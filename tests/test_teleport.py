@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_the_report_prints_as_a_short_table(model):
 
 def test_weight_norm_in_any_direction(model):
     small = tl.teleport(copy.deepcopy(model), loss_fn, objective="weight_norm", maximize=False)
-    large = tl.teleport(copy.deepcopy(model), loss_fn, objective="weight_norm")
+    large = tl.teleport(copy.deepcopy(model), loss_fn, objective="weight_norm", maximize=True)
     norm = float(torch.stack([p.detach().norm() for p in model.parameters()]).norm())
     assert small.objective_before == pytest.approx(norm) == large.objective_before
     assert small.objective_after < norm < large.objective_after
@@ -282,18 +283,46 @@ def test_an_interrupt_while_committing_restores_all(model, name, monkeypatch):
     assert done and all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+def drawn_anew():
+    """A loss with random numbers of its own."""
+    own = torch.Generator().manual_seed(0)
+    return lambda net: loss_fn(net) + 0.1 * torch.rand((), generator=own)
+
+
+def counted():
+    """A loss that knows how often it was called."""
+    calls = []
+    return lambda net: calls.append(0) or loss_fn(net) * (1 + 0.1 * len(calls))
+
+
+@pytest.mark.parametrize("noisy", [drawn_anew, counted])
+def test_a_nondeterministic_loss_is_refused(whole, noisy):
+    snapshot = Snapshot(*whole)
+    with pytest.raises(LossError, match="deterministic loss, got .* at the same parameters"):
+        tl.teleport(whole[0], noisy())
+    snapshot.assert_unchanged()
+
+
 @pytest.mark.parametrize(
     "noisy",
     [
         lambda net: loss_fn(net) + 0.1 * torch.rand(()),
         lambda net: nn.functional.mse_loss(nn.functional.dropout(net(X), 0.5), Y),
+        lambda net: loss_fn(net) * (1 + random.random()),
     ],
 )
-def test_a_nondeterministic_loss_is_refused(whole, noisy):
+def test_global_random_numbers_are_the_same_at_each_evaluation(whole, noisy):
     snapshot = Snapshot(*whole)
-    with pytest.raises(LossError, match="deterministic loss, got .* at the same parameters"):
-        tl.teleport(whole[0], noisy)
-    snapshot.assert_unchanged()
+    report = tl.teleport(whole[0], noisy)
+    assert report.accepted and report.invariance_error < 1e-12
+    snapshot.assert_unchanged(parameters=False)
+
+
+def test_dropout_in_training_is_replayed():
+    model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(), nn.Linear(12, 3)).double()
+    report = tl.teleport(model, loss_fn)
+    assert model.training and report.accepted and report.invariance_error < 1e-12
+    assert report.objective_after > 1.5 * report.objective_before
 
 
 def test_a_move_beyond_tol_is_refused(model):
@@ -403,9 +432,10 @@ def test_bad_losses(model):
         tl.teleport(model, lambda net: float(net(X).detach().sum()), symmetry)
     with pytest.raises(LossError, match="without a gradient"):
         tl.teleport(model, lambda net: net(X).detach().sum(), symmetry)
+    other = copy.deepcopy(model)
     with pytest.raises(LossError, match="uses none of them"):
-        tl.teleport(model, lambda net: loss_fn(model), symmetry)
+        tl.teleport(model, lambda net: loss_fn(other), symmetry)
     with pytest.raises(LossError, match="calls the given net"):
-        tl.teleport(model, lambda net: loss_fn(model))
+        tl.teleport(model, lambda net: loss_fn(other))
     with pytest.raises(LossError, match="scalar tensor from the objective"):
         tl.teleport(model, loss_fn, symmetry, objective=lambda params: 3.0)

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from teleport_lite.discovery.propagate import InFloat64
 from teleport_lite.functional import Params
 from teleport_lite.groups import Permutation, Signs
+from teleport_lite.runtime import Call
 from teleport_lite.symmetries.axes import NeuronSymmetry
 
 TOLERANCE = 1e-10  # relative change in float64 beyond which a proposed symmetry is dropped
@@ -174,6 +175,8 @@ def as_call(example_inputs: object) -> tuple[tuple, dict[str, Any]]:
     def wide(x: object) -> object:
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
+    if isinstance(example_inputs, Call):
+        return tuple(map(wide, example_inputs.args)), {name: wide(x) for name, x in example_inputs.kwargs.items()}
     if isinstance(example_inputs, dict):
         return (), {name: wide(x) for name, x in example_inputs.items()}
     together = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)

@@ -41,7 +41,7 @@ class Teleporter:
         radius: bound on the operator norm of the coordinates.
         state: "transport" to carry the optimizer's state along, as `teleport_lite.optim.state_rules` says;
             "reset" to begin with a new state after each teleport; "keep" to leave it as it was, made for old weights.
-        maximize: the direction; pass False for "weight_norm" and "one_step_loss".
+        maximize: the direction; by default the natural one of the objective.
         generator: for random choices.
         search: how to choose, as in `teleport`.
         tol: relative tolerance for the loss, as in `teleport`.
@@ -80,7 +80,7 @@ class Teleporter:
         objective: str | Objective | Callable[[Params], Tensor] = "gradient_norm",
         radius: float = 1.0,
         state: str = "transport",
-        maximize: bool = True,
+        maximize: bool | None = None,
         generator: torch.Generator | None = None,
         search: str | None = None,
         tol: float | None = None,
@@ -88,7 +88,8 @@ class Teleporter:
         self.model, self.symmetry, self.every, self.generator = model, symmetry, every, generator
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self.objective, self.radius = as_objective(objective), check_radius(radius)
-        self.state, self.maximize, self.search, self.tol = state, maximize, search, tol
+        self.maximize = self.objective.maximize if maximize is None else maximize
+        self.state, self.search, self.tol = state, search, tol
         self.steps, self._ranks = 0, Ranks(model)
         self.report: Report | None = None
         if state not in STATES:
@@ -152,6 +153,7 @@ class Teleporter:
             tol=self.tol,
             generator=self.generator,
             search=self.search,
+            carries=self.state == "transport",
             commit=lambda model, product, xi, moved, finish: move(
                 model, product, xi, self.optimizers, self.state, moved, finish
             ),

@@ -27,7 +27,7 @@ from torch.func import jvp
 
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import ActivationError, BatchError, NoSymmetryError, TeleportError, UnknownNameError
-from teleport_lite.functional import Net, Params
+from teleport_lite.functional import Evaluation, Params
 from teleport_lite.groups import GeneralLinear
 from teleport_lite.layers import Hidden, trace
 from teleport_lite.runtime import as_inputs, copy_of, double
@@ -97,7 +97,7 @@ class MiniBatchMixing(Symmetry):
 
         handle = self.model.get_submodule(self.layer).register_forward_pre_hook(stop)
         try:
-            Net(self.model, params)(*self.inputs)
+            Evaluation(self.model, lambda net: net(*self.inputs))(params)
         except _Stop:
             pass
         finally:
