@@ -28,7 +28,6 @@ from teleport_lite.runtime import (
     coarsest,
     eager_mode,
     kept_random_state,
-    unwrap_compiled,
 )
 
 Params = dict[str, Tensor]
@@ -97,7 +96,7 @@ class Evaluation:
     runs again when it is differentiated; behind it all is as before, whatever happened.
 
     Args:
-        model: the model, compiled or not.
+        model: the model.
         loss_fn: model -> scalar loss.
 
     Attributes:
@@ -111,7 +110,7 @@ class Evaluation:
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
-        self.model, self.loss_fn = unwrap_compiled(model), loss_fn
+        self.model, self.loss_fn = model, loss_fn
         self.call: Call | None = None
         first = next((p for p in self.model.parameters() if p.dtype in TOLERANCES), torch.empty(0))
         self.dtype, self.device = first.dtype, first.device.type

@@ -299,7 +299,7 @@ def symmetries_of(model: nn.Module, loss_fn: LossFn) -> Product:
     Raises:
         LossError: when it does not call it.
     """
-    loss = Evaluation(Ranks(model).model, loss_fn)
+    loss = Evaluation(unwrap_compiled(Ranks(model).model), loss_fn)
     trainable(loss.model)
     with torch.no_grad():
         loss({})

@@ -204,7 +204,7 @@ def other_weights(world: World):
 
 
 def interrupted_commit(world: World):
-    module = sys.modules["teleport_lite.teleport"]
+    module = sys.modules["teleport_lite.transaction"]
     write = module.write
 
     def interrupt():

@@ -508,11 +508,17 @@ def test_an_interrupt_during_the_commit(teleport, monkeypatch):
 
 @pytest.mark.parametrize("teleport", BOTH)
 def test_a_loss_that_changes_by_itself_is_named(teleport):
-    model = nn.Sequential(*mlp([9, 16, 3], nn.Tanh()), nn.Dropout(0.5))
+    model, calls = mlp([9, 16, 3], nn.Tanh()), []
     before = bits(model)
     with pytest.raises(LossError, match="deterministic"):
-        teleport(model, loss_fn, steps=3)
+        teleport(model, lambda net: calls.append(0) or loss_fn(net) * (1 + 0.1 * len(calls)), steps=3)
     assert same(model, before)
+
+
+@pytest.mark.parametrize("teleport", BOTH)
+def test_dropout_in_training_is_replayed(teleport):
+    model = nn.Sequential(*mlp([9, 16, 3], nn.Tanh()), nn.Dropout(0.5))
+    assert teleport(model, loss_fn, steps=3).accepted and model.training
 
 
 @pytest.mark.parametrize("teleport", BOTH)
@@ -524,7 +530,7 @@ def test_bad_input(teleport):
     with pytest.raises(LossError):
         teleport(model, lambda net: net(X))
     with pytest.raises(LossError):
-        teleport(model, lambda net: model(X).sum())
+        teleport(model, lambda net: mlp([9, 16, 3], nn.Tanh())(X).sum())
     with pytest.raises(EmptyModelError):
         teleport(nn.Tanh(), loss_fn)
     with torch.no_grad():
