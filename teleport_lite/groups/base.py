@@ -79,6 +79,11 @@ class Group(ABC):
         r"""Coordinates of $g^{-\top}$, the element of the dual representation."""
         return xi
 
+    def pair(self, xi: Tensor) -> tuple[Tensor, Tensor]:
+        """The element with coordinates `xi`, and that of the dual representation."""
+        g, dual = self.exp(xi), self.dual(xi)
+        return g, g if dual is xi else self.exp(dual)
+
     def norm(self, xi: Tensor) -> Tensor:
         """Operator norm of `xi`; zero for a finite group."""
         return xi.new_zeros((), dtype=torch.get_default_dtype())

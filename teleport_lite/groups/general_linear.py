@@ -63,6 +63,10 @@ class GeneralLinear(Group):
     def dual(self, xi):
         return -xi.mT
 
+    def pair(self, xi):
+        g, dual = self.exp(torch.stack([xi, self.dual(xi)])).unbind()
+        return g, dual
+
     def norm(self, xi):
         return torch.linalg.matrix_norm(xi, 2).amax()
 
@@ -95,7 +99,7 @@ class GeneralLinear(Group):
             signs = torch.where(dead, 0.0, torch.where(values >= 0, radius, -radius))
             return (vectors * signs.to(vectors).unsqueeze(-2)) @ vectors.mT
         dead = _projector(_projector(up) + _projector(down), kernel=False)
-        keep = torch.eye(dead.shape[-1]).to(dead) - dead
+        keep = torch.eye(dead.shape[-1], dtype=dead.dtype, device=dead.device) - dead
         up, down = (keep @ m @ keep + dead for m in (up, down))
         root, inverse = _roots(up)
         middle, _ = _roots(root @ down @ root)

@@ -126,7 +126,8 @@ def _sweep_squares(
     dtype = wide(*(s.dtype for s in squares.values())) if maximize else torch.float64  # a corner is a choice of signs
     squares = {name: s.to(dtype) for name, s in squares.items()}
     first = next(iter(squares.values()))
-    starts = radius * first.new_tensor([0.0, 1.0, -1.0] if maximize and len(factors) > 1 else [0.0])
+    signs = torch.arange(3 if maximize and len(factors) > 1 else 1, device=first.device)
+    starts = radius * ((signs + 1) % 3 - 1).to(first)  # 0, 1, -1
     vectors = {(name, dim): first.new_ones(len(starts), squares[name].shape[dim]) for name, dim in dims}
     xis = [starts[:, None] * (-1) ** k * first.new_ones(f.group.n) for k, f in enumerate(factors)]
 
