@@ -12,7 +12,7 @@ from torch import Tensor
 
 from teleport_lite.functional import Params
 from teleport_lite.symmetries.axes import NeuronSymmetry
-from teleport_lite.symmetries.base import Product, Symmetry
+from teleport_lite.symmetries.base import Symmetry, check_symmetry
 
 
 def conserved_quantities(params: Params, symmetry: Symmetry) -> list[Tensor]:
@@ -21,13 +21,21 @@ def conserved_quantities(params: Params, symmetry: Symmetry) -> list[Tensor]:
     For a scaling $\lVert V_i \rVert^2 - \lVert U_{:i} \rVert^2$, [n]; for a mixing $VV^\top - U^\top U$, [n, n].
     Theorem 2.10 of the chapter *Symmetries of networks*.
 
+    Args:
+        params: the parameters by name.
+        symmetry: scalings and mixings; other factors conserve nothing here.
+
+    Raises:
+        TeleportError: when `params` is no dictionary, or `symmetry` no symmetry.
+
     >>> from teleport_lite.symmetries import scaling
     >>> w = {"v": torch.tensor([[3.0], [1.0]]), "u": torch.tensor([[2.0, 2.0]])}
     >>> conserved_quantities(w, scaling(2, "v", "u"))
     [tensor([ 5., -3.])]
     """
     found = []
-    for factor in Product([symmetry]):
+    for factor in check_symmetry(symmetry):
+        factor.check(params)
         group: Any = factor.group
         if isinstance(factor, NeuronSymmetry) and not group.isometry:
             grams = [group.gram(factor.axis(params[leg.name], leg), 0) for leg in factor.legs]

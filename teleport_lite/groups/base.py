@@ -12,6 +12,7 @@ networks*.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -48,7 +49,7 @@ class Group(ABC):
 
     @abstractmethod
     def zeros(self, like: Tensor) -> Tensor:
-        """Coordinates of the identity, on the device and with the dtype of `like`."""
+        """Coordinates of the identity, on the device and with the dtype of `like`, but in float32 at least."""
 
     @abstractmethod
     def exp(self, xi: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class Group(ABC):
 
     @abstractmethod
     def along(self, g: Tensor, tensor: Tensor, dim: int) -> Tensor:
-        """`tensor` with `g` applied to dimension `dim`, of length n."""
+        """`tensor` with `g` applied to dimension `dim`, of length n; its dtype stays."""
 
     @abstractmethod
     def sample(self, like: Tensor, *, radius: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
@@ -77,6 +78,11 @@ class Group(ABC):
     def dual(self, xi: Tensor) -> Tensor:
         r"""Coordinates of $g^{-\top}$, the element of the dual representation."""
         return xi
+
+    def pair(self, xi: Tensor) -> tuple[Tensor, Tensor]:
+        """The element with coordinates `xi`, and that of the dual representation."""
+        g, dual = self.exp(xi), self.dual(xi)
+        return g, g if dual is xi else self.exp(dual)
 
     def norm(self, xi: Tensor) -> Tensor:
         """Operator norm of `xi`; zero for a finite group."""
@@ -96,20 +102,37 @@ class Group(ABC):
         return hash((type(self), self.n))
 
 
-def broadcast(vector: Tensor, tensor: Tensor, dim: int) -> Tensor:
-    """`vector` [n] reshaped so that it multiplies dimension `dim` of `tensor`."""
-    return vector.reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])
+def wide(*dtypes: torch.dtype) -> torch.dtype:
+    """The type in which elements live that act on tensors of these types: float32 at least.
+
+    >>> wide(torch.bfloat16), wide(torch.bfloat16, torch.float64)
+    (torch.float32, torch.float64)
+    """
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def multiply_along(vector: Tensor, tensor: Tensor, dim: int) -> Tensor:
+    """`tensor`, multiplied along dimension `dim` by `vector` [n]; its dtype stays."""
+    shaped = vector.reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])
+    return (tensor * shaped).to(tensor.dtype)
 
 
 def matmul_along(g: Tensor, tensor: Tensor, dim: int) -> Tensor:
-    """`tensor` with the matrix `g` [n, n] applied to dimension `dim`."""
-    return torch.tensordot(g, tensor, dims=([1], [dim])).movedim(0, dim)
+    """`tensor` with the matrix `g` [n, n] applied to dimension `dim`; its dtype stays."""
+    g, x = promoted(g, tensor)
+    return torch.tensordot(g, x, dims=([1], [dim])).movedim(0, dim).to(tensor.dtype)
+
+
+def promoted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tensors in the wider of their types."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
 
 
 def draw(distribution: Callable, *shape: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Random numbers drawn where the generator lives, on the device and with the dtype of `like`."""
+    """Random numbers drawn where the generator lives, on the device of `like`, in float32 at least."""
     device = like.device if generator is None else generator.device
-    return distribution(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+    return distribution(shape, generator=generator, dtype=wide(like.dtype), device=device).to(like.device)
 
 
 def in_ball(direction: Tensor, length: Tensor, dim: int, radius: float, generator: torch.Generator | None) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from teleport_lite.groups.base import Group, draw, in_ball, matmul_along
+from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, promoted, wide
 
 
 class GeneralLinear(Group):
@@ -40,7 +40,7 @@ class GeneralLinear(Group):
         return f"GL({self.shape[-1]})" + (f"^{self.blocks}" if self.blocks > 1 else "")
 
     def zeros(self, like):
-        return like.new_zeros(self.shape)
+        return like.new_zeros(self.shape, dtype=wide(like.dtype))
 
     def exp(self, xi):
         return torch.linalg.matrix_exp(xi)
@@ -51,8 +51,8 @@ class GeneralLinear(Group):
     def along(self, g, tensor, dim):
         if self.blocks == 1:
             return matmul_along(g, tensor, dim)
-        first = tensor.movedim(dim, 0)
-        return (g @ self._rows(first)).reshape(first.shape).movedim(0, dim)
+        g, first = promoted(g, tensor.movedim(dim, 0))
+        return (g @ self._rows(first)).reshape(first.shape).movedim(0, dim).to(tensor.dtype)
 
     def sample(self, like, *, radius=1.0, generator=None):
         drawn = [draw(torch.randn, *self.shape[-2:], like=like, generator=generator) for _ in range(self.blocks)]
@@ -62,6 +62,10 @@ class GeneralLinear(Group):
 
     def dual(self, xi):
         return -xi.mT
+
+    def pair(self, xi):
+        g, dual = self.exp(torch.stack([xi, self.dual(xi)])).unbind()
+        return g, dual
 
     def norm(self, xi):
         return torch.linalg.matrix_norm(xi, 2).amax()
@@ -84,8 +88,9 @@ class GeneralLinear(Group):
 
         Convex in M. The maximum is attained where all eigenvalues of $\xi$ are $\pm r$, with the sign of those of
         $A - B$ (a direction in which both vanish stays). The minimum is the geometric mean $M = A^{-1} \# B$; where
-        that leaves the ball, or A is singular, its eigenvalues are clipped, which is close to the minimum within the
-        ball and not equal to it. Proposition 4.5 of the chapter *Teleporting*. (A = `up`, B = `down`.)
+        that leaves the ball its eigenvalues are clipped, which is close to the minimum within the ball and not equal to
+        it. Where A or B is singular there is no minimum: M is the identity on their kernels, and the geometric mean on
+        the complement of these. Proposition 4.5 of the chapter *Teleporting*. (A = `up`, B = `down`.)
         """
         if maximize:
             values, vectors = torch.linalg.eigh(up - down)
@@ -93,17 +98,28 @@ class GeneralLinear(Group):
             dead = sizes <= 100 * torch.finfo(sizes.dtype).eps * sizes.amax(-1, keepdim=True)
             signs = torch.where(dead, 0.0, torch.where(values >= 0, radius, -radius))
             return (vectors * signs.to(vectors).unsqueeze(-2)) @ vectors.mT
+        dead = _projector(_projector(up) + _projector(down), kernel=False)
+        keep = torch.eye(dead.shape[-1], dtype=dead.dtype, device=dead.device) - dead
+        up, down = (keep @ m @ keep + dead for m in (up, down))
         root, inverse = _roots(up)
         middle, _ = _roots(root @ down @ root)
         values, vectors = torch.linalg.eigh(inverse @ middle @ inverse)
-        logs = (values.clamp(min=0).log() / 2).nan_to_num(0.0, radius, -radius).clamp(-radius, radius)
-        return (vectors * logs.unsqueeze(-2)) @ vectors.mT
+        logs = (values.clamp(min=0).log() / 2).clamp(-radius, radius)
+        return keep @ (vectors * logs.unsqueeze(-2)) @ vectors.mT @ keep
 
     def __eq__(self, other: object) -> bool:
         return super().__eq__(other) and isinstance(other, GeneralLinear) and self.shape == other.shape
 
     def __hash__(self) -> int:
         return super().__hash__()
+
+
+def _projector(matrix: Tensor, *, kernel: bool = True) -> Tensor:
+    """The projector on the kernel of a positive semidefinite matrix, or on its range."""
+    values, vectors = torch.linalg.eigh(matrix)
+    rounding = values.shape[-1] * torch.finfo(torch.float32).eps ** 2  # what is left of a zero, squared
+    zero = values <= rounding * values.amax(-1, keepdim=True)
+    return (vectors * (zero == kernel).to(vectors).unsqueeze(-2)) @ vectors.mT
 
 
 def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:

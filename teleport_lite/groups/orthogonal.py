@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from teleport_lite.groups.base import Group, draw, in_ball, matmul_along
+from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, wide
 
 
 class SpecialOrthogonal(Group):
@@ -27,7 +27,7 @@ class SpecialOrthogonal(Group):
         return f"SO({self.n})"
 
     def zeros(self, like):
-        return like.new_zeros(self.dim)
+        return like.new_zeros(self.dim, dtype=wide(like.dtype))
 
     def algebra(self, xi):
         i, j = torch.tril_indices(self.n, self.n, -1, device=xi.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teleport_lite.groups.base import Group, broadcast, draw
+from teleport_lite.groups.base import Group, draw, multiply_along, wide
 
 
 class PositiveScaling(Group):
@@ -25,7 +25,7 @@ class PositiveScaling(Group):
         return f"(R>0)^{self.n}"
 
     def zeros(self, like):
-        return like.new_zeros(self.n)
+        return like.new_zeros(self.n, dtype=wide(like.dtype))
 
     def exp(self, xi):
         return xi.exp()
@@ -34,7 +34,7 @@ class PositiveScaling(Group):
         return g * h
 
     def along(self, g, tensor, dim):
-        return tensor * broadcast(g, tensor, dim)
+        return multiply_along(g, tensor, dim)
 
     def sample(self, like, *, radius=1.0, generator=None):
         return radius * (2 * draw(torch.rand, self.n, like=like, generator=generator) - 1)
@@ -56,11 +56,13 @@ class PositiveScaling(Group):
         r"""Extremise $\sum_i u_i e^{2\xi_i} + d_i e^{-2\xi_i}$ over $|\xi_i| \le r$, in closed form.
 
         Convex in each coordinate: the maximum is at the corner $\pm r$ on the side of the larger coefficient, the
-        minimum at $\tfrac14 \log(d_i / u_i)$, clipped. A coordinate with both coefficients zero stays at zero.
+        minimum at $\tfrac14 \log(d_i / u_i)$, clipped. Where both coefficients are zero the coordinate stays at zero,
+        and so it does where one is and there is no minimum.
 
         >>> PositiveScaling(1).extremum(torch.tensor([1.0]), torch.tensor([16.0]), maximize=False, radius=1.0)
         tensor([0.6931])
         """
         if maximize:
             return radius * torch.where((up == 0) & (down == 0), 0.0, torch.where(up >= down, 1.0, -1.0)).to(up)
-        return ((down.log() - up.log()) / 4).nan_to_num(0.0, radius, -radius).clamp(-radius, radius)
+        balanced = ((down.log() - up.log()) / 4).clamp(-radius, radius)
+        return torch.where((up == 0) | (down == 0), 0.0, balanced)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from teleport_lite.groups.base import Group, broadcast, draw
+from teleport_lite.groups.base import Group, draw, multiply_along
 
 
 class Signs(Group):
@@ -32,7 +32,7 @@ class Signs(Group):
         return g * h
 
     def along(self, g, tensor, dim):
-        return tensor * broadcast(g, tensor, dim)
+        return multiply_along(g, tensor, dim)
 
     def sample(self, like, *, radius=1.0, generator=None):
         return torch.where(draw(torch.rand, self.n, like=like, generator=generator) < 0.5, -1.0, 1.0).to(like)

@@ -31,7 +31,6 @@ to a square. See the chapter *Momentum, AdaGrad, RMSProp, Adam*.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -217,6 +216,7 @@ def _carried(optimizer: Optimizer, carrier: Carrier, parameters: dict[str, Tenso
     names = {id(parameters[name]): name for name in carrier.params}
     slots = _flat_slots(optimizer, names) if isinstance(optimizer, LBFGS) else _slots(optimizer, names)
     pairs: list[tuple[Tensor, Tensor]] = []
+    entries: list[str] = []
     for entry, tensors in slots.items():
         kind = rules.get(entry.partition(".")[0])
         if kind is None:
@@ -232,9 +232,14 @@ def _carried(optimizer: Optimizer, carrier: Carrier, parameters: dict[str, Tenso
             expected = "a symmetry that moves the weights one by one (scaling, sign, permutation)"
             raise StateError(label, entry, expected, "one that mixes them", "pass state='reset'")
         found = KINDS[kind](carrier, slots, entry)
-        if not all(bool(found[name].isfinite().all()) for name in tensors):
-            raise StateError(label, entry, "finite values", "NaN or infinity", "pass a smaller radius")
-        pairs += [(tensor, found[name]) for name, tensor in tensors.items() if name in carrier.params or not name]
+        mine = [(tensor, found[name]) for name, tensor in tensors.items() if name in carrier.params or not name]
+        pairs += mine
+        entries += [entry] * len(mine)
+    if pairs:
+        finite = torch.stack([value.isfinite().all().to(pairs[0][0].device) for _, value in pairs]).tolist()
+        if not all(finite):
+            bad = entries[finite.index(False)]
+            raise StateError(label, bad, "finite values", "NaN or infinity", "pass a smaller radius")
     return pairs
 
 
@@ -263,7 +268,10 @@ def _flat_slots(optimizer: LBFGS, names: dict[int, str]) -> Slots:
 
 
 def _forget(optimizers: list[Optimizer]) -> None:
-    """Give each optimizer the state of a new one: none, but for Adagrad, which fills its sums from the start."""
+    """Give each optimizer the state of a new one: none, but for Adagrad, which fills its sums from the start.
+
+    `optimizer.state` stays the same object: others may hold it.
+    """
     fresh: list[Any] = []
     for optimizer in optimizers:
         if isinstance(optimizer, Adagrad):
@@ -271,6 +279,14 @@ def _forget(optimizers: list[Optimizer]) -> None:
             groups = [dict(group) for group in optimizer.param_groups]
             fresh.append(Adagrad(groups, initial_accumulator_value=start).state)
         else:
-            fresh.append(defaultdict(dict))
-    for optimizer, state in zip(optimizers, fresh, strict=True):
-        optimizer.state = state
+            fresh.append({})
+    backup = [dict(optimizer.state) for optimizer in optimizers]
+    try:
+        for optimizer, state in zip(optimizers, fresh, strict=True):
+            optimizer.state.clear()
+            optimizer.state.update(state)
+    except BaseException:
+        for optimizer, state in zip(optimizers, backup, strict=True):
+            optimizer.state.clear()
+            optimizer.state.update(state)
+        raise

@@ -8,23 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from teleport_lite.distributed import Ranks
-from teleport_lite.errors import TeleportError, UnknownNameError
+from teleport_lite.errors import ParameterError, TeleportError, UnknownNameError
 from teleport_lite.functional import Params
 from teleport_lite.objectives import Objective, as_objective
 from teleport_lite.optim.state_rules import STATES, move
 from teleport_lite.runtime import LossFn, unwrap_compiled
-from teleport_lite.symmetries.base import Symmetry, check_radius
+from teleport_lite.symmetries.base import Product, Symmetry, check_generator, check_radius, check_symmetry
 from teleport_lite.teleport import Report, carry_out, check_movable, symmetries_of
 
 
 class Teleporter:
     r"""Teleports a model while it is trained; `step` is called beside `optimizer.step()`, as that of a scheduler is.
 
-    Calls of `step` are numbered from 0, and the number is what the schedule sees: every=500 teleports at calls 0, 500,
-    1000, ..., and every={0} once, at the first. Each teleport is exact or nothing, for the model and for the state of
-    the optimizer alike. `p.grad` is left as found: teleport after `optimizer.step()` and before the next backward pass.
+    Calls of `step` are numbered from 0, and the number is what the schedule sees: every={0}, the default, teleports
+    once, at the first, and every=50 at calls 0, 50, 100, ... Each teleport is exact or nothing, for the model and for
+    the state of the optimizer alike. `p.grad` is left as found: teleport after `optimizer.step()` and before the next
+    backward pass.
+
+    All teleports of one Teleporter share one `radius`: each spends the norm of its element, so that together they
+    stretch no direction by more than $e^{radius}$, however many there are. The steps of a collection divide what is
+    left evenly (so a single one may use all of it); a schedule without an end uses half of what is left each time, and
+    is over when a thousandth is left. Rotations, permutations and signs stretch nothing and spend nothing.
+
+    Why: a stretch by $e^{\xi}$ acts on a gradient step as a change of the learning rates of single weights by up to
+    $e^{4\xi}$. At the start of training, where the loss is flat, that speeds it up; late, at a tuned rate, a large one
+    makes it diverge. Teleport early.
 
     Under `DistributedDataParallel` all ranks call `step`, each with the loss on its own shard; see `teleport`. Rank 0
     decides when a schedule is random or a callable.
@@ -33,12 +44,13 @@ class Teleporter:
 
     Args:
         model: the model, compiled or not, distributed or not.
-        optimizer: its optimizer, or several; read, and changed by a teleport as `state` says.
+        optimizer: its optimizer, or several, that together hold all that moves; read, and changed by a teleport as
+            `state` says. With an optimizer that wraps another pass both, or the inner one if only that has a state.
         symmetry: where to move; by default that of `find_symmetries` on the inputs of the first teleport, found once.
         every: when to teleport: every so many steps (an integer), at these steps (a collection), with this probability
             at each step (a float between 0 and 1, drawn from `generator`), or where a callable of the step says so.
         objective: what to improve, as in `teleport`.
-        radius: bound on the operator norm of the coordinates.
+        radius: bound on the operator norm of the coordinates, for all teleports together.
         state: "transport" to carry the optimizer's state along, as `teleport_lite.optim.state_rules` says;
             "reset" to begin with a new state after each teleport; "keep" to leave it as it was, made for old weights.
         maximize: the direction; by default the natural one of the objective.
@@ -48,11 +60,13 @@ class Teleporter:
 
     Attributes:
         steps: how often `step` was called.
+        spent: how much of the radius has been used.
         report: the last report, if any.
 
     Raises:
-        ParameterError: when the model is sharded over several processes, or the symmetry moves a frozen parameter.
-        TeleportError: when an argument is not usable, or the optimizer holds no parameter of the model.
+        ParameterError: when the model is sharded over several processes, or the symmetry moves a parameter that is
+            frozen, or that no optimizer here holds.
+        TeleportError: when an argument is not usable, or the optimizer leaves its state to another one.
         UnknownNameError: when the state, the objective or a parameter of the symmetry is not known.
 
     >>> _ = torch.manual_seed(0)
@@ -76,7 +90,7 @@ class Teleporter:
         model: nn.Module,
         optimizer: Optimizer | Iterable[Optimizer],
         symmetry: Symmetry | None = None,
-        every: int | float | Collection[int] | Callable[[int], bool] = 500,
+        every: int | float | Collection[int] | Callable[[int], bool] = (0,),
         objective: str | Objective | Callable[[Params], Tensor] = "gradient_norm",
         radius: float = 1.0,
         state: str = "transport",
@@ -85,51 +99,58 @@ class Teleporter:
         search: str | None = None,
         tol: float | None = None,
     ) -> None:
-        self.model, self.symmetry, self.every, self.generator = model, symmetry, every, generator
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        if not isinstance(model, nn.Module):
+            raise TeleportError("a model", repr(model), "pass the torch.nn.Module that is trained")
+        self.symmetry = None if symmetry is None else check_symmetry(symmetry)
+        self.model, self.every, self.generator = model, every, check_generator(generator)
+        self.optimizers = _optimizers(optimizer)
         self.objective, self.radius = as_objective(objective), check_radius(radius)
         self.maximize = self.objective.maximize if maximize is None else maximize
         self.state, self.search, self.tol = state, search, tol
-        self.steps, self._ranks = 0, Ranks(model)
+        self.steps, self.spent, self._ranks = 0, 0.0, Ranks(model)
         self.report: Report | None = None
         if state not in STATES:
             raise UnknownNameError("state", state, STATES)
-        held = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        held = self._held()
         if not any(id(p) in held for p in model.parameters()):
             remedy = "pass the optimizer that trains this model"
             raise TeleportError("an optimizer of the model's parameters", "one that holds none of them", remedy)
-        for o in self.optimizers:
-            if isinstance(getattr(o, "optim", None), Optimizer):  # ZeroRedundancyOptimizer
-                got = f"{type(o).__name__}, which leaves it to another"
-                raise TeleportError("an optimizer that holds its state", got, "pass optimizer.optim")
-        if symmetry is not None:
-            check_movable(unwrap_compiled(self._ranks.model, symmetry.names), symmetry)
+        if self.symmetry is not None:
+            check_movable(unwrap_compiled(self._ranks.model, self.symmetry.names), self.symmetry)
+            if self._ranks.group is None:
+                self._check_held(self.symmetry)
         self._due, self._when = _schedule(every, generator)
 
     def step(self, loss_fn: LossFn) -> Report | None:
         """Teleport if it is time to.
 
-        An exception leaves the model, the state of the optimizer, the generator and the count of steps as they were. A
-        teleport that is refused leaves the model and the state as they were, and counts as a step.
+        An exception leaves the model, the state of the optimizer, the generator, the radius that is left and the count
+        of steps as they were. A teleport that is refused leaves the model and the state as they were, spends nothing,
+        and counts as a step.
 
         Args:
             loss_fn: net -> scalar loss, deterministic, as in `teleport`; called only when it is time.
 
         Returns:
-            The report of the teleport, or None where it was not time.
+            The report of the teleport, or None where it was not time, or no radius is left.
 
         Raises:
+            ParameterError: when no optimizer here holds a parameter that would move.
             RankError: when another rank fails, or the ranks do not hold the same.
             StateError: when an entry of the optimizer's state cannot be carried.
             TeleportError: as `teleport`.
         """
+        if not callable(loss_fn):
+            raise TeleportError("a function of the net", type(loss_fn).__name__, "pass lambda net: criterion(net(x), y)")
         drawn = None if self.generator is None else self.generator.get_state()
+        spent = self.spent
         try:
             with self._ranks.together():
                 report = self._teleport(loss_fn) if self._is_due() else None
         except BaseException:
             if self.generator is not None and drawn is not None:
                 self.generator.set_state(drawn)
+            self.spent = spent
             raise
         self.report = report or self.report
         self.steps += 1
@@ -138,30 +159,61 @@ class Teleporter:
     def _is_due(self) -> bool:
         due = self._due(self.steps)
         free = callable(self.every) or isinstance(self.every, float)
-        return 0 in self._ranks.ask(due) if free else due
+        due = 0 in self._ranks.ask(due) if free else due
+        return due and self.radius - self.spent > 1e-3 * self.radius
 
     def _teleport(self, loss_fn: LossFn) -> Report:
         if self.symmetry is None:
             self.symmetry = symmetries_of(self.model, loss_fn)
+        self._check_held(self.symmetry)
+
+        def commit(model: nn.Module, product: Product, xi: Any, moved: Params, finish: Callable[[], None]) -> None:
+            used = [f.group.norm(x) for f, x in zip(product, xi, strict=True) if not f.group.isometry]
+            move(model, product, xi, self.optimizers, self.state, moved, finish)
+            self.spent += max(map(float, used), default=0.0)
+
         return carry_out(
             self._ranks,
             loss_fn,
             self.symmetry,
             self.objective,
             maximize=self.maximize,
-            radius=self.radius,
+            radius=self._share(self.symmetry),
             tol=self.tol,
             generator=self.generator,
             search=self.search,
             carries=self.state == "transport",
-            commit=lambda model, product, xi, moved, finish: move(
-                model, product, xi, self.optimizers, self.state, moved, finish
-            ),
+            commit=commit,
         )
 
+    def _share(self, symmetry: Product) -> float:
+        """The radius of the next teleport."""
+        if all(factor.group.isometry for factor in symmetry):
+            return self.radius
+        listed = isinstance(self.every, Collection)
+        parts = sum(step >= self.steps for step in set(self.every)) if listed else 2
+        return (self.radius - self.spent) / parts
+
+    def _held(self) -> set[int]:
+        return {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
+
+    def _check_held(self, symmetry: Symmetry) -> None:
+        """Check that the optimizers, those of all ranks together, hold what `symmetry` moves.
+
+        Raises:
+            ParameterError: when they do not.
+        """
+        held = self._held()
+        parameters = dict(unwrap_compiled(self._ranks.model, symmetry.names).named_parameters())
+        missing = [name for name in symmetry.names if not self._ranks.ask(id(parameters[name]) in held)]
+        if missing:
+            remedy = "pass the optimizers of all that moves, or a symmetry=... that moves only what they hold"
+            raise ParameterError(", ".join(missing), "held by an optimizer of the Teleporter", "held by none", remedy)
+
     def state_dict(self) -> dict[str, Any]:
-        """What resumes the schedule bit for bit: the count of steps, and the state of the generator if there is one."""
-        return {"steps": self.steps, "generator": None if self.generator is None else self.generator.get_state()}
+        """What resumes it bit for bit: the count of steps, the radius spent, and the state of the generator if any."""
+        generator = None if self.generator is None else self.generator.get_state()
+        return {"steps": self.steps, "spent": self.spent, "generator": generator}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a `state_dict`.
@@ -169,18 +221,38 @@ class Teleporter:
         Raises:
             TeleportError: when its entries are others, or when one has a generator and the other has none.
         """
-        if state.keys() != {"steps", "generator"} or (state["generator"] is None) != (self.generator is None):
+        keys = {"steps", "spent", "generator"}
+        if state.keys() != keys or (state["generator"] is None) != (self.generator is None):
             got = ", ".join(f"{key}: {type(value).__name__}" for key, value in state.items())
-            expected = f"steps, and {'no' if self.generator is None else 'the state of a'} generator"
+            expected = f"steps, spent, and {'no' if self.generator is None else 'the state of a'} generator"
             raise TeleportError(expected, got or "nothing", "make the Teleporter as it was when the state was saved")
         if self.generator is not None:
             self.generator.set_state(state["generator"])
-        self.steps = int(state["steps"])
+        self.steps, self.spent = int(state["steps"]), float(state["spent"])
 
     def __repr__(self) -> str:
         names = ", ".join(type(o).__name__ for o in [self.model, *self.optimizers])
         goal = f"{self.objective.name} {'up' if self.maximize else 'down'}, radius {self.radius:g}"
         return f"Teleporter({names}; {self._when}; {goal}; state: {self.state}; {self.steps} steps)"
+
+
+def _optimizers(given: Any) -> list[Optimizer]:
+    """The optimizers as a list.
+
+    Raises:
+        TeleportError: when one is none, or leaves its state to another one that is not among them.
+    """
+    found = [given] if isinstance(given, Optimizer) else list(given) if isinstance(given, Iterable) else []
+    if not found or not all(isinstance(o, Optimizer) for o in found):
+        got = "no optimizer" if not isinstance(given, Iterable) or found else "none"
+        raise TeleportError("an optimizer, or several", got, "pass the torch.optim.Optimizer that trains the model")
+    for o in found:
+        for name, value in vars(o).items():
+            if any(isinstance(inner, Optimizer) and inner not in found for inner in tree_leaves(value)):
+                got = f"{type(o).__name__}, which leaves it to .{name}"
+                remedy = f"pass optimizer.{name}, or both in a list if the wrapper has a state of its own"
+                raise TeleportError("an optimizer that holds its state", got, remedy)
+    return found
 
 
 def _schedule(every: Any, generator: torch.Generator | None) -> tuple[Callable[[int], bool], str]:
@@ -202,4 +274,4 @@ def _schedule(every: Any, generator: torch.Generator | None) -> tuple[Callable[[
         listed = ", ".join(map(str, sorted(every)[:8])) + ", ..." * (len(every) > 8)
         return frozenset(every).__contains__, f"at steps {listed or 'none'}"
     expected = "a positive number of steps, a collection of steps, a probability below 1, or a callable of the step"
-    raise TeleportError(expected, repr(every), "pass every=500, every={0}, every=0.01 or every=lambda step: ...")
+    raise TeleportError(expected, repr(every), "pass every={0}, every=50, every=0.01 or every=lambda step: ...")

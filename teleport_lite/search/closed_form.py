@@ -19,6 +19,7 @@ from torch import Tensor
 
 from teleport_lite.functional import Params
 from teleport_lite.groups import GeneralLinear, PositiveScaling
+from teleport_lite.groups.base import wide
 from teleport_lite.objectives import Objective
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 from teleport_lite.symmetries.base import Product, Symmetry
@@ -84,7 +85,7 @@ def closed_form(
             alone = {name: tensors[name] if plain else tensors[name].clone() for (name,) in rows}
             xis = [[xi] for xi in sweep(alone)]
         for factors, elements in zip(zip(*parts, strict=True), xis, strict=True):
-            found |= {id(f): xi.to(tensors[f.names[0]]) for f, xi in zip(factors, elements, strict=True)}
+            found |= {id(f): xi.to(f.zeros(tensors)) for f, xi in zip(factors, elements, strict=True)}
     return tuple(found[id(f)] if id(f) in found else f.zeros(tensors) for f in symmetry)
 
 
@@ -104,7 +105,7 @@ def _alike(parts: list[list[NeuronSymmetry]], tensors: Params) -> Iterable[list[
     for part in parts:
         names = _names(part)
         places = [(f.group, [replace(leg, name=str(names.index(leg.name))) for leg in f.legs]) for f in part]
-        families[str(places), tuple(tensors[n].shape for n in names)].append(part)
+        families[str(places), tuple((tensors[n].shape, tensors[n].dtype) for n in names)].append(part)
     return families.values()
 
 
@@ -122,10 +123,11 @@ def _sweep_squares(
     """
     dims = {(leg.name, leg.dim) for f in factors for leg in f.legs}
     squares = {name: _summed_squares(tensors[name], {d for n, d in dims if n == name}) for name, _ in dims}
-    if not maximize:  # a corner is a choice of signs, a minimum is a number
-        squares = {name: s.double() for name, s in squares.items()}
+    dtype = wide(*(s.dtype for s in squares.values())) if maximize else torch.float64  # a corner is a choice of signs
+    squares = {name: s.to(dtype) for name, s in squares.items()}
     first = next(iter(squares.values()))
-    starts = radius * first.new_tensor([0.0, 1.0, -1.0] if maximize and len(factors) > 1 else [0.0])
+    signs = torch.arange(3 if maximize and len(factors) > 1 else 1, device=first.device)
+    starts = radius * ((signs + 1) % 3 - 1).to(first)  # 0, 1, -1
     vectors = {(name, dim): first.new_ones(len(starts), squares[name].shape[dim]) for name, dim in dims}
     xis = [starts[:, None] * (-1) ** k * first.new_ones(f.group.n) for k, f in enumerate(factors)]
 
@@ -154,11 +156,12 @@ def _sweep_squares(
         write(k, xi)
     for _ in range(sweeps):
         for k, factor in enumerate(factors):
-            totals: list[Tensor | float] = [0.0, 0.0]  # coefficients of e^{2 xi} and of e^{-2 xi}
+            totals = [torch.zeros_like(xis[k])] * 2  # coefficients of e^{2 xi} and of e^{-2 xi}
             for leg in factor.legs:
                 rest = contracted(leg.name, leg.dim) * vectors[leg.name, leg.dim]
                 rest = rest.narrow(1, leg.start, factor.group.n * leg.each) / stretch(xis[k], leg)
-                totals[leg.dual != gradients] += rest if leg.each == 1 else rest.unflatten(1, (-1, leg.each)).sum(2)
+                rest = rest if leg.each == 1 else rest.unflatten(1, (-1, leg.each)).sum(2)
+                totals[leg.dual != gradients] = totals[leg.dual != gradients] + rest
             group: Any = factor.group
             found = group.extremum(*totals, maximize=maximize, radius=radius).expand(len(starts), -1)
             write(k, found - xis[k])
@@ -175,31 +178,28 @@ def _sweep_tensors(
 
     Its own element g, a symmetric matrix, is undone on these small matrices A alone, which become A' with gA'g = A.
     """
-    wide = torch.float32 if maximize else torch.float64
-    state = {n: t.to(torch.promote_types(t.dtype, wide)) for n, t in tensors.items()}
+    dtype = wide(*(t.dtype for t in tensors.values())) if maximize else torch.float64
+    state = {n: t.to(dtype) for n, t in tensors.items()}
     xis = [f.zeros(state) for f in factors]
     elements = [(f.group.exp(xi), f.group.exp(xi)) for f, xi in zip(factors, xis, strict=True)]  # and their inverses
     for _ in range(sweeps):
         for k, factor in enumerate(factors):
             group: Any = factor.group
             g, inverse = elements[k]
-            totals: list[Tensor | float] = [0.0, 0.0]
+            totals = [torch.zeros_like(xis[k])] * 2
             for leg in factor.legs:
-                totals[leg.dual != gradients] += group.gram(factor.axis(state[leg.name], leg), 0)
-            up, down = (_both_sides(h, t) for h, t in zip((inverse, g), totals, strict=True))
+                gram = group.gram(factor.axis(state[leg.name], leg), 0)
+                totals[leg.dual != gradients] = totals[leg.dual != gradients] + gram
+            up, down = (
+                h @ t @ h if isinstance(group, GeneralLinear) else h * t * h
+                for h, t in zip((inverse, g), totals, strict=True)
+            )
             xis[k] = group.extremum(up, down, maximize=maximize, radius=radius)
             elements[k] = new, new_inverse = group.exp(torch.stack([xis[k], -xis[k]])).unbind()
             steps = group.compose(new, inverse), group.compose(new_inverse, g)
             for leg in factor.legs:
                 factor.multiply_(steps[leg.dual != gradients], state[leg.name], leg)
     return xis
-
-
-def _both_sides(h: Tensor, total: Tensor | float) -> Tensor | float:
-    """The Gram matrix of what is multiplied by h, or the squared lengths, where h is a vector of scalings."""
-    if not isinstance(total, Tensor):
-        return total
-    return h @ total @ h if h.ndim > 1 else h * total * h
 
 
 def _summed_squares(tensor: Tensor, dims: set[int]) -> Tensor:

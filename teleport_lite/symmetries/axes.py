@@ -58,7 +58,7 @@ class NeuronSymmetry(Symmetry):
         self.monomial = isinstance(group, (PositiveScaling, Signs, Permutation))
 
     def move(self, params, xi):
-        return self._apply(params, self.group.exp(xi), self.group.exp(self.group.dual(xi)))
+        return self._apply(params, *self.group.pair(xi))
 
     def _apply(self, params: Params, g: Tensor, dual: Tensor) -> Params:
         """The entries in `names`, with `g` applied to the legs that are not dual and `dual` to those that are."""
@@ -83,7 +83,7 @@ class NeuronSymmetry(Symmetry):
     def spread(self, tensors, xi, entry, *, dual=True, params=None):
         self.check(tensors)
         self._check_coordinates(tensors, xi)
-        pair = self.group.exp(xi), self.group.exp(self.group.dual(xi))
+        pair = self.group.pair(xi)
         if not isinstance(self.group, Permutation):  # whose entries are 0 and 1
             pair = entry(pair[0]), entry(pair[1])
         return {**tensors, **self._apply(tensors, *(reversed(pair) if dual else pair))}

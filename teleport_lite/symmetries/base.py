@@ -6,7 +6,7 @@ A new symmetry gives its `group`, the `names` of the parameters that it moves, a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,9 +158,12 @@ class Symmetry(ABC):
         """Refuse parameters that the action cannot move.
 
         Raises:
+            TeleportError: when `params` is no dictionary.
             UnknownNameError: when a moved parameter is missing.
             ParameterError: when a moved parameter is not of a real floating-point type.
         """
+        if not isinstance(params, Mapping):
+            raise TeleportError("parameters by name", type(params).__name__, "pass dict(model.named_parameters())")
         for name in self.names:
             if name not in params:
                 raise UnknownNameError("parameter", name, params)
@@ -175,8 +178,9 @@ class Symmetry(ABC):
             raise ShapeError("xi", tuple(expected.shape), got, "take xi from sample or zeros")
 
     def _like(self, params: Params) -> Tensor:
+        """The moved parameter of the widest type: in that one `xi` lives."""
         self.check(params)
-        return params[self.names[0]]
+        return max((params[name] for name in self.names), key=lambda p: torch.finfo(p.dtype).bits)
 
     def __str__(self) -> str:
         return ", ".join(self.names)
@@ -192,6 +196,9 @@ class Product(Symmetry, Sequence):
         factors: the symmetries; products among them are flattened.
         reasons: why something was left out, for people to read.
 
+    Raises:
+        TeleportError: when a factor is no symmetry.
+
     >>> Product([])
     Product of 0 symmetries, dim 0
     """
@@ -200,6 +207,9 @@ class Product(Symmetry, Sequence):
         self.factors: tuple[Symmetry, ...] = tuple(
             leaf for f in factors for leaf in (f.factors if isinstance(f, Product) else (f,))
         )
+        for factor in self.factors:
+            if not isinstance(factor, Symmetry):
+                raise TeleportError("symmetries as factors", repr(factor), "pass what teleport_lite.symmetries makes")
         self.reasons = tuple(reasons)
         self.names = tuple(dict.fromkeys(name for f in self.factors for name in f.names))
         self.exact = all(f.exact for f in self.factors)
@@ -297,7 +307,41 @@ def check_radius(radius: float) -> float:
     Raises:
         TeleportError: otherwise.
     """
-    if not 0 < radius < float("inf"):
+    number = isinstance(radius, (int, float, Tensor)) and not isinstance(radius, bool)
+    if not number or not 0 < radius < float("inf"):
         remedy = "the gradient norm has no maximum on an unbounded orbit: pass radius=1.0"
-        raise TeleportError("a positive finite radius", radius, remedy)
+        raise TeleportError("a positive finite radius", repr(radius), remedy)
     return float(radius)
+
+
+def check_symmetry(symmetry: object) -> Product:
+    """`symmetry` as a product.
+
+    Raises:
+        TeleportError: when it is no symmetry.
+
+    >>> check_symmetry("gradient_norm")
+    Traceback (most recent call last):
+    teleport_lite.errors.TeleportError: expected a symmetry, got 'gradient_norm'; pass what find_symmetries gives; \
+the objective is passed as objective=...
+    """
+    if isinstance(symmetry, Product):
+        return symmetry
+    if isinstance(symmetry, Symmetry):
+        return Product([symmetry])
+    listed = isinstance(symmetry, (list, tuple)) and all(isinstance(f, Symmetry) for f in symmetry)
+    remedy = "pass what find_symmetries gives; the objective is passed as objective=..."
+    got = f"a {type(symmetry).__name__} of symmetries" if listed else repr(symmetry)
+    raise TeleportError("a symmetry", got, "pass tl.Product(...) of them" if listed else remedy)
+
+
+def check_generator(generator: object) -> torch.Generator | None:
+    """`generator` when it is one, or None.
+
+    Raises:
+        TeleportError: otherwise.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    seed = generator if isinstance(generator, int) else 0
+    raise TeleportError("a torch.Generator", repr(generator), f"pass torch.Generator().manual_seed({seed})")
