@@ -14,6 +14,7 @@ from torch import nn
 
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.propose import solve_and_verify
+from teleport_lite.discovery.solve import reasons as reasons_of
 from teleport_lite.discovery.verify import Verifier, as_call, perturb, tensors_of, unfused
 from teleport_lite.errors import EmptyModelError, TeleportError
 from teleport_lite.functional import Params
@@ -82,9 +83,15 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
         seen.finish(outputs)
         factors, reasons = solve_and_verify(seen, check)
     moved = {(leg.name, leg.dim) for f in factors for leg in f.legs}
-    still = [s for s in seen.slots if s[1] == 0 and params[s[0]].ndim > 1 and s[0] in seen.used and s[:2] not in moved]
+    still = [
+        s
+        for s in seen.parameter_axes
+        if s[1] == 0 and params[s[0]].ndim > 1 and s[0] in seen.used and s[:2] not in moved
+    ]
     whys: dict[str, list[str]] = defaultdict(list)
-    for (name, _, _), why in zip(still, seen.book.reasons([seen.slots[s] for s in still]), strict=True):
+    for (name, _, _), why in zip(
+        still, reasons_of(seen.constraints, [seen.parameter_axes[s] for s in still]), strict=True
+    ):
         if why and not (factors and why == RETURNED):
             whys[why].append(name)
     reasons += [f"rows of {', '.join(names)}: {why}" for why, names in whys.items()]

@@ -63,18 +63,18 @@ class Propagation(TorchDispatchMode):
     """The constraints that a run of a model puts on the axes of `params`.
 
     Attributes:
-        book: the constraints.
-        slots: for each axis of each parameter its labels; an axis is a parameter, a dimension and a number of groups.
+        constraints: what the run writes down.
+        parameter_axes: for each axis of each parameter its labels; an axis is a parameter, a dimension and a number of groups.
         used: names of the parameters that took part.
-        strange: operations without a rule.
+        unsupported_ops: operations without a rule.
     """
 
     def __init__(self, params: dict[str, Tensor]) -> None:
         super().__init__()
-        self.book = Constraints()
-        self.slots: dict[tuple[str, int, int], Tensor] = {}
+        self.constraints = Constraints()
+        self.parameter_axes: dict[tuple[str, int, int], Tensor] = {}
         self.used: set[str] = set()
-        self.strange: dict[str, None] = {}
+        self.unsupported_ops: dict[str, None] = {}
         self._names = {id(p): name for name, p in params.items()}
         self._labels: dict[int, Labels] = {}
         self._alive: list[Tensor] = list(params.values())  # so that no `id` is used twice
@@ -83,8 +83,8 @@ class Propagation(TorchDispatchMode):
         for name, p in params.items():
             own = self._labels[id(p)] = []
             for dim in (d for d in range(p.ndim) if p.ndim <= 2 or p.shape[d] > 1):
-                labels = self.book.fresh(*(p.shape[dim] if d == dim else 1 for d in range(p.ndim)))
-                self.slots[name, dim, 1] = labels.reshape(-1)
+                labels = self.constraints.fresh(*(p.shape[dim] if d == dim else 1 for d in range(p.ndim)))
+                self.parameter_axes[name, dim, 1] = labels.reshape(-1)
                 own.append(labels)
 
     def of(self, tensor: Any) -> Labels:
@@ -93,9 +93,9 @@ class Propagation(TorchDispatchMode):
 
     def freeze(self, name: str, why: str) -> None:
         """Keep a parameter where it is."""
-        for (owner, _, _), labels in list(self.slots.items()):
+        for (owner, _, _), labels in list(self.parameter_axes.items()):
             if owner == name:
-                self.book.still(labels, why, SCALE | SIGN | PERM)
+                self.constraints.fix(labels, why, SCALE | SIGN | PERM)
 
     def finish(self, outputs: list[Tensor]) -> None:
         """What the model returns stays as it is."""
@@ -145,7 +145,7 @@ class Propagation(TorchDispatchMode):
                 return rule(name, func, args, kwargs, out)
         except Exception:  # arguments that the rule does not foresee
             pass
-        self.strange[name] = None
+        self.unsupported_ops[name] = None
         for t in tree_leaves((args, kwargs)):
             self._stop(self.of(t), f"{name} is not understood")
         return []
@@ -168,25 +168,7 @@ class Propagation(TorchDispatchMode):
 
     def _stop(self, labels: Labels, why: str, systems: int = SCALE | SIGN | PERM) -> None:
         for a in labels:
-            self.book.still(a, why, systems)
-
-    def _one(self, labels: Labels) -> Any:
-        """Several labels that vary along the same dimensions, as one; None when there is none."""
-        if not labels:
-            return None
-        first, *rest = labels
-        for a in rest:
-            first = self.book.total(first, a)
-        return first
-
-    def _merged(self, labels: Tensor, dims: list[int]) -> Tensor:
-        """Entries that differ only along `dims` made to move in the same way."""
-        for d in dims:
-            if labels.shape[d] > 1:
-                first = labels.narrow(d, 0, 1)
-                self.book.same(first, labels.narrow(d, 1, labels.shape[d] - 1))
-                labels = first
-        return labels
+            self.constraints.fix(a, why, systems)
 
     def _overwrite(self, tensor: Tensor, new: Labels) -> None:
         """A tensor in memory that others may see too: what is written has to move as what was there."""
@@ -198,11 +180,11 @@ class Propagation(TorchDispatchMode):
         if len(old) == len(new) and all(a is b or torch.equal(a, b) for a, b in zip(old, new, strict=True)):
             return
         for cluster in _clusters([old, new]):
-            a, b = (self._one(part) for part in cluster)
+            a, b = (self.constraints.sum_labels(part) for part in cluster)
             if a is None or b is None:
                 self._stop([x for x in (a, b) if x is not None], "they are written over a constant")
             else:
-                self.book.same(a, b)
+                self.constraints.equate(a, b)
 
     def _told_apart_by(self, constant: Tensor, labels: Tensor) -> None:
         """Entries that a constant multiplies or shifts differently."""
@@ -218,7 +200,7 @@ class Propagation(TorchDispatchMode):
             )
             constant = (constant * weights.to(constant)).sum(rest, keepdim=True)
         _, colours = constant.reshape(-1).unique(return_inverse=True)
-        self.book.apart(labels, colours.reshape(constant.shape).cpu())
+        self.constraints.distinguish(labels, colours.reshape(constant.shape).cpu())
 
     # -- rules: each gives the labels of the results
 
@@ -232,7 +214,7 @@ class Propagation(TorchDispatchMode):
         found: list[Labels] = [[] for _ in outputs]
         clusters = [[[a]] for a in self.of(inputs[0])] if len(inputs) == 1 else _clusters([self.of(t) for t in inputs])
         for cluster in clusters:
-            parts = [self._one(part) for part in cluster]
+            parts = [self.constraints.sum_labels(part) for part in cluster]
             full = [
                 (torch.zeros(1, dtype=torch.int64) if a is None else a).expand(self._shapes[id(t)])
                 for a, t in zip(parts, inputs, strict=True)
@@ -265,7 +247,7 @@ class Propagation(TorchDispatchMode):
         joint = self._nature(func, leaves, spec, bearers)
         found: Labels = []
         for cluster in _clusters([labels[i] for i in bearers]):
-            parts = [self._one(part) for part in cluster]
+            parts = [self.constraints.sum_labels(part) for part in cluster]
             there = [a for a in parts if a is not None]
             shape = torch.broadcast_shapes(*(a.shape for a in there))
             for t in [*constants, *(leaves[i] for i, a in zip(bearers, parts, strict=True) if a is None)]:
@@ -273,26 +255,26 @@ class Propagation(TorchDispatchMode):
                     if any(leaves[i] is t for i in bearers):  # known only to vary
                         offset = ndim - t.ndim
                         if any(d >= offset and t.shape[d - offset] > 1 for d in range(ndim) if a.shape[d] > 1):
-                            self.book.apart(a)
+                            self.constraints.distinguish(a)
                     else:
                         self._told_apart_by(t, a)
             if product:
                 a, b = parts
                 b = negative(b) if b is not None and name == "div" else b
                 if a is not None and b is not None:
-                    out_labels = self.book.total(a, b)
-                    self.book.apart(out_labels, systems=MIX)
+                    out_labels = self.constraints.sum_of(a, b)
+                    self.constraints.distinguish(out_labels, systems=MIX)
                     for x in there:
-                        self.book.apart(x, systems=MIX)
+                        self.constraints.distinguish(x, systems=MIX)
                 else:
                     out_labels = a if a is not None else b
                 found.append(out_labels)
                 continue
             for a in there[1:]:
-                self.book.same(there[0], a, PERM)
+                self.constraints.equate(there[0], a, PERM)
             if not joint.linear:
                 for a in there:
-                    self.book.apart(a, systems=MIX)
+                    self.constraints.distinguish(a, systems=MIX)
             real = [i for i in bearers if leaves[i].is_floating_point()] or bearers  # a mask is not multiplied
             there = [a for i, a in zip(bearers, parts, strict=True) if a is not None and i in real] or there
             natures = joint if len(there) == len(real) else Nature("still", "still", joint.linear)
@@ -310,16 +292,16 @@ class Propagation(TorchDispatchMode):
             if len(real) > 1 and natures.scale == "free":
                 natures = Nature("still", "still", natures.linear)
             if "free" in (natures.scale, natures.sign):
-                keeper = self.book.fresh(*shape)
-                self.book.same(keeper, there[0], PERM)
+                keeper = self.constraints.fresh(*shape)
+                self.constraints.equate(keeper, there[0], PERM)
             for system, how in ((SCALE, natures.scale), (SIGN, natures.sign)):
                 word = "rescaling" if system == SCALE else "flipping"
                 if how == "same":
                     for a in there:
-                        self.book.same(keeper, a, system)
+                        self.constraints.equate(keeper, a, system)
                 else:
                     for a in [keeper, *(there if how == "still" else [])]:
-                        self.book.still(a, f"{name} does not commute with {word} them", system)
+                        self.constraints.fix(a, f"{name} does not commute with {word} them", system)
             found.append(_compact(keeper))
         return [found]
 
@@ -382,20 +364,20 @@ class Propagation(TorchDispatchMode):
             lone = [x for x in labels if x.numel() == 1] if k == 1 else []
             for x in labels:
                 if x.shape[inner] > 1 or any(x is y for y in (lone if sizes[side] > 1 else lone[-1:])):
-                    summed[side].append(self._merged(x, [outer]).movedim(inner, 1))
+                    summed[side].append(self.constraints.tie_along(x, [outer]).movedim(inner, 1))
                 else:
                     out.append(x)
-        left, right = (self._one(part) for part in summed)
+        left, right = (self.constraints.sum_labels(part) for part in summed)
         self._contracted(left, right)
         for x in [*(y for y in (left, right) if y is not None), *out]:
             if x.shape[0] > 1:
-                self.book.apart(x, torch.arange(x.shape[0]).reshape(-1, 1, 1))
+                self.constraints.distinguish(x, torch.arange(x.shape[0]).reshape(-1, 1, 1))
         return out
 
     def _contracted(self, a: Tensor | None, b: Tensor | None) -> None:
         """Two axes that are summed over together move inversely to each other."""
         if a is not None and b is not None:
-            self.book.same(a, negative(b))
+            self.constraints.equate(a, negative(b))
         else:
             self._stop([x for x in (a, b) if x is not None], "what they are multiplied with is fixed")
 
@@ -438,13 +420,13 @@ class Propagation(TorchDispatchMode):
             return labels
         found: Labels = []
         for cluster in _clusters([labels, [fit(a) for a in self.of(bias)]]):
-            a, b = (self._one(part) for part in cluster)
+            a, b = (self.constraints.sum_labels(part) for part in cluster)
             if a is not None and b is not None:
-                self.book.same(a, b)
+                self.constraints.equate(a, b)
             elif a is not None and bool(bias.any()):
                 self._stop([a], "a constant is added to them", SCALE | SIGN)
                 self._told_apart_by(fit(bias), a)
-                self.book.apart(a, systems=MIX)
+                self.constraints.distinguish(a, systems=MIX)
             elif b is not None and not zero:
                 self._stop([b], "they are added to what is fixed")
             found += [x for x in (a, b) if x is not None and (x is a or zero)]
@@ -470,9 +452,11 @@ class Propagation(TorchDispatchMode):
         coming: Labels = []
         rest: Labels = []
         for a in self.of(x):
-            (coming if a.shape[1] > 1 or (channels == 1 and a.numel() == 1) else rest).append(self._merged(a, spatial))
+            (coming if a.shape[1] > 1 or (channels == 1 and a.numel() == 1) else rest).append(
+                self.constraints.tie_along(a, spatial)
+            )
         self._stop([a for a in rest if a.numel() > 1], "convolution", SCALE | SIGN | PERM)
-        arriving = self._one([self._merged(a, [0]).reshape(-1) for a in coming])
+        arriving = self.constraints.sum_labels([self.constraints.tie_along(a, [0]).reshape(-1) for a in coming])
         inner, outer = (0, 1) if transposed else (1, 0)
         sides: dict[int, Labels] = {0: [], 1: []}
         for a in self.of(weight):
@@ -482,7 +466,7 @@ class Propagation(TorchDispatchMode):
             else:
                 side = vary[0] if vary else inner if weight.shape[inner] == 1 and not sides[inner] else outer
                 sides[side].append(a.reshape(-1))
-        within, leaving = self._one(sides[inner]), self._one(sides[outer])
+        within, leaving = self.constraints.sum_labels(sides[inner]), self.constraints.sum_labels(sides[outer])
         if groups > 1:  # dimension 1 of the weight has a label for each group
             slot = self._grouped(weight, groups)
             shared = leaving if transposed else within
@@ -492,11 +476,11 @@ class Propagation(TorchDispatchMode):
             depthwise = channels == groups == out.shape[1]
             for axis in (arriving, within, leaving):
                 if axis is not None and not depthwise:
-                    self.book.apart(axis, torch.arange(axis.numel()) // (axis.numel() // groups))
+                    self.constraints.distinguish(axis, torch.arange(axis.numel()) // (axis.numel() // groups))
                 elif axis is not None:
-                    self.book.apart(axis, systems=MIX)
+                    self.constraints.distinguish(axis, systems=MIX)
             if depthwise and arriving is not None and leaving is not None:
-                self.book.same(arriving, leaving, PERM)
+                self.constraints.equate(arriving, leaving, PERM)
             elif not depthwise and slot is not None:
                 self._stop([slot], "groups", PERM)
         self._contracted(arriving, within)
@@ -507,25 +491,25 @@ class Propagation(TorchDispatchMode):
         name = self._names.get(id(weight))
         if name is None:
             return None
-        if (name, 1, groups) not in self.slots:
-            self.slots[name, 1, groups] = self.book.fresh(groups * weight.shape[1])
-        return self.slots[name, 1, groups]
+        if (name, 1, groups) not in self.parameter_axes:
+            self.parameter_axes[name, 1, groups] = self.constraints.fresh(groups * weight.shape[1])
+        return self.parameter_axes[name, 1, groups]
 
     def _normal(
         self, labels: Labels, gain: Tensor | None, shift: Tensor | None, fit: Callable[[Tensor], Tensor]
     ) -> Labels:
         """Labels after a norm with a gain and a shift, which `fit` makes broadcast."""
-        starts = self._one([fit(a) for a in self.of(gain)])
+        starts = self.constraints.sum_labels([fit(a) for a in self.of(gain)])
         found: Labels = []
         for a in labels:
             self._stop([a], "they are normalised", SCALE | SIGN)
-            self.book.apart(a, systems=MIX)
+            self.constraints.distinguish(a, systems=MIX)
             if gain is None or starts is None or not _meet(a, starts):
                 found.append(a)
             else:
-                self.book.same(a, starts, PERM)
+                self.constraints.equate(a, starts, PERM)
         if starts is not None:
-            self.book.apart(starts, systems=MIX)
+            self.constraints.distinguish(starts, systems=MIX)
             if not any(_meet(a, starts) for a in labels):
                 self._stop([starts], "they meet different data", PERM)
             found.append(starts)
@@ -538,7 +522,7 @@ class Propagation(TorchDispatchMode):
         x, gain, shift, mean, var = args[:5]
         training = args[5] if isinstance(args[5], bool) else False
         fit = _second(x)
-        labels = [self._merged(a, list(range(2, x.ndim))) for a in self.of(x)]
+        labels = [self.constraints.tie_along(a, list(range(2, x.ndim))) for a in self.of(x)]
         for a in labels if not training else ():
             for constant in (mean, var):
                 self._told_apart_by(fit(constant), a)
@@ -557,20 +541,20 @@ class Propagation(TorchDispatchMode):
     def _op_native_group_norm(self, name, func, args, kwargs, out) -> list[Labels]:
         x, gain, shift, groups = args[0], args[1], args[2], args[6]
         fit = _second(x)
-        labels = [self._merged(a, list(range(2, x.ndim))) for a in self.of(x)]
+        labels = [self.constraints.tie_along(a, list(range(2, x.ndim))) for a in self.of(x)]
         for a in labels:
-            self.book.apart(a, fit(torch.arange(x.shape[1]) // (x.shape[1] // groups)), PERM)
+            self.constraints.distinguish(a, fit(torch.arange(x.shape[1]) // (x.shape[1] // groups)), PERM)
         return [self._normal(labels, gain, shift, fit)]
 
     def _space(self, name, func, args, kwargs, out) -> list[Labels]:
         """Pooling, resizing and padding: the same for all channels."""
         n = int(SPACE.fullmatch(name)[1])  # type: ignore[index]
         x = args[0]
-        found = [self._merged(a, list(range(x.ndim - n, x.ndim))) for a in self.of(x)]
+        found = [self.constraints.tie_along(a, list(range(x.ndim - n, x.ndim))) for a in self.of(x)]
         if "max" in name:
             for a in found:
-                self.book.still(a, "the maximum does not commute with flipping them", SIGN)
-                self.book.apart(a, systems=MIX)
+                self.constraints.fix(a, "the maximum does not commute with flipping them", SIGN)
+                self.constraints.distinguish(a, systems=MIX)
         return [found]
 
     def _op_constant_pad_nd(self, name, func, args, kwargs, out) -> list[Labels]:
@@ -588,7 +572,7 @@ class Propagation(TorchDispatchMode):
         labels = self.of(args[0])
         self._stop(labels, "softmax does not commute with rescaling them", SCALE | SIGN)
         for a in labels:
-            self.book.apart(a, systems=MIX)
+            self.constraints.distinguish(a, systems=MIX)
         return [labels]
 
     def _reduce(self, name, func, args, kwargs, out) -> list[Labels]:
@@ -605,16 +589,18 @@ class Propagation(TorchDispatchMode):
         for a in self.of(x):
             if any(a.shape[d] > 1 for d in dims):
                 self._stop([a], f"{name} goes over them", SCALE | SIGN)
-                self.book.apart(a, systems=MIX)
+                self.constraints.distinguish(a, systems=MIX)
                 if any(a.shape[d] > 1 for d in kept):
                     places = torch.arange(torch.Size([a.shape[d] for d in kept]).numel())
-                    self.book.apart(a, places.reshape([a.shape[d] if d in kept else 1 for d in range(x.ndim)]), PERM)
+                    self.constraints.distinguish(
+                        a, places.reshape([a.shape[d] if d in kept else 1 for d in range(x.ndim)]), PERM
+                    )
                 continue
             if name not in ("sum", "mean"):
-                self.book.still(a, f"{name} does not commute with flipping them", SIGN)
-                self.book.apart(a, systems=MIX)
+                self.constraints.fix(a, f"{name} does not commute with flipping them", SIGN)
+                self.constraints.distinguish(a, systems=MIX)
                 if name not in ("amax", "amin", "max", "min", "std", "linalg_vector_norm", "norm"):
-                    self.book.still(a, f"{name} does not commute with rescaling them", SCALE)
+                    self.constraints.fix(a, f"{name} does not commute with rescaling them", SCALE)
             result = tree_leaves(out)[0]
             found.append(a if result.ndim == x.ndim else a.squeeze(dims))
         return [found, found]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from teleport_lite.discovery.constraints import MIX, PERM
 from teleport_lite.discovery.propagate import Propagation
+from teleport_lite.discovery.solve import signatures, solve_permutations, solve_scalings, solve_signs
 from teleport_lite.discovery.verify import TOLERANCE, Verifier, distance
 from teleport_lite.groups import GeneralLinear, Group, Permutation, PositiveScaling, Signs
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
@@ -32,17 +33,17 @@ class _Entry:
 def solve_and_verify(seen: Propagation, check: Verifier) -> tuple[list[NeuronSymmetry], list[str]]:
     """Propose what solves the constraints, and verify it."""
     axes = [a for a in _axes(seen) if a[0] in seen.used]
-    reasons: list[str] = [f"{op} is not understood: what it reads stays as it is" for op in seen.strange]
+    reasons: list[str] = [f"{op} is not understood: what it reads stays as it is" for op in seen.unsupported_ops]
 
     def drop(symmetry: NeuronSymmetry, error: float) -> None:
         reasons.append(f"{symmetry}: {symmetry.group} changes the outputs, by {error:.1e} relative")
 
     found: list[NeuronSymmetry] = []
     covered: set[tuple[int, int]] = set()
-    for second in (False, True) if seen.book.totals else (False,):
-        classes, inverse = seen.book.scalings(signed=True, second=second)
+    for zero_products in (False, True) if seen.constraints.sums else (False,):
+        classes, inverse = solve_scalings(seen.constraints, zero_products)
         entries = _entries(axes, classes, inverse)
-        single = _proposals(axes, entries, GeneralLinear, seen.book.kinds(classes, MIX), classes, reasons)
+        single = _proposals(axes, entries, GeneralLinear, signatures(seen.constraints, classes, MIX), classes, reasons)
         mixed = [s for s in _side_by_side([s for s in single if s.group.n > 1]) if s not in found]
         kept = check.keep(mixed, lambda *_: None)
         kept += check.keep([part for s in mixed if s not in kept for part in _apart(s)], lambda *_: None)
@@ -50,10 +51,13 @@ def solve_and_verify(seen: Propagation, check: Verifier) -> tuple[list[NeuronSym
         rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.places)}
         scaled = [s for s in _proposals(axes, rest, PositiveScaling, None, classes, reasons) if s not in found]
         found += kept + check.keep(scaled, drop)
-    flips, inverse = seen.book.scalings(signed=False)
-    orders = seen.book.permutations()
-    for kind, classes, kinds in ((Signs, flips, None), (Permutation, orders, seen.book.kinds(orders, PERM))):
-        entries = _entries(axes, classes, torch.zeros_like(inverse))
+    flips = solve_signs(seen.constraints)
+    orders = solve_permutations(seen.constraints)
+    for kind, classes, kinds in (
+        (Signs, flips, None),
+        (Permutation, orders, signatures(seen.constraints, orders, PERM)),
+    ):
+        entries = _entries(axes, classes, torch.zeros_like(classes, dtype=torch.bool))
         rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.places)}
         proposals = list(_proposals(axes, rest, kind, kinds, classes, reasons))
         found += check.keep([s for s in proposals if kind is Signs or s.group.n > 1], drop)
@@ -75,9 +79,9 @@ Axis = tuple[str, int, int, Tensor]  # parameter, dimension, groups, labels
 def _axes(seen: Propagation) -> list[Axis]:
     """All axes of all parameters, in order; that of a depthwise convolution's inputs lies along dimension 0."""
     axes: list[Axis] = []
-    for (name, dim, groups), labels in seen.slots.items():
+    for (name, dim, groups), labels in seen.parameter_axes.items():
         if groups > 1 and len(labels) == groups:
-            axes.append((name, 0, 1, labels.repeat_interleave(len(seen.slots[name, 0, 1]) // groups)))
+            axes.append((name, 0, 1, labels.repeat_interleave(len(seen.parameter_axes[name, 0, 1]) // groups)))
         else:
             axes.append((name, dim, groups, labels))
     return axes
