@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -16,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import teleport_lite as tl
 from teleport_lite import geometry, objectives
-from teleport_lite.errors import TeleportError
+from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.functional import loss_of
 from teleport_lite.groups import PositiveScaling
 from teleport_lite.objectives import Problem
@@ -470,8 +472,48 @@ def test_trace_and_eigenvalues_are_those_of_the_matrix(generator):
     assert torch.allclose(values, torch.linalg.eigvalsh(hessian).flip(0)[:3], rtol=1e-8)
     trace = tl.hessian_trace(model, loss_fn, samples=2000, generator=generator)
     assert float(trace) == pytest.approx(float(hessian.trace()), rel=0.05)
-    with pytest.raises(TeleportError, match="count"):
-        tl.hessian_eigenvalues(model, loss_fn, 26)
+    assert torch.allclose(tl.hessian_eigenvalues(model, loss_fn, 26), torch.linalg.eigvalsh(hessian).flip(0), atol=1e-9)
+    for count in (0, 27):
+        with pytest.raises(TeleportError, match="count"):
+            tl.hessian_eigenvalues(model, loss_fn, count)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize(
+    "spectrum",
+    [[9.0] * 3 + [4.0] * 3, [9.0, 8.9999, 9.0], [1.0] * 60, [-1.0, 1.0], [0.0], range(60), [1e-9, 5e-9]],
+    ids=["multiple", "near", "identity", "both signs", "zero", "spread", "small"],
+)
+def test_eigenvalues_of_large_matrices_are_found_as_often_as_they_occur(spectrum, count, generator):
+    """Sixty parameters are more than the vectors that the method holds."""
+    eigenvalues = torch.tensor([*spectrum, *[-3e-9] * 60][:60], dtype=DOUBLE)
+    q = torch.linalg.qr(torch.randn(60, 60, generator=generator, dtype=DOUBLE)).Q
+    matrix = q * eigenvalues @ q.T
+
+    def loss_fn(net):
+        w = net.weight.flatten() if isinstance(net, nn.Module) else net(torch.eye(60, dtype=DOUBLE)).flatten()
+        return 0.5 * w @ matrix @ w
+
+    found = tl.hessian_eigenvalues(nn.Linear(60, 1, bias=False, dtype=DOUBLE), loss_fn, count, generator=generator)
+    expected = eigenvalues.sort(descending=True).values[:count]
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12 * float(eigenvalues.abs().max()))
+
+
+def test_eigenvalues_in_float32_and_of_a_loss_without_second_derivatives(generator):
+    model, x = mlp([6, 9, 3], nn.Tanh()), torch.randn(20, 6, generator=generator, dtype=DOUBLE)
+    hessian = dense_hessian(loss_of(model, lambda net: net(x).exp().mean()), params_of(model))
+    found = tl.hessian_eigenvalues(model.float(), lambda net: net(x.float()).exp().mean(), 4, generator=generator)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), torch.linalg.eigvalsh(hessian).flip(0)[:4], rtol=1e-4)
+    with pytest.raises(LossError, match="finite second derivatives"):
+        tl.hessian_eigenvalues(model, lambda net: (net(x.float()) * 0).square().sum().sqrt() + net(x.float()).sum(), 1)
+
+
+def test_the_hessian_needs_no_scipy():
+    code = "import sys; sys.modules['scipy'] = None; import torch, teleport_lite as tl; m = torch.nn.Linear(3, 1)\n"
+    code += "print(tl.hessian_eigenvalues(m, lambda net: net(torch.eye(3)).square().sum()).round(decimals=4).item())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == 8.0  # of 2 [[I, 1], [1', 3]]
 
 
 # --- objectives -------------------------------------------------------------------------------------------------------

@@ -6,10 +6,19 @@ All is measured through losses, gradients and Hessian-vector products, on the mo
 from teleport_lite.geometry.conserved import conserved_quantities
 from teleport_lite.geometry.curvature import curvature, kappa, mean_kappa, sample_curves, scaling_kappas
 from teleport_lite.geometry.hessian import hessian_eigenvalues, hessian_trace, sign_probes
-from teleport_lite.geometry.sharpness import RADII, losses_around, mean_loss_around, sharpness, unit_directions
+from teleport_lite.geometry.sharpness import (
+    RADII,
+    Directions,
+    losses_around,
+    mean_loss_around,
+    runs_under_vmap,
+    sharpness,
+    unit_directions,
+)
 
 __all__ = [
     "RADII",
+    "Directions",
     "conserved_quantities",
     "curvature",
     "hessian_eigenvalues",
@@ -18,6 +27,7 @@ __all__ = [
     "losses_around",
     "mean_kappa",
     "mean_loss_around",
+    "runs_under_vmap",
     "sample_curves",
     "scaling_kappas",
     "sharpness",
