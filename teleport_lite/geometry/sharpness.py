@@ -120,8 +120,8 @@ def mean_loss_around(
         directions: by name, [directions, ...], or drawn when needed.
         radii: how far to go along each.
         chunk_size: how many directions at once.
-        one_by_one: whether to evaluate one point after the other, or all of a chunk by `vmap`; by default the second,
-            where both are tried and agree.
+        one_by_one: whether to evaluate one point after the other, or all of a chunk by `vmap`; by default as
+            `goes_one_by_one` says.
 
     Raises:
         LossError: when the loss changes from call to call.
@@ -130,7 +130,7 @@ def mean_loss_around(
     if not len(radii) or (chunk_size is not None and chunk_size < 1):
         raise TeleportError("a radius, and a positive chunk_size", f"{radii} and {chunk_size}", "pass radii=[0.1]")
     if one_by_one is None:
-        one_by_one = chunk_size == 1 or not runs_under_vmap(loss, params, max(map(float, radii)))
+        one_by_one = goes_one_by_one(loss, params, radii, chunk_size)
     count = len(directions) if isinstance(directions, Directions) else len(next(iter(directions.values())))
     size = chunk_size or (1 if one_by_one else count)
 
@@ -150,26 +150,31 @@ def mean_loss_around(
     return torch.stack(parts).sum() / (count * len(radii))
 
 
-def runs_under_vmap(loss: Loss, params: Params, radius: float) -> bool:
-    """Whether `losses_around` gives what single evaluations give, tried at two points.
+def goes_one_by_one(loss: Loss, params: Params, radii: Sequence[float], chunk_size: int | None = None) -> bool:
+    """Whether points are evaluated one after the other: as asked for by chunks of 1, or because `vmap` cannot run it.
+
+    It is tried at two points, and has to give what single evaluations give.
 
     Raises:
         LossError: when the loss changes from call to call.
     """
-    params = {name: p.detach() for name, p in params.items()}
+    params, radius = {name: p.detach() for name, p in params.items()}, max(map(float, radii))
     d = Directions(params, 1, generator=torch.Generator().manual_seed(0))[:]
-    radii = (radius, radius / 2)
     with torch.no_grad():
-        a, b, again = (check_scalar(loss(_moved(params, {n: x[0] for n, x in d.items()}, t))) for t in (*radii, radius))
+        a, b, again = (
+            check_scalar(loss(_moved(params, {n: x[0] for n, x in d.items()}, t))) for t in (radius, radius / 2, radius)
+        )
         rtol = min(1e4 * torch.finfo(a.dtype).eps, 1e-2)
         if not torch.allclose(a, again, rtol=rtol, equal_nan=True):
             got, remedy = f"{float(a):.6g} and {float(again):.6g} at the same parameters", "fix its random numbers"
             raise LossError("a deterministic loss", got, remedy)
+        if chunk_size == 1:
+            return True
         try:
-            found = losses_around(loss, params, d, _on(params, radii))[0]
+            found = losses_around(loss, params, d, _on(params, (radius, radius / 2)))[0]
         except Exception:  # of many kinds; an error that does not come from vmap comes again without it
-            return False
-    return torch.allclose(found, torch.stack([a, b]), rtol=rtol, equal_nan=True)
+            return True
+        return not torch.allclose(found, torch.stack([a, b]), rtol=rtol, equal_nan=True)
 
 
 def _moved(params: Params, direction: Params, t: float) -> Params:
@@ -239,4 +244,4 @@ class _Line(TorchFunctionMode):
         if isinstance(argument, (tuple, list)):
             return type(argument)(map(self.moved, argument))
         p, slope = self.points.get(id(argument), (argument, None))
-        return p if slope is None else p + self.t * slope
+        return p if slope is None else torch.addcmul(p, self.t, slope)
