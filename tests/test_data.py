@@ -62,6 +62,47 @@ def test_the_environment_names_the_folder(mnist, monkeypatch):
     assert len(data.load("mnist")[0]) == 12
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+@pytest.mark.parametrize("suffix", ["", ".gz"], ids=["no suffix", "gz"])
+@pytest.mark.parametrize("dot", ["-", "."], ids=["dash", "dot"])
+def test_files_are_what_their_bytes_say(mnist, packed, suffix, dot):
+    """Browsers unpack and rename what they load; the authors of MNIST wrote a dot where torchvision writes a dash."""
+    expected = data.load("mnist", root=mnist)
+    for file in [*(mnist / "MNIST" / "raw").iterdir()]:
+        content = file.read_bytes()
+        content = gzip.decompress(content) if file.suffix == ".gz" else content
+        name = file.name.removesuffix(".gz").replace("-idx", f"{dot}idx") + suffix
+        file.unlink()
+        (file.parent / name).write_bytes(gzip.compress(content) if packed else content)
+    for a, b in zip(data.load("mnist", root=mnist), expected, strict=True):
+        assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y)
+
+
+@pytest.mark.parametrize("way", ["root", "environment"])
+def test_a_folder_below_home(mnist, way, monkeypatch):
+    monkeypatch.setenv("HOME", str(mnist.parent))
+    folder = f"~/{mnist.name}"
+    if way == "environment":
+        monkeypatch.setenv("TELEPORT_LITE_DATA", folder)
+    assert len(data.load("mnist", root=folder if way == "root" else None)[0]) == 12
+
+
+def test_what_is_there_instead_is_told(mnist):
+    raw = mnist / "MNIST" / "raw"
+    images = raw / "train-images-idx3-ubyte.gz"
+    images.rename(raw / "train-images.zip")
+    with pytest.raises(DataError, match=r"in its folder there is .*train-images\.zip"):
+        data.load("mnist", root=mnist)
+    images.write_bytes(b"PK\3\4 and so on, an archive")
+    with pytest.raises(DataError, match="whole gzip file"):
+        data.load("mnist", root=mnist)
+    images.rename(images.with_suffix(""))
+    with pytest.raises(DataError, match=r"0x504b0304 \(b'PK"):
+        data.load("mnist", root=mnist)
+    with pytest.raises(DataError, match=r"~nobody\d+.*no such folder"):
+        data.load("mnist", root="~nobody123456")
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [

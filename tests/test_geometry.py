@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -16,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import teleport_lite as tl
 from teleport_lite import geometry, objectives
-from teleport_lite.errors import TeleportError
+from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.functional import loss_of
 from teleport_lite.groups import PositiveScaling
 from teleport_lite.objectives import Problem
@@ -175,6 +177,144 @@ class Peak(TorchDispatchMode):
         self.most = max(self.most, self.live)
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind) -> None:
+        super().__init__()
+        self.cell, self.head = kind(5, 4, num_layers=2, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.cell(x)[0])
+
+
+class Odd(nn.Module):
+    """A network whose `middle` is no plain operation."""
+
+    def __init__(self, middle) -> None:
+        super().__init__()
+        self.first, self.scale, self.last = nn.Linear(5, 4), nn.Parameter(torch.rand(4)), nn.Linear(4, 2)
+        self.middle = middle
+
+    def forward(self, x):
+        return self.last(self.middle(self.first(x), self.scale).tanh())
+
+
+class Straight(torch.autograd.Function):
+    """Reads its arguments past every torch function."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        return (x * scale).sign()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad
+
+
+class Batchable(Straight):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, scale):
+        return (x * scale).sign()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+
+def assign(x, scale):
+    x = x * scale
+    x[x < 0] = 0.0
+    return x
+
+
+def attend(x, scale):
+    return F.scaled_dot_product_attention(x * scale, x, x)
+
+
+ODD = {
+    "LSTM": lambda: Recurrent(nn.LSTM),
+    "GRU": lambda: Recurrent(nn.GRU),
+    "RNN": lambda: Recurrent(nn.RNN),
+    "batch norm in training": lambda: nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)),
+    "item": lambda: Odd(lambda x, scale: x * scale / x.abs().max().item()),
+    "branch": lambda: Odd(lambda x, scale: x * scale if x.sum() > 0 else -x),
+    "boolean assignment": lambda: Odd(assign),
+    "attention": lambda: Odd(attend),
+    "numpy": lambda: Odd(lambda x, scale: x * scale + torch.from_numpy(x.detach().numpy())),
+    "custom function": lambda: Odd(Straight.apply),
+    "custom function under vmap": lambda: Odd(Batchable.apply),
+    "unique": lambda: Odd(lambda x, scale: x * scale + len(torch.unique(x.sign()))),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_the_sharpness_of_models_that_vmap_cannot_run_is_that_of_a_loop(name, generator):
+    torch.manual_seed(0)
+    model = ODD[name]().double()
+    x = torch.randn(6, 5, generator=generator, dtype=DOUBLE)
+    x = x[None].expand(2, 6, 5) if isinstance(model, Recurrent) else x
+    params, radii, before = params_of(model), (0.5, 2.0), {n: b.clone() for n, b in model.state_dict().items()}
+    around = geometry.unit_directions(params, 4, generator=torch.Generator().manual_seed(3))
+    buffers = dict(model.named_buffers())
+    alone = [
+        functional_call(
+            model, {n: b.clone() for n, b in buffers.items()} | {n: p + t * around[n][k] for n, p in params.items()}, x
+        )
+        .square()
+        .mean()
+        for k, t in itertools.product(range(4), radii)
+    ]
+    options = {"radii": radii, "directions": 4, "chunk_size": None}
+    for options["chunk_size"] in (None, 3, 1):
+        seeded = torch.Generator().manual_seed(3)
+        found = tl.sharpness(model, lambda net: net(x).square().mean(), generator=seeded, **options)
+        assert float(found) == pytest.approx(float(torch.stack(alone).mean()), rel=1e-12)
+    assert all(torch.equal(before[n], b) for n, b in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["LSTM", "branch", "batch norm in training"])
+def test_the_sharpness_of_such_models_is_differentiable(name, generator):
+    torch.manual_seed(0)
+    model = ODD[name]().double()
+    x = torch.randn(2, 6, 5, generator=generator, dtype=DOUBLE)
+    loss = loss_of(model, lambda net: net(x if isinstance(model, Recurrent) else x[0]).square().mean())
+    points = {n: p.requires_grad_() for n, p in params_of(model).items()}
+    around = geometry.unit_directions(params_of(model), 4, generator=generator)
+    for size in (None, 3, 1):
+        phi = geometry.mean_loss_around(loss, points, around, (0.3, 1.0), chunk_size=size)
+        alone = torch.stack(
+            [loss({n: p + t * around[n][k] for n, p in points.items()}) for k in range(4) for t in (0.3, 1.0)]
+        )
+        grads = [torch.autograd.grad(value, [*points.values()]) for value in (phi, alone.mean())]
+        assert float(phi.detach()) == pytest.approx(float(alone.detach().mean()), rel=1e-12)
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-14) for a, b in zip(*grads, strict=True))
+
+
+def test_one_by_one_and_all_at_once_agree(setting, generator):
+    model, loss_fn, _ = setting
+    loss, params, radii = loss_of(model, loss_fn), params_of(model), (0.3, 1.0)
+    assert not geometry.goes_one_by_one(loss, params, radii)
+    around = geometry.Directions(params, 5, generator=generator)
+    one, all_at_once = (
+        geometry.mean_loss_around(loss, params, around, radii, one_by_one=flag, chunk_size=2) for flag in (True, False)
+    )
+    assert float(one) == pytest.approx(float(all_at_once), rel=1e-12)
+
+
+def test_a_loss_that_draws_its_own_random_numbers_is_refused():
+    model, own = mlp([5, 4, 2], nn.Tanh()), torch.Generator().manual_seed(0)
+    for noise in (lambda: torch.rand((), generator=own), iter(range(9**9)).__next__):
+        for size in (None, 1):
+            with pytest.raises(LossError, match="deterministic"):
+                tl.sharpness(model, lambda net, f=noise: net(torch.ones(1, 5).double()).sum() * f(), chunk_size=size)
+
+
+def test_an_error_of_the_loss_is_its_own():
+    with pytest.raises(ZeroDivisionError):
+        tl.sharpness(mlp([5, 2], nn.Tanh()), lambda net: 1 / 0)
+
+
 @pytest.mark.parametrize("differentiate", [False, True])
 def test_the_peak_of_memory_follows_the_chunk_size(differentiate, generator):
     model = mlp([20, 16, 10, 10], nn.LeakyReLU(0.1), bias=False)
@@ -197,6 +337,46 @@ def test_the_peak_of_memory_follows_the_chunk_size(differentiate, generator):
     assert peaks[50] == pytest.approx(peaks[100] / 2, rel=0.1)
     assert peaks[10] == pytest.approx(peaks[100] / 10, rel=0.2)
     assert all(torch.allclose(phi, values[None], rtol=1e-12) for phi in values.values())
+
+
+@pytest.mark.parametrize("size", [1, 4, None])
+def test_measures_hold_no_more_than_a_chunk(size, generator):
+    """Beside the parameters: directions, moved points and activations of a chunk; 2 copies when one by one."""
+    model, x = mlp([64, 64, 64, 64], nn.Tanh(), bias=False), torch.randn(2, 64, generator=generator, dtype=DOUBLE)
+    copy = sum(p.nbytes for p in model.parameters())
+    with Peak() as peak:
+        tl.sharpness(
+            model,
+            lambda net: net(x).square().mean(),
+            radii=(0.1, 0.2, 0.3),
+            directions=40,
+            generator=generator,
+            chunk_size=size,
+        )
+    copies = peak.most / copy
+    assert copies < 2.2 if size == 1 else 0.9 * (size or 40) < copies < 2.2 * (size or 40)
+
+
+def test_the_trace_holds_one_probe_at_a_time(generator):
+    model, x = mlp([64, 64, 64, 64], nn.Tanh(), bias=False), torch.randn(2, 64, generator=generator, dtype=DOUBLE)
+    peaks = []
+    for samples in (1, 40):
+        with Peak() as peak:
+            tl.hessian_trace(model, lambda net: net(x).square().mean(), samples=samples, generator=generator)
+        peaks.append(peak.most)
+    assert peaks[1] < peaks[0] + 1.1 * sum(p.nbytes for p in model.parameters())
+
+
+def test_directions_do_not_depend_on_chunks_and_may_be_drawn_again():
+    params = {"a": torch.zeros(3, 4, dtype=DOUBLE), "b": torch.zeros(5)}
+    around = geometry.Directions(params, 10, generator=torch.Generator().manual_seed(7))
+    every = geometry.unit_directions(params, 10, generator=torch.Generator().manual_seed(7))
+    assert every["a"].dtype == DOUBLE and every["b"].dtype == torch.float32 and every["a"].shape == (10, 3, 4)
+    for part in (slice(0, 10), slice(4, 5), slice(7, 12), slice(2, 5)):
+        assert all(torch.equal(around[part][name], every[name][part]) for name in params)
+    assert torch.allclose(
+        (every["a"].flatten(1) @ every["a"].flatten(1).T)[0, 1:].abs().max(), torch.tensor(0.0).double(), atol=0.999
+    )
 
 
 def test_directions_are_isotropic_and_seeded():
@@ -470,8 +650,48 @@ def test_trace_and_eigenvalues_are_those_of_the_matrix(generator):
     assert torch.allclose(values, torch.linalg.eigvalsh(hessian).flip(0)[:3], rtol=1e-8)
     trace = tl.hessian_trace(model, loss_fn, samples=2000, generator=generator)
     assert float(trace) == pytest.approx(float(hessian.trace()), rel=0.05)
-    with pytest.raises(TeleportError, match="count"):
-        tl.hessian_eigenvalues(model, loss_fn, 26)
+    assert torch.allclose(tl.hessian_eigenvalues(model, loss_fn, 26), torch.linalg.eigvalsh(hessian).flip(0), atol=1e-9)
+    for count in (0, 27):
+        with pytest.raises(TeleportError, match="count"):
+            tl.hessian_eigenvalues(model, loss_fn, count)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize(
+    "spectrum",
+    [[9.0] * 3 + [4.0] * 3, [9.0, 8.9999, 9.0], [1.0] * 60, [-1.0, 1.0], [0.0], range(60), [1e-9, 5e-9]],
+    ids=["multiple", "near", "identity", "both signs", "zero", "spread", "small"],
+)
+def test_eigenvalues_of_large_matrices_are_found_as_often_as_they_occur(spectrum, count, generator):
+    """Sixty parameters are more than the vectors that the method holds."""
+    eigenvalues = torch.tensor([*spectrum, *[-3e-9] * 60][:60], dtype=DOUBLE)
+    q = torch.linalg.qr(torch.randn(60, 60, generator=generator, dtype=DOUBLE)).Q
+    matrix = q * eigenvalues @ q.T
+
+    def loss_fn(net):
+        w = net.weight.flatten() if isinstance(net, nn.Module) else net(torch.eye(60, dtype=DOUBLE)).flatten()
+        return 0.5 * w @ matrix @ w
+
+    found = tl.hessian_eigenvalues(nn.Linear(60, 1, bias=False, dtype=DOUBLE), loss_fn, count, generator=generator)
+    expected = eigenvalues.sort(descending=True).values[:count]
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12 * float(eigenvalues.abs().max()))
+
+
+def test_eigenvalues_in_float32_and_of_a_loss_without_second_derivatives(generator):
+    model, x = mlp([6, 9, 3], nn.Tanh()), torch.randn(20, 6, generator=generator, dtype=DOUBLE)
+    hessian = dense_hessian(loss_of(model, lambda net: net(x).exp().mean()), params_of(model))
+    found = tl.hessian_eigenvalues(model.float(), lambda net: net(x.float()).exp().mean(), 4, generator=generator)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), torch.linalg.eigvalsh(hessian).flip(0)[:4], rtol=1e-4)
+    with pytest.raises(LossError, match="finite second derivatives"):
+        tl.hessian_eigenvalues(model, lambda net: (net(x.float()) * 0).square().sum().sqrt() + net(x.float()).sum(), 1)
+
+
+def test_the_hessian_needs_no_scipy():
+    code = "import sys; sys.modules['scipy'] = None; import torch, teleport_lite as tl; m = torch.nn.Linear(3, 1)\n"
+    code += "print(tl.hessian_eigenvalues(m, lambda net: net(torch.eye(3)).square().sum()).round(decimals=4).item())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == 8.0  # of 2 [[I, 1], [1', 3]]
 
 
 # --- objectives -------------------------------------------------------------------------------------------------------

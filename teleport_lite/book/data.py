@@ -98,7 +98,8 @@ def load(name: str = "digits", *, root: str | os.PathLike | None = None) -> tupl
     """
     if name not in LOADERS:
         raise UnknownNameError("dataset", name, LOADERS)
-    return LOADERS[name](Path(root or os.environ.get("TELEPORT_LITE_DATA") or "data"))
+    folder = root or os.environ.get("TELEPORT_LITE_DATA") or "data"
+    return LOADERS[name](Path(os.path.expanduser(folder)))
 
 
 def _digits(root: Path) -> tuple[Dataset, Dataset]:
@@ -118,11 +119,11 @@ def _idx_pair(name: str, folder: str) -> Callable[[Path], tuple[Dataset, Dataset
     def read(root: Path) -> tuple[Dataset, Dataset]:
         sets = []
         for part in ("train", "t10k"):
-            path = _plain_or_gz(root / folder / "raw" / f"{part}-images-idx3-ubyte")
+            path = _present(*_spellings(root / folder / "raw" / f"{part}-images-idx3-ubyte"))
             images = _idx(path, dims=3)
             if images.shape[1:] != (28, 28):
                 raise DataError(path, "images of 28 x 28", " x ".join(map(str, images.shape[1:])), _remedy(path))
-            path = _plain_or_gz(root / folder / "raw" / f"{part}-labels-idx1-ubyte")
+            path = _present(*_spellings(root / folder / "raw" / f"{part}-labels-idx1-ubyte"))
             labels = _idx(path, dims=1)
             if len(labels) != len(images):
                 raise DataError(path, f"{len(images)} labels, one an image,", f"{len(labels)}", _remedy(path))
@@ -145,21 +146,41 @@ def _remedy(path: Path) -> str:
     )
 
 
-def _plain_or_gz(path: Path) -> Path:
-    return path if path.is_file() else path.with_name(path.name + ".gz")
+def _present(*files: Path) -> Path:
+    """The first of these files that is there.
+
+    Raises:
+        DataError: when none is; it names the last one, and tells what there is in its place.
+    """
+    for file in files:
+        if file.is_file():
+            return file
+    path = files[-1]
+    there = sorted(file.name for file in path.parent.iterdir()) if path.parent.is_dir() else []
+    listed = ", ".join(there[:8] + ["..."] * (len(there) > 8)) or "nothing"
+    got = f"none; in its folder there is {listed}" if path.parent.is_dir() else "none; there is no such folder"
+    raise DataError(path, "a file", got, _remedy(path))
+
+
+def _spellings(path: Path) -> list[Path]:
+    """An idx file as it may be called: with a dot, as on the page of its authors, or a dash; packed or not."""
+    names = [path.name.replace("-idx", ".idx"), path.name]
+    return [path.with_name(name + packed) for name in names for packed in ("", ".gz")]
 
 
 def _idx(path: Path, dims: int) -> Tensor:
     """The bytes of an idx file, as a tensor of `dims` dimensions: a magic number, the sizes, then the data.
 
     Raises:
-        DataError: when it is missing, truncated or of another format.
+        DataError: when it is truncated or of another format.
     """
     content = _read(path)
     if len(content) < 4 + 4 * dims:
         raise DataError(path, "an idx header", f"{len(content)} bytes", _remedy(path))
     if content[:4] != bytes([0, 0, 8, dims]):
-        raise DataError(path, f"the idx magic number 0x0000080{dims}", f"0x{content[:4].hex()}", _remedy(path))
+        raise DataError(
+            path, f"the idx magic number 0x0000080{dims}", f"0x{content[:4].hex()} ({content[:4]!r})", _remedy(path)
+        )
     shape = [int.from_bytes(content[4 + 4 * d : 8 + 4 * d], "big") for d in range(dims)]
     size, found = torch.Size(shape).numel(), len(content) - 4 - 4 * dims
     if found != size:
@@ -171,15 +192,15 @@ def _idx(path: Path, dims: int) -> Tensor:
 
 
 def _read(path: Path) -> bytes:
-    """The content of a file, unpacked when its name ends in .gz.
+    """The content of a file, unpacked when it is packed by gzip, whatever its name is.
 
     Raises:
-        DataError: when it is missing or cannot be unpacked.
+        DataError: when it is called .gz and is neither packed nor an idx file, or cannot be unpacked.
     """
-    if not path.is_file():
-        raise DataError(path, "a file", "none", _remedy(path))
+    content = path.read_bytes()
+    plain = content[:3] == b"\0\0\10" or path.suffix != ".gz"
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return content if plain and content[:2] != b"\x1f\x8b" else gzip.decompress(content)
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(path, "a whole gzip file", f"{error}", _remedy(path)) from error
 
@@ -204,9 +225,7 @@ def _cifar10(root: Path) -> tuple[Dataset, Dataset]:
     for files in ([f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]):
         images, labels = [], []
         for file in files:
-            path = root / "cifar-10-batches-py" / file
-            if not path.is_file():
-                raise DataError(path, "a file", "none", _remedy(path))
+            path = _present(root / "cifar-10-batches-py" / file)
             try:
                 with path.open("rb") as stream:
                     content = _ArraysOnly(stream, encoding="latin1").load()

@@ -6,12 +6,22 @@ All is measured through losses, gradients and Hessian-vector products, on the mo
 from teleport_lite.geometry.conserved import conserved_quantities
 from teleport_lite.geometry.curvature import curvature, kappa, mean_kappa, sample_curves, scaling_kappas
 from teleport_lite.geometry.hessian import hessian_eigenvalues, hessian_trace, sign_probes
-from teleport_lite.geometry.sharpness import RADII, losses_around, mean_loss_around, sharpness, unit_directions
+from teleport_lite.geometry.sharpness import (
+    RADII,
+    Directions,
+    goes_one_by_one,
+    losses_around,
+    mean_loss_around,
+    sharpness,
+    unit_directions,
+)
 
 __all__ = [
     "RADII",
+    "Directions",
     "conserved_quantities",
     "curvature",
+    "goes_one_by_one",
     "hessian_eigenvalues",
     "hessian_trace",
     "kappa",

@@ -5,14 +5,15 @@ Used in the chapters *Sharpness and curvature* and *Teleporting minima*.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from teleport_lite.errors import TeleportError
+from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.functional import Params, dot, hvp, loss_of, normal_like, trainable
+
+CYCLES = 1000  # of the Lanczos method, at most
 
 
 def hessian_trace(
@@ -24,7 +25,7 @@ def hessian_trace(
 ) -> Tensor:
     r"""An unbiased estimate of the trace of the Hessian: the mean of $z^\top H z$ over `samples` random sign vectors z.
 
-    M. F. Hutchinson, Communications in Statistics 18, 1989. One Hessian-vector product a sample.
+    M. F. Hutchinson, Communications in Statistics 18, 1989. One Hessian-vector product a sample, one sample at a time.
 
     >>> model, x = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0]])
     >>> hessian_trace(model, lambda net: 0.5 * (net(x) * torch.eye(1)).square().sum(), samples=400).round()
@@ -32,14 +33,19 @@ def hessian_trace(
     """
     loss = loss_of(model, loss_fn)
     params = {name: p.detach() for name, p in trainable(model).items()}
-    probes = sign_probes(params, samples, generator=generator)
-    return torch.stack([dot(z, hvp(loss, params, z)) for z in probes]).mean()
+    return torch.stack([dot(z, hvp(loss, params, z)) for z in sign_probes(params, samples, generator=generator)]).mean()
 
 
-def sign_probes(params: Params, count: int, *, generator: torch.Generator | None = None) -> list[Params]:
-    """`count` vectors of independent random signs, shaped like `params`."""
-    drawn = normal_like(params, count, generator)
-    return [{name: torch.where(d[k] < 0, -1.0, 1.0).to(d) for name, d in drawn.items()} for k in range(count)]
+def sign_probes(params: Params, count: int, *, generator: torch.Generator | None = None) -> Iterator[Params]:
+    """`count` vectors of independent random signs, shaped like `params`, each drawn when it is asked for.
+
+    Raises:
+        TeleportError: when `count` is not positive.
+    """
+    if count < 1:
+        raise TeleportError("at least one sample", count, "pass samples=100")
+    for _ in range(count):
+        yield {name: torch.where(d[0] < 0, -1.0, 1.0).to(d) for name, d in normal_like(params, 1, generator).items()}
 
 
 def hessian_eigenvalues(
@@ -49,31 +55,106 @@ def hessian_eigenvalues(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The `count` algebraically largest eigenvalues of the Hessian, falling; by scipy's Lanczos method, in float64.
+    """The `count` algebraically largest eigenvalues of the Hessian, falling, each as often as it occurs.
+
+    By `largest_eigenvalues`, in float64, which holds about max(2 count, 20) vectors.
 
     Raises:
-        TeleportError: when scipy is missing, or there are not more parameters than `count`.
+        TeleportError: when there are fewer parameters than `count`.
+        LossError: when the Hessian is not finite, or so noisy that no eigenvalue settles.
 
     >>> model, x = nn.Linear(3, 1, bias=False), torch.eye(3) * torch.tensor([1.0, 2.0, 3.0])
     >>> hessian_eigenvalues(model, lambda net: 0.5 * net(x).square().sum(), 2).round()
     tensor([9., 4.])
     """
-    try:
-        from scipy.sparse.linalg import LinearOperator, eigsh
-    except ImportError as error:
-        raise TeleportError("scipy", "none", "pip install teleport-lite[book]") from error
     loss = loss_of(model, loss_fn)
     params = {name: p.detach() for name, p in trainable(model).items()}
-    sizes = [p.numel() for p in params.values()]
-    if not 0 < count < sum(sizes):
-        raise TeleportError(f"a count from 1 to {sum(sizes) - 1}", count, "ask for fewer, or build the whole matrix")
+    like, sizes = next(iter(params.values())), [p.numel() for p in params.values()]
+    if not 0 < count <= sum(sizes):
+        raise TeleportError(f"a count from 1 to {sum(sizes)}, the number of parameters", count, "ask for fewer")
+    home = torch.device("cpu") if like.device.type == "mps" else like.device  # which has no float64
 
-    def product(vector: Any) -> Any:
-        parts = torch.as_tensor(vector).flatten().split(sizes)
-        shaped = {n: v.to(p).view_as(p) for (n, p), v in zip(params.items(), parts, strict=True)}
-        return torch.cat([h.flatten() for h in hvp(loss, params, shaped).values()]).double().cpu().numpy()
+    def vector(parts: Params) -> Tensor:
+        return torch.cat([p.flatten().to(home, torch.float64) for p in parts.values()])
 
-    operator = LinearOperator((sum(sizes), sum(sizes)), matvec=product, dtype="float64")
-    start = torch.cat([d.flatten() for d in normal_like(params, 1, generator).values()]).double().cpu().numpy()
-    values = eigsh(operator, k=count, which="LA", v0=start, return_eigenvectors=False)
-    return torch.as_tensor(values.copy()).sort(descending=True).values.to(next(iter(params.values())))
+    def product(v: Tensor) -> Tensor:
+        parts = zip(params.items(), v.split(sizes), strict=True)
+        return vector(hvp(loss, params, {name: part.to(p).view_as(p) for (name, p), part in parts}))
+
+    def draw() -> Tensor:
+        return vector({name: d[0] for name, d in normal_like(params, 1, generator).items()})
+
+    eps = max(torch.finfo(p.dtype).eps for p in params.values())
+    return largest_eigenvalues(product, draw, count, min(100 * eps, 1e-3)).to(like)
+
+
+def largest_eigenvalues(
+    product: Callable[[Tensor], Tensor], draw: Callable[[], Tensor], count: int, tol: float
+) -> Tensor:
+    r"""The `count` largest eigenvalues of a symmetric matrix, falling, by the Lanczos method with thick restarts.
+
+    The rows of V are orthonormal (a new one is made so against all others, twice), and $T = V A V^\top$. When they are
+    m, the upper eigenvectors of T replace them, and the next vector goes on from there (K. Wu, H. Simon, SIAM Journal
+    on Matrix Analysis and Applications 22, 2000). From one vector no eigenvalue is found twice. Hence those found must
+    survive a search that starts from a new vector orthogonal to them, and that knows the next one too.
+
+    Args:
+        product: v -> A v, of vectors in float64.
+        draw: gives a random vector.
+        count: how many.
+        tol: how long the residual of an eigenvector may be, relative to the largest eigenvalue in size.
+
+    Raises:
+        LossError: when the matrix is not finite, or they do not settle.
+
+    >>> a = torch.diag(torch.tensor([3.0, 1.0, 3.0, 2.0]).double())
+    >>> largest_eigenvalues(lambda v: a @ v, lambda: torch.randn(4).double(), 3, 1e-12)
+    tensor([3., 3., 2.], dtype=torch.float64)
+    """
+    start = draw()
+    n, m = len(start), min(len(start), max(2 * count + 1, 20))
+    basis, table = start.new_zeros(m + 1, n), torch.zeros(m, m, dtype=torch.float64)
+    size = 0.0
+    found: Tensor | None = None
+
+    def extend(k: int, v: Tensor) -> tuple[Tensor, float]:
+        """Row k: what v has outside of the rows before, or a random one; and what v has along them, and outside."""
+        along = basis.new_zeros(k)
+        for _ in range(2):
+            part = basis[:k] @ v
+            along, v = along + part, v - part @ basis[:k]
+        length = float(v.norm())
+        if length > 1e-14 * size:
+            basis[k] = v / length
+        elif k < n:
+            extend(k, draw())
+        return along.cpu(), length
+
+    kept, following = 0, start
+    for _ in range(CYCLES):
+        extend(kept, following)
+        for j in range(kept, m):
+            image = product(basis[j])
+            size = max(size, float(image.norm()))
+            along, length = extend(j + 1, image)
+            table[j, : j + 1] = table[: j + 1, j] = along
+        if not table.isfinite().all():
+            raise LossError("a loss with finite second derivatives", "NaN or infinity", "look at the loss where it is")
+        values, vectors = torch.linalg.eigh(table)
+        top = values[-count:]
+        if m == n:
+            return top.flip(0)
+        small, residuals = tol * float(values.abs().max()), length * vectors[-1].abs()
+        kept, following = count + (m - count) // 2, basis[m].clone()
+        settled = residuals[-count:].max() <= small
+        if found is not None:
+            settled &= residuals[-count - 1] <= max(small, float(top[0] - values[-count - 1]))
+        if settled:
+            if found is not None and (top - found).abs().max() <= 10 * small:
+                return top.flip(0)
+            found, kept, following = top, count, draw()
+        basis[:kept] = vectors[:, -kept:].T.to(basis) @ basis[:m]
+        table = table.new_zeros(m, m)
+        table.diagonal()[:kept] = values[-kept:]
+    remedy = "ask for fewer, or compute in float64"
+    raise LossError("eigenvalues that settle", f"residuals above {tol:.0e} after {CYCLES} cycles", remedy)

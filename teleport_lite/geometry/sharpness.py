@@ -5,7 +5,9 @@ Derived in the chapter *Sharpness and curvature*.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -15,8 +17,8 @@ from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from teleport_lite.errors import TeleportError
-from teleport_lite.functional import Loss, Params, check_scalar, loss_of, normal_like, trainable
+from teleport_lite.errors import LossError, TeleportError
+from teleport_lite.functional import Loss, Params, check_scalar, loss_of, trainable
 
 RADII = tuple(round(0.001 + 0.01 * k, 3) for k in range(20))  # of arXiv:2305.13404, for MNIST
 PAIRED = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
@@ -35,15 +37,20 @@ def sharpness(
     r"""The mean loss around a point: $\phi(w) = \frac{1}{|T||D|} \sum_{t \in T} \sum_{d \in D} L(w + t\,d)$.
 
     The directions d are isotropic, of length 1 over all trainable parameters together; all radii share them.
-    Section 4 of arXiv:2305.13404.
+    Section 4 of arXiv:2305.13404. Models that `vmap` cannot run are evaluated at one point after the other.
 
     Args:
         model: the model; only read.
         loss_fn: net -> scalar loss.
         radii: T.
         directions: how many directions D.
-        generator: draws the directions.
-        chunk_size: how many directions to evaluate at once; the peak memory is proportional to it. All by default.
+        generator: draws the directions; they do not depend on `chunk_size`.
+        chunk_size: how many directions to hold and to evaluate at once, at all radii; the peak memory is proportional
+            to it. All by default. With 1 the points are taken one by one: two copies of the parameters are enough.
+
+    Raises:
+        LossError: when the loss is no scalar, or changes from call to call.
+        TeleportError: when there is no radius or direction, or `chunk_size` is not positive.
 
     >>> model, x = nn.Linear(2, 1, bias=False), torch.eye(2)
     >>> flat = sharpness(model, lambda net: 0 * net(x).sum() + 3, radii=[0.1], directions=5)
@@ -52,49 +59,132 @@ def sharpness(
     """
     loss = loss_of(model, loss_fn)
     params = {name: p.detach() for name, p in trainable(model).items()}
-    around = unit_directions(params, directions, generator=generator)
+    around = Directions(params, directions, generator=generator)
     with torch.no_grad():
         return mean_loss_around(loss, params, around, radii, chunk_size=chunk_size)
 
 
-def unit_directions(params: Params, count: int, *, generator: torch.Generator | None = None) -> Params:
-    """`count` isotropic directions of length 1 in the space of all parameters together: by name, [count, ...].
+class Directions:
+    """Isotropic directions of length 1 in the space of all parameters together, each drawn from a seed of its own.
+
+    Nothing but the seeds is held: `around[i:j]` gives directions i to j by name, [j - i, ...], always the same.
 
     Raises:
         TeleportError: when `count` is not positive.
 
-    >>> directions = unit_directions({"a": torch.zeros(2, 3), "b": torch.zeros(4)}, 5)
-    >>> sum(d.flatten(1).square().sum(1) for d in directions.values()).round(decimals=5)
-    tensor([1., 1., 1., 1., 1.])
+    >>> around = Directions({"a": torch.zeros(2, 3), "b": torch.zeros(4)}, 5)
+    >>> sum(d.flatten(1).square().sum(1) for d in around[1:4].values()).round(decimals=5)
+    tensor([1., 1., 1.])
     """
-    if count < 1:
-        raise TeleportError("at least one direction", count, "pass directions=100")
-    drawn = normal_like(params, count, generator)
-    length = torch.stack([d.flatten(1).square().sum(1) for d in drawn.values()]).sum(0).sqrt()
-    return {name: d / length.view(-1, *[1] * (d.ndim - 1)) for name, d in drawn.items()}
+
+    def __init__(self, params: Params, count: int, *, generator: torch.Generator | None = None) -> None:
+        if count < 1:
+            raise TeleportError("at least one direction", count, "pass directions=100")
+        first = next(iter(params.values()))
+        self.device = first.device if generator is None else generator.device  # where they are drawn
+        self.params, self.dtype = params, reduce(torch.promote_types, {p.dtype for p in params.values()})
+        self.seeds = torch.randint(2**62, (count,), generator=generator, device=self.device).tolist()
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __getitem__(self, index: slice) -> Params:
+        seeds, sizes = self.seeds[index], [p.numel() for p in self.params.values()]
+        rows = torch.empty(len(seeds), sum(sizes), dtype=self.dtype, device=self.device)
+        for row, seed in zip(rows, seeds, strict=True):
+            row.normal_(generator=torch.Generator(self.device).manual_seed(seed))
+            row.div_(torch.linalg.vector_norm(row))
+        parts = zip(self.params.items(), rows.split(sizes, 1), strict=True)
+        return {name: part.reshape(-1, *p.shape).to(p) for (name, p), part in parts}
+
+
+def unit_directions(params: Params, count: int, *, generator: torch.Generator | None = None) -> Params:
+    """All of `count` `Directions` at once: by name, [count, ...]."""
+    return Directions(params, count, generator=generator)[:]
 
 
 def mean_loss_around(
-    loss: Loss, params: Params, directions: Params, radii: Sequence[float], *, chunk_size: int | None = None
+    loss: Loss,
+    params: Params,
+    directions: Params | Directions,
+    radii: Sequence[float],
+    *,
+    chunk_size: int | None = None,
+    one_by_one: bool | None = None,
 ) -> Tensor:
     """The mean of `losses_around`, differentiable in `params`; chunks are evaluated again when they are differentiated.
 
+    Args:
+        loss: the loss as a function of parameters.
+        params: where.
+        directions: by name, [directions, ...], or drawn when needed.
+        radii: how far to go along each.
+        chunk_size: how many directions at once.
+        one_by_one: whether to evaluate one point after the other, or all of a chunk by `vmap`; by default as
+            `goes_one_by_one` says.
+
     Raises:
+        LossError: when the loss changes from call to call.
         TeleportError: when there is no radius, or `chunk_size` is not positive.
     """
     if not len(radii) or (chunk_size is not None and chunk_size < 1):
         raise TeleportError("a radius, and a positive chunk_size", f"{radii} and {chunk_size}", "pass radii=[0.1]")
-    like = next(iter(params.values()))
-    t = torch.as_tensor(radii, dtype=like.dtype, device=like.device)
-    count = len(next(iter(directions.values())))
-    size = chunk_size or count
+    if one_by_one is None:
+        one_by_one = goes_one_by_one(loss, params, radii, chunk_size)
+    count = len(directions) if isinstance(directions, Directions) else len(next(iter(directions.values())))
+    size = chunk_size or (1 if one_by_one else count)
+
+    def chunk(start: int) -> Params:
+        part = slice(start, start + size)
+        return directions[part] if isinstance(directions, Directions) else {n: d[part] for n, d in directions.items()}
 
     def total(start: int) -> Tensor:
-        return losses_around(loss, params, {n: d[start : start + size] for n, d in directions.items()}, t).sum()
+        around = chunk(start)
+        if not one_by_one:
+            return losses_around(loss, params, around, _on(params, radii)).sum()
+        rows = [{n: d[k] for n, d in around.items()} for k in range(min(size, count - start))]
+        return torch.stack([check_scalar(loss(_moved(params, row, t))) for row in rows for t in radii]).sum()
 
     again = torch.is_grad_enabled() and size < count
     parts = [checkpoint(total, k, use_reentrant=False) if again else total(k) for k in range(0, count, size)]
-    return torch.stack(parts).sum() / (count * len(t))
+    return torch.stack(parts).sum() / (count * len(radii))
+
+
+def goes_one_by_one(loss: Loss, params: Params, radii: Sequence[float], chunk_size: int | None = None) -> bool:
+    """Whether points are evaluated one after the other: as asked for by chunks of 1, or because `vmap` cannot run it.
+
+    It is tried at two points, and has to give what single evaluations give.
+
+    Raises:
+        LossError: when the loss changes from call to call.
+    """
+    params, radius = {name: p.detach() for name, p in params.items()}, max(map(float, radii))
+    d = Directions(params, 1, generator=torch.Generator().manual_seed(0))[:]
+    with torch.no_grad():
+        a, b, again = (
+            check_scalar(loss(_moved(params, {n: x[0] for n, x in d.items()}, t))) for t in (radius, radius / 2, radius)
+        )
+        rtol = min(1e4 * torch.finfo(a.dtype).eps, 1e-2)
+        if not torch.allclose(a, again, rtol=rtol, equal_nan=True):
+            got, remedy = f"{float(a):.6g} and {float(again):.6g} at the same parameters", "fix its random numbers"
+            raise LossError("a deterministic loss", got, remedy)
+        if chunk_size == 1:
+            return True
+        try:
+            found = losses_around(loss, params, d, _on(params, (radius, radius / 2)))[0]
+        except Exception:  # of many kinds; an error that does not come from vmap comes again without it
+            return True
+        return not torch.allclose(found, torch.stack([a, b]), rtol=rtol, equal_nan=True)
+
+
+def _moved(params: Params, direction: Params, t: float) -> Params:
+    return {name: torch.add(p, direction[name], alpha=float(t)) for name, p in params.items()}
+
+
+def _on(params: Params, radii: Sequence[float]) -> Tensor:
+    """The radii as a tensor where the parameters are, which the host does not wait for."""
+    like = next(iter(params.values()))
+    return torch.stack([like.new_full((), float(t)) for t in radii])
 
 
 def losses_around(loss: Loss, params: Params, directions: Params, radii: Tensor) -> Tensor:
@@ -113,14 +203,16 @@ def losses_around(loss: Loss, params: Params, directions: Params, radii: Tensor)
     """
 
     def at(direction: Params, t: Tensor) -> Tensor:
-        with _Line(params, direction, t):
-            return check_scalar(loss(params))
+        with _Line(params, direction, t) as line:
+            return check_scalar(loss(line.places))
 
     return vmap(vmap(at, (None, 0)), (0, None))(directions, radii)
 
 
 class _Line(TorchFunctionMode):
-    """Lets a model that is given w compute at w + t d.
+    """Lets a model that is given `places` compute at w + t d.
+
+    Places have the shapes of w and no memory. Where they are read past this mode they are NaN, and so is the loss.
 
     The first linear map sees the data, which no t has touched: there x(w + t d) = xw + t xd, and the two products serve
     all t together. Everywhere else w + t d is put in the place of w. A cross entropy reads the batch as the pixels of
@@ -130,7 +222,8 @@ class _Line(TorchFunctionMode):
     def __init__(self, params: Params, direction: Params, t: Tensor) -> None:
         super().__init__()
         self.t, self.first = t, True
-        self.points = {id(p): (p, direction[name]) for name, p in params.items()}
+        self.places = {name: p.new_full((), math.nan).expand(p.shape) for name, p in params.items()}
+        self.points = {id(p): (params[name], direction[name]) for name, p in self.places.items()}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if self.first and func in LINEAR and len(args) > 2 and id(args[1]) in self.points:
@@ -151,4 +244,4 @@ class _Line(TorchFunctionMode):
         if isinstance(argument, (tuple, list)):
             return type(argument)(map(self.moved, argument))
         p, slope = self.points.get(id(argument), (argument, None))
-        return p if slope is None else p + self.t * slope
+        return p if slope is None else torch.addcmul(p, self.t, slope)
