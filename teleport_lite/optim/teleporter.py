@@ -141,7 +141,9 @@ class Teleporter:
             TeleportError: as `teleport`.
         """
         if not callable(loss_fn):
-            raise TeleportError("a function of the net", type(loss_fn).__name__, "pass lambda net: criterion(net(x), y)")
+            raise TeleportError(
+                "a function of the net", type(loss_fn).__name__, "pass lambda net: criterion(net(x), y)"
+            )
         drawn = None if self.generator is None else self.generator.get_state()
         spent = self.spent
         try:
