@@ -32,7 +32,7 @@ BATCH, RATE, NETWORKS = 20, 0.01, 100
 EPOCHS = {"mnist": 40, "fashion_mnist": 40, "cifar10": 15}  # 40 in the paper
 BATCHES, BATCH_SIZE = 200, 200  # of the sharpness and the published curvature: a direction, a curve for each batch
 CURVES = 50
-TOGETHER = 800_000  # weights of the first layers that are trained together: few enough to stay in the cache
+TOGETHER = 1_300_000  # weights of the first layers that are trained together: few enough to stay in the cache
 
 
 def train(widths, rate: float, networks: int, epochs: int, data, path: Path) -> tuple[list[Tensor], float]:
