@@ -134,7 +134,7 @@ def published_curvature(weights: list[Tensor], data, curves: int) -> Tensor:
             a = states[k + 1]
             m = torch.rand(v.shape[1], v.shape[1], generator=draw).double()
             m /= m.norm()
-            s = torch.where(a > 0, 1.0, SLOPE)
+            s = torch.ones_like(a).where(a > 0, SLOPE)
             once, twice = a @ m.T / s, a @ (m @ m).T / s
             if k == 0:
                 images = [torch.einsum("kl,mlh->mkh", gram, b) for b in (once, twice)]

@@ -76,7 +76,7 @@ def hessian_trace(weights: list[Tensor], x: Tensor) -> Tensor:
         variance = (p * jacobian.square()).sum((2, 3)) - (p * jacobian).sum(2).square().sum(2)
         total = total + (states[k].square().sum(-1) * variance).mean(1)
         if k:
-            slope = torch.where(states[k] > 0, 1.0, SLOPE)
+            slope = torch.ones_like(states[k]).where(states[k] > 0, SLOPE)
             jacobian = (jacobian @ weights[k][:, None]) * slope[:, :, None]
     return total
 
@@ -201,7 +201,7 @@ def curvature_round(weights: list[Tensor], x: Tensor, y: Tensor, steps: int, lr:
     v, u, top = weights
     h = F.leaky_relu(x @ v.T, SLOPE) @ u.T
     m = torch.rand(len(u), len(u), generator=draw).to(x)
-    target, slope, eye = F.leaky_relu(h, SLOPE) @ top.T, torch.where(h > 0, 1.0, SLOPE), torch.eye(len(u)).to(x)
+    target, slope, eye = F.leaky_relu(h, SLOPE) @ top.T, torch.ones_like(h).where(h > 0, SLOPE), torch.eye(len(u)).to(x)
     powers = [eye, m, m @ m / 2, m @ m @ m / 6]
 
     def point(t):  # to third order at t = 0
