@@ -29,11 +29,20 @@ def record(name: str) -> dict[str, Any]:
 # --- do sharpness and curvature predict? ------------------------------------------------------------------------------
 
 
-def correlation(measure: str, against: str = "validation_loss") -> float:
-    """Pearson's, over the hundred networks of `generalization`; "gap" is validation loss minus training loss."""
-    networks = {k: np.array(v) for k, v in record("generalization")["networks"].items()}
+PLACES = {"": "generalization", "fashion": "generalization-fashion_mnist", "cifar": "generalization-cifar10"}
+
+
+def correlation(measure: str, against: str = "validation_loss", data: str = "") -> float:
+    """Pearson's, over the hundred networks of a data set; "gap" is validation loss minus training loss."""
+    networks = {k: np.array(v) for k, v in record(PLACES[data])["networks"].items()}
     networks["gap"] = networks["validation_loss"] - networks["train_loss"]
     return float(np.corrcoef(networks[measure], networks[against])[0, 1])
+
+
+def fisher(measure: str, against: str = "validation_loss", data: str = "") -> tuple[float, float, float]:
+    """The same with its 95% interval by Fisher's transformation."""
+    r, half = correlation(measure, against, data), 1.96 / (len(record(PLACES[data])["networks"][measure]) - 3) ** 0.5
+    return r, float(np.tanh(np.arctanh(r) - half)), float(np.tanh(np.arctanh(r) + half))
 
 
 # --- arms, paired by seed ---------------------------------------------------------------------------------------------
@@ -50,6 +59,23 @@ def minimum(arm: str) -> tuple[float, float]:
     runs = {(run["seed"], run["arm"]): run["test_loss"][-1] for run in record("minima")["runs"]}
     seeds = sorted(seed for seed, name in runs if name == arm)
     return interval(np.array([runs[seed, arm] - runs[seed, "plain"] for seed in seeds]))
+
+
+def cifar_minimum(arm: str) -> str:
+    """Final test loss of an arm of `minima-cifar10` minus that without a teleport, each at its best rate, and n."""
+    runs = {(run["seed"], run["arm"]): run for run in record("minima-cifar10")["runs"]}
+    seeds = sorted({seed for seed, _ in runs})
+    if len(seeds) < 2:
+        return f"{len(seeds)} of 10 seeds recorded"
+
+    def last(name: str, key: str) -> np.ndarray:
+        curves = [[curve[-1] for curve in runs[seed, name][key]] for seed in seeds]
+        return np.array([[np.inf if v is None else v for v in row] for row in curves])
+
+    best = {name: last(name, "validation_loss").mean(0).argmin() for name in (arm, "plain")}
+    ends = {name: last(name, "test_loss")[:, k] for name, k in best.items()}
+    mean, half = interval(ends[arm] - ends["plain"])
+    return f"{mean:+.3f} ± {half:.3f} ({len(seeds)} of 10 seeds)".replace("-", "−")
 
 
 def final(optimizer: str, arm: str, key: str = "test_loss") -> np.ndarray:
@@ -76,6 +102,16 @@ def learned_ratio(arm: str, base: str) -> tuple[float, float, float]:
         final = ([np.inf if x is None else x for x in r["test"]["as trained"]["final"]] for r in runs)
         ends[name] = [float(np.quantile(values, 0.5, method="higher")) for values in final]
     mean, half = interval(np.log(ends[arm]) - np.log(ends[base]))
+    return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half))
+
+
+def learned_along(arm: str, base: str, step: int) -> tuple[float, float, float]:
+    """The same after some steps, of the geometric means over problems."""
+    logs = []
+    for name in (arm, base):
+        runs = sorted((r for r in record("learned")["runs"] if r["arm"] == name), key=lambda r: r["seed"])
+        logs.append(np.log([r["test"]["as trained"]["loss"][step] for r in runs]))
+    mean, half = interval(logs[0] - logs[1])
     return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half))
 
 
@@ -107,14 +143,33 @@ def plus_minus(function: Callable[..., tuple[float, float]], *arguments: str) ->
     return "{:+.3f} ± {:.3f}".format(*function(*arguments)).replace("-", "−")
 
 
-def ratio(function: Callable[..., tuple[float, float, float]], *arguments: str) -> str:
+def ratio(function: Callable[..., tuple[float, float, float]], *arguments: Any) -> str:
     """A ratio and its interval, two digits."""
     return "{:.2f} [{:.2f}, {:.2f}]".format(*function(*arguments))
+
+
+def so_far(show: Callable[..., str], *arguments: Any) -> str:
+    """What `show` gives, or that there is nothing in the record yet."""
+    try:
+        return show(*arguments).replace("-", "−")
+    except (FileNotFoundError, KeyError):
+        return "not recorded yet"
 
 
 for measure in MEASURES:
     NUMBERS[f"r {measure}"] = partial(signed, correlation, measure)
     NUMBERS[f"r {measure} gap"] = partial(signed, correlation, measure, "gap")
+for data in PLACES:
+    for measure in (*MEASURES, "curvature_published"):
+        name = f"{data} {measure}".strip()
+        NUMBERS[f"interval {name}"] = partial(so_far, ratio, fisher, measure, "validation_loss", data)
+        NUMBERS[f"interval {name} gap"] = partial(so_far, ratio, fisher, measure, "gap", data)
+for goal in ("flatter", "sharper", "more curved", "less curved"):
+    for family in ("scaling", "published"):
+        NUMBERS[f"cifar {family}, {goal}"] = partial(so_far, cifar_minimum, f"{family}, {goal}")
+for step in (10, 30, 100):
+    for arm, base in LEARNED.items():
+        NUMBERS[f"{arm} at {step}"] = partial(ratio, learned_along, arm, base, step)
 for family in ("scaling", "mixing"):
     for goal in GOALS:
         NUMBERS[f"minimum {family}, {goal}"] = partial(plus_minus, minimum, f"{family}, {goal}")
