@@ -168,7 +168,7 @@ def test_the_verdicts_follow_from_the_numbers():
         assert recorded.learned_ratio(arm, base)[2] >= 1, "no learned teleport clearly lowers the final loss"
 
 
-STATUS = ("proved", "confirmed", "corrected", "not confirmed", "not attempted")
+STATUS = ("proved", "confirmed", "corrected", "not confirmed", "not decided", "not attempted")
 
 
 def test_every_row_of_the_scorecard_has_a_status_and_a_chapter():
