@@ -25,7 +25,7 @@ from teleport_lite.runtime import (
     unwrap_compiled,
 )
 from teleport_lite.search import search as find
-from teleport_lite.symmetries.base import Product, Symmetry, check_radius
+from teleport_lite.symmetries.base import Product, Symmetry, check_generator, check_radius, check_symmetry
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
 from teleport_lite.transaction import commit
 
@@ -197,19 +197,19 @@ def carry_out(
     goal = as_objective(objective)
     maximize = goal.maximize if maximize is None else maximize
     check_radius(radius)
-    if tol is not None and not tol > 0:
+    check_generator(generator)
+    if tol is not None and not (isinstance(tol, (int, float)) and tol > 0):
         raise TeleportError("a positive tol", tol, "leave it out for the default of the dtype")
     if search == "random" and generator is None:
         remedy = "pass generator=torch.Generator().manual_seed(0)"
         raise TeleportError("a generator for a random teleport", None, remedy)
-    if symmetry is None:
-        symmetry = symmetries_of(ranks.model, loss_fn)
-    model = unwrap_compiled(ranks.model, symmetry.names)
+    symmetry = symmetries_of(ranks.model, loss_fn) if symmetry is None else symmetry
+    product = check_symmetry(symmetry)
+    model = unwrap_compiled(ranks.model, product.names)
     parameters = trainable(model)
     params = {name: p.detach() for name, p in parameters.items()}  # in the same memory
 
     with Evaluation(model, loss_fn) as loss:
-        product = symmetry if isinstance(symmetry, Product) else Product([symmetry])
         if not len(product):
             raise NoSymmetryError(product.reasons)
         check_movable(model, product)
