@@ -80,8 +80,8 @@ class Directions:
     def __init__(self, params: Params, count: int, *, generator: torch.Generator | None = None) -> None:
         if count < 1:
             raise TeleportError("at least one direction", count, "pass directions=100")
-        first = next(iter(params.values()))
-        self.device = first.device if generator is None else generator.device  # where they are drawn
+        self.home = next(iter(params.values())).device
+        self.device = self.home if generator is None else generator.device  # where they are drawn
         self.params, self.dtype = params, reduce(torch.promote_types, {p.dtype for p in params.values()})
         self.seeds = torch.randint(2**62, (count,), generator=generator, device=self.device).tolist()
 
@@ -94,7 +94,7 @@ class Directions:
         for row, seed in zip(rows, seeds, strict=True):
             row.normal_(generator=torch.Generator(self.device).manual_seed(seed))
             row.div_(torch.linalg.vector_norm(row))
-        parts = zip(self.params.items(), rows.split(sizes, 1), strict=True)
+        parts = zip(self.params.items(), rows.to(self.home).split(sizes, 1), strict=True)
         return {name: part.reshape(-1, *p.shape).to(p) for (name, p), part in parts}
 
 
