@@ -201,7 +201,7 @@ def hessian_trace(samples: int = 10, *, generator: torch.Generator | None = None
     """
 
     def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
-        probes = sign_probes(problem.params, samples, generator=_seeded(generator))
+        probes = [*sign_probes(problem.params, samples, generator=_seeded(generator))]
         zero = {name: torch.zeros_like(p) for name, p in problem.params.items()}
 
         def along_vectors(entries: Params) -> Tensor:
