@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from teleport_lite.errors import LossError, TeleportError
-from teleport_lite.functional import Params, dot, hvp, loss_of, normal_like, trainable
+from teleport_lite.functional import Params, dot, generator_for, hvp, loss_of, normal_like, trainable
 
 CYCLES = 1000  # of the Lanczos method, at most
 
@@ -33,7 +33,9 @@ def hessian_trace(
     """
     loss = loss_of(model, loss_fn)
     params = {name: p.detach() for name, p in trainable(model).items()}
-    return torch.stack([dot(z, hvp(loss, params, z)) for z in sign_probes(params, samples, generator=generator)]).mean()
+    probes = sign_probes(params, samples, generator=generator)
+    with loss:
+        return torch.stack([dot(z, hvp(loss, params, z)) for z in probes]).mean()
 
 
 def sign_probes(params: Params, count: int, *, generator: torch.Generator | None = None) -> Iterator[Params]:
@@ -44,8 +46,9 @@ def sign_probes(params: Params, count: int, *, generator: torch.Generator | None
     """
     if count < 1:
         raise TeleportError("at least one sample", count, "pass samples=100")
-    for _ in range(count):
-        yield {name: torch.where(d[0] < 0, -1.0, 1.0).to(d) for name, d in normal_like(params, 1, generator).items()}
+    generator = generator_for(params, generator)
+    drawn = (normal_like(params, 1, generator) for _ in range(count))
+    return ({name: torch.where(d[0] < 0, -1.0, 1.0).to(d) for name, d in draw.items()} for draw in drawn)
 
 
 def hessian_eigenvalues(
@@ -69,6 +72,7 @@ def hessian_eigenvalues(
     """
     loss = loss_of(model, loss_fn)
     params = {name: p.detach() for name, p in trainable(model).items()}
+    generator = generator_for(params, generator)
     like, sizes = next(iter(params.values())), [p.numel() for p in params.values()]
     if not 0 < count <= sum(sizes):
         raise TeleportError(f"a count from 1 to {sum(sizes)}, the number of parameters", count, "ask for fewer")
@@ -85,7 +89,8 @@ def hessian_eigenvalues(
         return vector({name: d[0] for name, d in normal_like(params, 1, generator).items()})
 
     eps = max(torch.finfo(p.dtype).eps for p in params.values())
-    return largest_eigenvalues(product, draw, count, min(100 * eps, 1e-3)).to(like)
+    with loss:
+        return largest_eigenvalues(product, draw, count, min(100 * eps, 1e-3)).to(like)
 
 
 def largest_eigenvalues(
