@@ -7,7 +7,7 @@ for as long as that takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -27,6 +27,7 @@ from teleport_lite.runtime import (
     coarsest,
     eager_mode,
     kept_random_state,
+    unfused_attention,
 )
 
 Params = dict[str, Tensor]
@@ -212,7 +213,7 @@ def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) ->
     >>> value_and_grad(lambda p: (p["w"] ** 2).sum(), {"w": torch.tensor([1.0, 2.0])})
     (tensor(5.), {'w': tensor([2., 4.])})
     """
-    with session(loss), torch.enable_grad():
+    with session(loss), unfused_attention() if create_graph else nullcontext(), torch.enable_grad():
         points = {  # views, because one parameter may have been computed from another
             name: p.view_as(p) if create_graph and p.requires_grad else p.detach().requires_grad_()
             for name, p in params.items()
@@ -224,7 +225,7 @@ def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) ->
                 "one without a gradient",
                 "call the given net inside loss_fn, and do not detach its output",
             )
-        grads = _gradients(value, points, create_graph)
+        grads = gradients(value, [*points.values()], create_graph=create_graph)
     if all(g is None for g in grads):
         raise LossError(
             "a loss that depends on the parameters",
@@ -235,20 +236,39 @@ def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) ->
     return (value if create_graph else value.detach()), filled
 
 
-def _gradients(value: Tensor, points: Params, create_graph: bool) -> list[Tensor | None]:
-    """The derivatives of `value` by `points`, dense.
+HINDRANCES = (  # what torch says, what it means, what helps
+    ("use_reentrant", "a reentrant checkpoint", "pass use_reentrant=False to torch.utils.checkpoint.checkpoint"),
+    (
+        "compatible with .grad()",
+        "a reentrant checkpoint",
+        "pass use_reentrant=False to torch.utils.checkpoint.checkpoint",
+    ),
+    ("is not implemented", "{}", "replace that operation, or use what needs fewer derivatives, as gradient_norm does"),
+    (
+        "once_differentiable",
+        "{}",
+        "drop the mark from its backward, or use what needs one derivative, as gradient_norm",
+    ),
+)
+
+
+def gradients(
+    value: Tensor, points: Sequence[Tensor], *, along: Tensor | None = None, create_graph: bool = False
+) -> list[Tensor | None]:
+    """The derivatives of `value` by `points`, dense: `torch.autograd.grad` with errors that say what to do.
 
     Raises:
-        LossError: when a reentrant checkpoint stands in the way.
+        LossError: when something stands in the way that a user can change.
         RuntimeError: whatever else torch has to say.
     """
     try:
-        grads = torch.autograd.grad(value, list(points.values()), create_graph=create_graph, allow_unused=True)
+        grads = torch.autograd.grad(value, [*points], along, create_graph=create_graph, allow_unused=True)
     except RuntimeError as error:
-        if "use_reentrant" not in str(error) and "not compatible with .grad()" not in str(error):
-            raise
-        remedy = "pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
-        raise LossError("a loss that torch.autograd.grad differentiates", "a reentrant checkpoint", remedy) from error
+        for said, meant, remedy in HINDRANCES:
+            if said in str(error):
+                got = meant.format(str(error).split(". ")[0].rstrip("."))
+                raise LossError("a loss that torch differentiates as often as is needed", got, remedy) from error
+        raise
     return [g.to_dense() if g is not None and g.is_sparse else g for g in grads]
 
 
@@ -278,12 +298,12 @@ def hvp(loss: Loss, params: Params, vector: Params) -> Params:
             got = tuple(vector[name].shape) if name in vector else None
             raise ShapeError(f"vector[{name!r}]", tuple(p.shape), got, "pass a vector that is shaped like params")
     points = {name: p.detach().requires_grad_() for name, p in params.items()}
-    with session(loss), torch.enable_grad():
+    with session(loss), unfused_attention(), torch.enable_grad():
         _, grads = value_and_grad(loss, points, create_graph=True)
         slope = dot(grads, vector)
         if not slope.requires_grad:  # a linear loss
             return {name: torch.zeros_like(p) for name, p in params.items()}
-        rows = _gradients(slope, points, create_graph=False)
+        rows = gradients(slope, [*points.values()])
     return {n: torch.zeros_like(p) if row is None else row for (n, p), row in zip(points.items(), rows, strict=True)}
 
 
@@ -303,6 +323,13 @@ def norm(params: Params) -> Tensor:
     tensor(5.)
     """
     return norms(params).norm()
+
+
+def generator_for(params: Params, generator: torch.Generator | None) -> torch.Generator:
+    """`generator`, or one where `params` are, begun at random: evaluations put the global random state back."""
+    if generator is not None:
+        return generator
+    return torch.Generator(next(iter(params.values())).device).manual_seed(int(torch.randint(2**62, ())))
 
 
 def normal_like(params: Params, count: int, generator: torch.Generator | None) -> Params:

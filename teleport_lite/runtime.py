@@ -6,11 +6,12 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
@@ -146,6 +147,11 @@ def eager_mode(device: str) -> Iterator[None]:
     autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
     with stance("force_eager") if stance else nullcontext(), autocast:
         yield
+
+
+def unfused_attention() -> AbstractContextManager:
+    """A context in which attention is computed by its parts: the fused kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 class _Detached(TorchFunctionMode):

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from teleport_lite.errors import LossError, TeleportError
-from teleport_lite.functional import Loss, Params, check_scalar, loss_of, trainable
+from teleport_lite.functional import Loss, Params, check_scalar, generator_for, loss_of, trainable
+from teleport_lite.runtime import unfused_attention
 
 RADII = tuple(round(0.001 + 0.01 * k, 3) for k in range(20))  # of arXiv:2305.13404, for MNIST
 PAIRED = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
@@ -67,7 +68,7 @@ def sharpness(
 class Directions:
     """Isotropic directions of length 1 in the space of all parameters together, each drawn from a seed of its own.
 
-    Nothing but the seeds is held: `around[i:j]` gives directions i to j by name, [j - i, ...], always the same.
+    `around[i:j]` gives directions i to j by name, [j - i, ...], always the same. Held are the seeds and the last part.
 
     Raises:
         TeleportError: when `count` is not positive.
@@ -80,22 +81,27 @@ class Directions:
     def __init__(self, params: Params, count: int, *, generator: torch.Generator | None = None) -> None:
         if count < 1:
             raise TeleportError("at least one direction", count, "pass directions=100")
-        first = next(iter(params.values()))
-        self.device = first.device if generator is None else generator.device  # where they are drawn
+        generator = generator_for(params, generator)
+        self.device, self.home = generator.device, next(iter(params.values())).device  # where they are drawn, and live
         self.params, self.dtype = params, reduce(torch.promote_types, {p.dtype for p in params.values()})
         self.seeds = torch.randint(2**62, (count,), generator=generator, device=self.device).tolist()
+        self._last: tuple[list[int], Params] = [], {}
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def __getitem__(self, index: slice) -> Params:
         seeds, sizes = self.seeds[index], [p.numel() for p in self.params.values()]
+        if seeds == self._last[0]:
+            return self._last[1]
+        self._last = [], {}
         rows = torch.empty(len(seeds), sum(sizes), dtype=self.dtype, device=self.device)
         for row, seed in zip(rows, seeds, strict=True):
             row.normal_(generator=torch.Generator(self.device).manual_seed(seed))
             row.div_(torch.linalg.vector_norm(row))
-        parts = zip(self.params.items(), rows.split(sizes, 1), strict=True)
-        return {name: part.reshape(-1, *p.shape).to(p) for (name, p), part in parts}
+        parts = zip(self.params.items(), rows.to(self.home).split(sizes, 1), strict=True)
+        self._last = seeds, {name: part.reshape(-1, *p.shape).to(p) for (name, p), part in parts}
+        return self._last[1]
 
 
 def unit_directions(params: Params, count: int, *, generator: torch.Generator | None = None) -> Params:
@@ -132,21 +138,19 @@ def mean_loss_around(
     if one_by_one is None:
         one_by_one = goes_one_by_one(loss, params, radii, chunk_size)
     count = len(directions) if isinstance(directions, Directions) else len(next(iter(directions.values())))
-    size = chunk_size or (1 if one_by_one else count)
+    size = 1 if one_by_one else chunk_size or count
 
-    def chunk(start: int) -> Params:
+    def total(start: int, t: float | None) -> Tensor:
+        """The losses of a chunk at all radii, or of one direction at one."""
         part = slice(start, start + size)
-        return directions[part] if isinstance(directions, Directions) else {n: d[part] for n, d in directions.items()}
+        chunk = directions[part] if isinstance(directions, Directions) else {n: d[part] for n, d in directions.items()}
+        if t is None:
+            return losses_around(loss, params, chunk, _on(params, radii)).sum()
+        return check_scalar(loss(_moved(params, {n: d[0] for n, d in chunk.items()}, t)))
 
-    def total(start: int) -> Tensor:
-        around = chunk(start)
-        if not one_by_one:
-            return losses_around(loss, params, around, _on(params, radii)).sum()
-        rows = [{n: d[k] for n, d in around.items()} for k in range(min(size, count - start))]
-        return torch.stack([check_scalar(loss(_moved(params, row, t))) for row in rows for t in radii]).sum()
-
-    again = torch.is_grad_enabled() and size < count
-    parts = [checkpoint(total, k, use_reentrant=False) if again else total(k) for k in range(0, count, size)]
+    calls = [(k, t) for k in range(0, count, size) for t in (radii if one_by_one else [None])]
+    again = torch.is_grad_enabled() and len(calls) > 1
+    parts = [checkpoint(total, *call, use_reentrant=False) if again else total(*call) for call in calls]
     return torch.stack(parts).sum() / (count * len(radii))
 
 
@@ -206,7 +210,8 @@ def losses_around(loss: Loss, params: Params, directions: Params, radii: Tensor)
         with _Line(params, direction, t) as line:
             return check_scalar(loss(line.places))
 
-    return vmap(vmap(at, (None, 0)), (0, None))(directions, radii)
+    with unfused_attention():  # fused kernels have no rule for vmap either
+        return vmap(vmap(at, (None, 0)), (0, None))(directions, radii)
 
 
 class _Line(TorchFunctionMode):
