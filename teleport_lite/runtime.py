@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.overrides import TorchFunctionMode
 
 from teleport_lite.distributed import Ranks
-from teleport_lite.errors import TeleportError
+from teleport_lite.errors import ParameterError, TeleportError
 
 LossFn = Callable[[Any], Tensor]  # of the model
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -153,20 +155,43 @@ def eager_mode(device: str) -> Iterator[None]:
         yield
 
 
+class _Detached(TorchFunctionMode):
+    """Lets `deepcopy` copy tensors that were computed: kept activations, pruned or normalised weights."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            memo = args[1]
+            memo[id(args[0])] = args[0].detach().clone()
+            return memo[id(args[0])]
+        return func(*args, **(kwargs or {}))
+
+
 def copy_of(model: nn.Module) -> nn.Module:
-    """An independent copy of `model`, not compiled, of one process, in evaluation mode and float64.
+    """An independent copy of `model`, not compiled, of one process, in evaluation mode, contiguous and in float64.
 
     Raises:
-        ParameterError: when the model is sharded over several processes.
+        ParameterError: when the model is sharded over several processes, or has parameters without a shape.
         TeleportError: when the model cannot be copied.
     """
     inner = Ranks(model).model
+    inner = getattr(inner, "_orig_mod", inner)
+    for name, p in inner.named_parameters():
+        if isinstance(p, UninitializedParameter):
+            remedy = "run the model once on an input, which gives lazy layers their shapes"
+            raise ParameterError(name, "initialised", "a lazy parameter without a shape", remedy)
     try:
-        return copy.deepcopy(getattr(inner, "_orig_mod", inner)).eval().double()
+        with _Detached():
+            return copy.deepcopy(inner).eval()._apply(_plain_float64)
     except Exception as error:
         remedy = "pass symmetry=... built by hand from teleport_lite.symmetries"
         got = f"{type(error).__name__}: {error}"
         raise TeleportError("a model that copy.deepcopy can copy", got, remedy) from error
+
+
+def _plain_float64(tensor: Tensor) -> Tensor:
+    tensor = tensor.to(torch.complex128) if tensor.is_complex() else tensor
+    tensor = tensor.double() if tensor.is_floating_point() else tensor
+    return tensor.contiguous() if tensor.layout == torch.strided else tensor
 
 
 def as_inputs(example_inputs: object) -> Inputs:

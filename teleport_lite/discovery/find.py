@@ -8,17 +8,22 @@ whole model, in float64, on fresh inputs, in evaluation and training mode; what 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from teleport_lite.discovery.inputs import Call
+from teleport_lite.discovery.outputs import tensors_of
+from teleport_lite.discovery.probe import Probe, laboratory
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.propose import solve_and_verify
+from teleport_lite.discovery.scenes import Scene
 from teleport_lite.discovery.solve import reasons as reasons_of
-from teleport_lite.discovery.verify import Verifier, as_call, perturb, tensors_of, unfused
-from teleport_lite.errors import EmptyModelError, TeleportError
+from teleport_lite.discovery.verify import Verifier
+from teleport_lite.errors import EmptyModelError
 from teleport_lite.functional import Params
-from teleport_lite.runtime import copy_of, kept_random_state
+from teleport_lite.symmetries.axes import NeuronSymmetry
 from teleport_lite.symmetries.base import Product
 
 RETURNED = "the model returns them"
@@ -59,29 +64,31 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
     """
     if not any(True for _ in model.parameters()):
         raise EmptyModelError(model)
-    probe = copy_of(model)
-    args, kwargs = as_call(example_inputs)
+    probe = Probe(model)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad(), kept_random_state(probe), unfused():
-        perturb(probe, generator)
-        params: Params = dict(probe.named_parameters())
-        check = Verifier(probe, args, kwargs, generator)
-        args, kwargs = check.inputs[0]
-        seen = Propagation(params)
-        for name, p in params.items():
-            if not p.requires_grad:
-                seen.freeze(name, f"{name} is frozen")
-        torch.manual_seed(0)
-        try:
-            with seen:
-                outputs = tensors_of(probe(*args, **kwargs))
-        except Exception as error:
-            remedy = "pass an input on which the model runs in float64"
-            raise TeleportError(
-                "a model that runs on example_inputs", f"{type(error).__name__}: {error}", remedy
-            ) from error
-        seen.finish(outputs)
+    with laboratory(probe.module):
+        probe.perturb(generator)
+        check = Verifier(probe, Call.of(example_inputs), generator)
+        seen = propagated(probe, check.stage.informative())
         factors, reasons = solve_and_verify(seen, check)
+    return Product(factors, [*reasons, *check.notes(), *_unmoved(seen, probe.params, factors)])
+
+
+def propagated(probe: Probe, scenes: Iterable[Scene]) -> Propagation:
+    """The constraints that all these runs put on the parameters together."""
+    seen = Propagation(probe.params)
+    for name, p in probe.params.items():
+        if not p.requires_grad:
+            seen.freeze(name, f"{name} is frozen")
+        elif not p.is_floating_point():
+            seen.freeze(name, f"{name} is {'complex' if p.is_complex() else str(p.dtype)}")
+    for scene in scenes:
+        seen.finish(tensors_of(probe.run(scene.call, scene.training, scene.seed, (seen,))))
+    return seen
+
+
+def _unmoved(seen: Propagation, params: Params, factors: list[NeuronSymmetry]) -> list[str]:
+    """Why the rows of matrices stay."""
     moved = {(leg.name, leg.dim) for f in factors for leg in f.legs}
     still = [
         s
@@ -94,5 +101,4 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
     ):
         if why and not (factors and why == RETURNED):
             whys[why].append(name)
-    reasons += [f"rows of {', '.join(names)}: {why}" for why, names in whys.items()]
-    return Product(factors, reasons)
+    return [f"rows of {', '.join(names)}: {why}" for why, names in whys.items()]

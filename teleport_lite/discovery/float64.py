@@ -1,0 +1,109 @@
+"""Compute in float64, whatever a model asks for.
+
+The copy of a model that discovery runs has its parameters, buffers and inputs in float64. What else it reads may be
+coarser: tensors that are plain attributes, constants that a function closes over, an explicit `.float()`. `Float64`
+widens each of them where it meets an operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+WIDER = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+    torch.complex32: torch.complex128,
+}
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """`tensor` in float64 or complex128; integers stay."""
+    return tensor.to(WIDER[tensor.dtype]) if tensor.dtype in WIDER else tensor
+
+
+class Float64(TorchDispatchMode):
+    """Widens every real or complex tensor, and every type that is asked for.
+
+    Attributes:
+        needed: whether there was anything to widen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.needed = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        coarse = any((x.dtype if isinstance(x, Tensor) else x) in WIDER for x in leaves if _typed(x))
+        if func in WITHOUT_FLOAT64:
+            self.needed = True
+            return WITHOUT_FLOAT64[func](*tree_map(_wide, args), **tree_map(_wide, kwargs))
+        if not coarse or func is torch.ops.aten.view.dtype:
+            return func(*args, **kwargs)
+        self.needed = True
+        wide = {id(x): widened(x) for x in leaves if isinstance(x, Tensor) and x.dtype in WIDER}
+
+        def swap(x: Any) -> Any:
+            return wide.get(id(x), x) if isinstance(x, Tensor) else _wide(x)
+
+        out = func(*tree_map(swap, args), **tree_map(swap, kwargs))
+        given = {id(wide[id(x)]): x for x in _written(func, args, kwargs) if id(x) in wide}
+        for x in given.values():  # what is written in place keeps its type
+            x.copy_(wide[id(x)])
+        return tree_map(lambda x: given.get(id(x), x) if isinstance(x, Tensor) else x, out) if given else out
+
+
+def _typed(x: Any) -> bool:
+    return isinstance(x, (Tensor, torch.dtype))
+
+
+def _wide(x: Any) -> Any:
+    return widened(x) if isinstance(x, Tensor) else WIDER.get(x, x) if isinstance(x, torch.dtype) else x
+
+
+def _written(func, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    """The arguments that an operator writes to."""
+    for i, spec in enumerate(func._schema.arguments):
+        if spec.alias_info is not None and spec.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(spec.name)
+            yield from (x for x in tree_leaves(value) if isinstance(x, Tensor))
+
+
+def _grouped_mm(a, b, offs=None, bias=None, out_dtype=None):
+    """`_grouped_mm` by pieces: group g of the rows of a, of the columns of b, or of the sum, ends at `offs[g]`."""
+    if offs is None:
+        return torch.bmm(a, b)
+    ends = offs.tolist()
+    spans = list(zip([0, *ends[:-1]], ends, strict=True))
+    if a.ndim == 3:
+        return torch.cat([a[g] @ b[:, i:j] for g, (i, j) in enumerate(spans)], 1)
+    if b.ndim == 2:
+        return torch.stack([a[:, i:j] @ b[i:j] for i, j in spans])
+    rest = a.new_zeros(len(a) - ends[-1], b.shape[-1])
+    return torch.cat([*(a[i:j] @ b[g] for g, (i, j) in enumerate(spans)), rest])
+
+
+WITHOUT_FLOAT64: dict[Any, Callable] = {}  # operators that have no kernel for float64
+if hasattr(torch.ops.aten, "_grouped_mm"):  # torch >= 2.8
+    WITHOUT_FLOAT64[torch.ops.aten._grouped_mm.default] = _grouped_mm
+
+
+@contextmanager
+def float64_default() -> Iterator[None]:
+    """New tensors in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,219 @@
+"""The inputs of one call of a model, in containers of any kind, and how to vary them.
+
+Values are drawn near those given, integers within the range seen or the table that they index, so that a model with a
+restricted domain gets what it can take; what it refuses is left out by the caller.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teleport_lite.discovery.float64 import widened
+
+ROWS = 4  # of the batch on which a symmetry is verified
+Leaves = list[Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Positional and keyword arguments of a model.
+
+    >>> Call.of({"x": torch.ones(2), "scale": 3}).leaves()
+    [tensor([1., 1.]), 3]
+    """
+
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, example_inputs: object) -> Call:
+        """A mapping is keyword arguments, a tuple or list positional ones, anything else the only argument."""
+        if isinstance(example_inputs, Call):
+            return example_inputs
+        if isinstance(example_inputs, Mapping):
+            return cls((), dict(example_inputs))
+        return cls(tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,))
+
+    def map(self, leaf: Callable[[Any], Any]) -> Call:
+        """Each leaf replaced; a tensor that stands in several places stays one."""
+        memo: dict[int, Any] = {}
+        return Call(_map(self.args, leaf, memo), _map(self.kwargs, leaf, memo))
+
+    def leaves(self) -> Leaves:
+        """Tensors, numbers and whatever else is no container."""
+        found: Leaves = []
+        self.map(lambda x: found.append(x) or x)
+        return found
+
+    def with_leaves(self, leaves: Leaves) -> Call:
+        """The same containers around other leaves."""
+        parts = iter(leaves)
+        return self.map(lambda _: next(parts))
+
+    def fresh(self) -> Call:
+        """Copies, which a model may write to."""
+        return self.map(_copied)
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in self.leaves() if isinstance(x, Tensor)]
+
+
+def _map(x: Any, leaf: Callable, memo: dict[int, Any]) -> Any:
+    if isinstance(x, Tensor):
+        if id(x) not in memo:
+            memo[id(x)] = leaf(x)
+        return memo[id(x)]
+    if isinstance(x, Mapping):
+        new = {key: _map(value, leaf, memo) for key, value in x.items()}
+        if type(x) is dict:
+            return new
+        same = copy.copy(x)
+        for key, value in new.items():
+            same[key] = value  # type: ignore[index]
+        return same
+    if isinstance(x, (tuple, list)) and not isinstance(x, torch.Size):
+        parts = [_map(part, leaf, memo) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        same = copy.copy(x)
+        for f in dataclasses.fields(x):
+            object.__setattr__(same, f.name, _map(getattr(x, f.name), leaf, memo))
+        return same
+    return leaf(x)
+
+
+def wide(x: Any) -> Any:
+    """A tensor in float64 and contiguous; anything else as it is."""
+    if not isinstance(x, Tensor):
+        return x
+    x = widened(x.detach())
+    return x.contiguous() if x.layout == torch.strided and not x.is_nested else x
+
+
+def _copied(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.clone()
+    if isinstance(x, torch.Generator):
+        return torch.Generator(x.device).set_state(x.get_state())
+    if x is None or callable(x) or isinstance(x, (str, int, float, complex, torch.dtype, torch.device)):
+        return x
+    return copy.deepcopy(x)
+
+
+def _vary(call: Call, real: Callable, whole: Callable) -> Call:
+    """Every real tensor and every tensor of integers replaced."""
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested or not x.numel():
+            return x
+        return real(x) if x.is_floating_point() or x.is_complex() else whole(x)
+
+    return call.map(leaf)
+
+
+def variations(call: Call, tables: dict[int, int], generator: torch.Generator) -> Iterator[Iterator[Call]]:
+    """Other values of the same shapes: several kinds, and for each the bolder ones first.
+
+    Args:
+        call: what to vary.
+        tables: for tensors of integers, by `id`, the length of the table that they index.
+        generator: for the draws.
+    """
+
+    def normal(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+
+    def uniform(x: Tensor) -> Tensor:
+        return torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+
+    def noisy(x: Tensor) -> Tensor:
+        return x + _spread(x) * normal(x)
+
+    def positive(x: Tensor) -> Tensor:  # signs stay; columns of integers are drawn from what stands there
+        columns = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
+        counts = (columns == columns.real.round()).all(0) if x.is_complex() else (columns == columns.round()).all(0)
+        picked = columns.gather(0, uniform(columns).argsort(0))
+        return torch.where(counts, picked, columns * (0.3 * normal(columns).real).exp()).reshape(x.shape)
+
+    def between(x: Tensor) -> Tensor:  # rows are drawn together, so that sums over a row stay what they are
+        if x.ndim < 1 or len(x) < 2:
+            return x
+        share = uniform(x.flatten(1)[:, 0] if x.ndim > 1 else x).reshape(-1, *[1] * (x.ndim - 1))
+        return x + share.to(x.dtype) * (x.roll(1, 0) - x)
+
+    def anywhere(x: Tensor) -> Tensor:
+        if id(x) not in tables or x.dtype == torch.bool:
+            return inside(x)
+        return (uniform(x) * tables[id(x)]).to(x.dtype)
+
+    def inside(x: Tensor) -> Tensor:
+        low, high = x.min().double(), x.max().double()
+        return (low + uniform(x) * (high + 1 - low)).floor().to(x.dtype)
+
+    def same(x: Tensor) -> Tensor:
+        return x
+
+    for real in (noisy, positive, between):
+        yield (_vary(call, real, whole) for whole in (anywhere, inside, same))  # noqa: B023
+
+
+def _spread(x: Tensor) -> Tensor | float:
+    """How far values lie apart, and not zero."""
+    size = float(x.abs().std()) if x.numel() > 1 else 0.0
+    return size or float(x.abs().max()) or 1.0
+
+
+def times(call: Call, size: float) -> Call:
+    """Real inputs so many times larger."""
+    return _vary(call, lambda x: size * x, lambda x: x)
+
+
+def other_numbers(call: Call) -> Iterator[Call]:
+    """Other values for each Python integer among the arguments."""
+    leaves = call.leaves()
+    for i, n in enumerate(leaves):
+        if isinstance(n, int) and not isinstance(n, bool):
+            for value in dict.fromkeys([n + 1, *range(8), n - 1, 2 * n]):
+                if value != n:
+                    yield call.with_leaves([*leaves[:i], value, *leaves[i + 1 :]])
+
+
+def few_rows(call: Call) -> Call | None:
+    """The first `ROWS` examples of a batch, or a smaller batch repeated; None when it has that size."""
+    count = next((len(x) for x in call.tensors() if x.ndim), ROWS)
+    return None if count == ROWS else resized(call, count, ROWS, 0)
+
+
+def sizes(call: Call) -> Iterator[tuple[int, int | None]]:
+    """The lengths of axes: for each length all axes that have it, then those along one dimension."""
+    found = {(x.shape[d], d) for x in call.tensors() for d in range(x.ndim)}
+    for size in sorted({s for s, _ in found}):
+        yield size, None
+        yield from ((size, d) for s, d in sorted(found) if s == size)
+
+
+def longer(size: int) -> list[int]:
+    """Lengths to try in place of one, not all of which a model may take."""
+    return [2 * size + 1, size + 1, 2 * size] if size <= 8 else [size + 2, 2 * size, size // 2]
+
+
+def resized(call: Call, old: int, new: int, dim: int | None) -> Call:
+    """Every axis of length `old` (along `dim` alone, where given) made `new` long, by repetition; integers likewise."""
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, int) and not isinstance(x, bool) and x == old and dim is None:
+            return new
+        if isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested:
+            for d in range(x.ndim) if dim is None else [dim] if dim < x.ndim else []:
+                if x.shape[d] == old:
+                    x = x.index_select(d, (torch.arange(new) % old).to(x.device))
+        return x
+
+    return call.map(leaf)

@@ -1,0 +1,86 @@
+"""What a model returns, as tensors, and how far two returns are apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def tensors_of(output: object) -> list[Tensor]:
+    """All tensors in the output of a model: in containers, and in the attributes of objects.
+
+    >>> tensors_of({"loss": torch.tensor(1.0), "rest": [torch.tensor(2), None]})
+    [tensor(1.), tensor(2)]
+    """
+    return list(_walk(output, set()))
+
+
+def _walk(x: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (float, complex)):
+        yield torch.tensor(x)
+    elif not isinstance(x, (str, bytes, int, type, nn.Module, torch.dtype, torch.device)) and id(x) not in seen:
+        seen.add(id(x))
+        for part in _parts(x):
+            yield from _walk(part, seen)
+
+
+def _parts(x: Any) -> list[Any]:
+    if isinstance(x, Mapping):
+        return list(x.values())
+    if isinstance(x, (tuple, list)):
+        return list(x)
+    if hasattr(x, "__array__"):
+        return [torch.as_tensor(x)]
+    if dataclasses.is_dataclass(x):
+        return [getattr(x, f.name) for f in dataclasses.fields(x)]
+    slots = [getattr(x, name, None) for kind in type(x).__mro__ for name in getattr(kind, "__slots__", ())]
+    return [*slots, *vars(x).values()] if hasattr(x, "__dict__") and not callable(x) else slots
+
+
+def numbers(tensor: Tensor) -> Tensor:
+    """A tensor of any kind as a dense one of real numbers."""
+    tensor = tensor.detach()
+    if tensor.is_nested:
+        tensor = torch.cat([t.reshape(-1) for t in tensor.unbind()])
+    tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
+    tensor = tensor.dequantize() if tensor.is_quantized else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.double()
+
+
+def distance(after: list[Tensor], before: list[Tensor]) -> float:
+    """The largest of the `gaps`, over all tensors; infinite when their number differs."""
+    if len(after) != len(before):
+        return float("inf")
+    return max(gaps(after, before), default=0.0)
+
+
+def gaps(after: list[Tensor], before: list[Tensor], constant: list[Tensor] | None = None) -> list[float]:
+    """For each tensor the largest difference of two entries, relative to the larger of this entry and the typical one.
+
+    So one huge entry hides no other. Typical is the median of what is finite, not zero, and not `constant`, which says
+    for each tensor where no parameter matters. Entries that are not finite have to stay the same.
+    """
+    constant = constant or [torch.zeros((), dtype=torch.bool)] * len(before)
+    return [_gap(a, b, fixed) for a, b, fixed in zip(after, before, constant, strict=True)]
+
+
+def _gap(a: Tensor, b: Tensor, fixed: Tensor) -> float:
+    a, b = numbers(a), numbers(b)
+    if a.shape != b.shape:
+        return float("inf")
+    finite = b.isfinite()
+    if not bool(((a == b) | finite | (a.isnan() & b.isnan())).all()) or not bool(a[finite].isfinite().all()):
+        return float("inf")
+    difference = (a - b).abs()[finite]
+    if not bool(difference.any()):
+        return 0.0
+    size = b.abs()
+    usual = size[finite & (size > 0) & ~fixed]
+    typical = usual.median() if usual.numel() else size.new_ones(())
+    return float((difference / size[finite].clamp(min=float(typical))).max())

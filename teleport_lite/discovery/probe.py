@@ -1,0 +1,131 @@
+"""The private copy of a model that discovery runs: in float64, each run from the same state."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from teleport_lite.discovery.draws import kept_seeds, seed_everything
+from teleport_lite.discovery.float64 import Float64, float64_default
+from teleport_lite.discovery.inputs import Call
+from teleport_lite.discovery.watch import Watch
+from teleport_lite.functional import Params
+from teleport_lite.runtime import copy_of, eager_mode, kept_random_state
+
+
+class Probe:
+    """A copy of `model`, with parameters that may be written to.
+
+    Attributes:
+        params: the parameters themselves, by the names that they have in `model`.
+        values: where they stand between two runs.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = copy_of(model)
+        self.called = self.module.module if isinstance(self.module, nn.DataParallel) else self.module
+        self.params: Params = dict(self.module.named_parameters())
+        self.mode: Float64 | None = Float64()
+        self.buffers = [(b, b.clone()) for b in self.module.buffers()]
+        self.attributes = [
+            (m, {k: _kept(v) for k, v in m.__dict__.items()})
+            for m in self.module.modules()
+            if not isinstance(m, torch.jit.ScriptModule)
+        ]
+        self.generators = [
+            (v, v.get_state())
+            for m in self.module.modules()
+            for v in m.__dict__.values()
+            if isinstance(v, torch.Generator)
+        ]
+        self.values: Params = {name: p.detach().clone() for name, p in self.params.items()}
+
+    def perturb(self, generator: torch.Generator) -> None:
+        """Move everything off special values: nothing must hold only because a number happens to be 0 or 1."""
+        with torch.no_grad():
+            for p in self.params.values():
+                if p.is_floating_point() or p.is_complex():
+                    p.add_(p.abs().square().mean().sqrt().clamp(min=0.1) * normal(p, generator))
+            for module in self.module.modules():
+                if isinstance(module, _NormBase) and module.running_mean is not None and module.running_var is not None:
+                    module.running_mean.add_(0.1 * normal(module.running_mean, generator))
+                    module.running_var.mul_((0.1 * normal(module.running_var, generator)).exp())
+        self.buffers = [(b, b.clone()) for b, _ in self.buffers]
+        self.values = {name: p.detach().clone() for name, p in self.params.items()}
+
+    def run(self, call: Call, training: bool = False, seed: int = 0, modes: tuple[TorchDispatchMode, ...] = ()) -> Any:
+        """What the copy returns, from its first state; `modes` see its operators, the last one first."""
+        self._restore()
+        self.module.train(training)
+        seed_everything(seed)
+        call = call.fresh()
+        with ExitStack() as stack:
+            for mode in (*modes, *((self.mode,) if self.mode else ())):
+                if isinstance(mode, Watch):
+                    mode.look_at(call.tensors())
+                stack.enter_context(mode)
+            return self.called(*call.args, **call.kwargs)
+
+    def _restore(self) -> None:
+        """Give back to the modules what they held at first; a run may have changed it."""
+        for module, attributes in self.attributes:
+            module.__dict__.clear()
+            module.__dict__.update({k: _kept(v) for k, v in attributes.items()})
+        with torch.no_grad():
+            for b, value in self.buffers:
+                b.copy_(value)
+        for g, state in self.generators:
+            g.set_state(state)
+
+    @contextmanager
+    def at(self, params: Params) -> Iterator[None]:
+        """A context in which the copy stands at `params`."""
+        moved = [name for name, p in params.items() if p is not self.values[name]]
+        try:
+            self._write({name: params[name] for name in moved})
+            yield
+        finally:
+            self._write({name: self.values[name] for name in moved})
+
+    def _write(self, params: Params) -> None:
+        with torch.no_grad():
+            for name, value in params.items():
+                self.params[name].copy_(value)
+
+
+def _kept(value: Any) -> Any:
+    return copy.copy(value) if type(value) in (list, dict, set) else value
+
+
+def normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal random numbers of the shape, type and device of `like`."""
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+
+
+@contextmanager
+def laboratory(module: nn.Module) -> Iterator[None]:
+    """All that is set while a copy is run, and set back afterwards.
+
+    No gradients, no compilation, no autocast, no fused kernels (each operation can be seen), float64 by default;
+    random states are kept.
+    """
+    device = next((p.device.type for p in tree_leaves(list(module.parameters()))), "cpu")
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with (
+        torch.no_grad(), kept_random_state(module), kept_seeds(), eager_mode(device), float64_default(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # fmt: skip
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)

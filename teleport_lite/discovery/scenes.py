@@ -1,0 +1,262 @@
+"""The runs on which symmetries are verified: inputs of other values, sizes and lengths, modes and random draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teleport_lite.discovery import inputs
+from teleport_lite.discovery.draws import PATTERNS, Draws
+from teleport_lite.discovery.inputs import Call
+from teleport_lite.discovery.outputs import distance, gaps, numbers, tensors_of
+from teleport_lite.discovery.probe import Probe, normal
+from teleport_lite.discovery.watch import Watch
+from teleport_lite.errors import TeleportError
+
+SIZES = (30.0, 1 / 30)  # so many times larger inputs, for models that branch on what they read
+SEEDS = 3  # for models that draw random numbers
+REPEATED = 1e-12  # two runs of the same agree up to that
+CHAOS = 1e-4  # outputs that rounding changes by more are not compared
+WILD = 1e8  # ratio of entries beyond which those that no parameter changes are looked for
+
+
+@dataclass(eq=False)
+class Scene:
+    """One run of the copy, and what it returned before anything was moved.
+
+    Attributes:
+        call, training, seed: what is run.
+        draws: arguments of `Draws`; None for the generators as they are.
+        before: the outputs.
+        reads: what the run read, as `Watch` says.
+    """
+
+    probe: Probe
+    call: Call
+    training: bool = False
+    seed: int = 0
+    draws: dict[str, Any] | None = None
+    before: list[Tensor] = field(default_factory=list)
+    reads: set[tuple] = field(default_factory=set)
+    _constant: list[Tensor] | None = None
+    _noise: list[float] | None = None
+
+    def run(self) -> list[Tensor]:
+        modes = () if self.draws is None else (Draws(**self.draws),)
+        return tensors_of(self.probe.run(self.call, self.training, self.seed, modes))
+
+    def gap(self, floor: float) -> float:
+        """How far the outputs are now from those before, beyond what rounding explains; 0 when below `floor`."""
+        try:
+            after = self.run()
+        except Exception:  # as when a shape depends on values
+            return float("inf")
+        if len(after) != len(self.before):
+            return float("inf")
+        found = gaps(after, self.before, self.constant)
+        if max(found, default=0.0) <= floor:
+            return 0.0
+        return max((g for g, n in zip(found, self.noise, strict=True) if n < CHAOS and g > max(floor, 1e3 * n)), default=0.0)
+
+    @property
+    def constant(self) -> list[Tensor] | None:
+        """For each output the entries that stay when all parameters are changed; None where none stands out."""
+        if self._constant is None:
+            sizes = [s[s.isfinite() & (s > 0)] for s in (numbers(t).abs() for t in self.before)]
+            if any(s.numel() and float(s.max()) > WILD * float(s.min()) for s in sizes):
+                found = self._elsewhere(0.5, self.before)
+                self._constant = [numbers(a) == numbers(b) for a, b in zip(found, self.before, strict=True)]
+            else:
+                self._constant = []
+        return self._constant or None
+
+    @property
+    def noise(self) -> list[float]:
+        """For each output how far rounding, of the parameters in their last digit, changes it."""
+        if self._noise is None:
+            self._noise = gaps(self._elsewhere(2e-16, self.before), self.before, self.constant)
+        return self._noise
+
+    def _elsewhere(self, spread: float, default: list[Tensor]) -> list[Tensor]:
+        """The outputs at other parameters, or `default` where they do not come out alike."""
+        draw = torch.Generator().manual_seed(0)
+        moved = {n: p * (1 + spread * normal(p, draw)) if p.is_floating_point() else p for n, p in self.probe.values.items()}
+        try:
+            with self.probe.at(moved):
+                found = self.run()
+        except Exception:
+            return default
+        alike = [a.shape for a in found] == [b.shape for b in default]
+        return found if alike else default
+
+
+class Stage:
+    """All scenes of a model: its example varied, in evaluation and training mode.
+
+    Attributes:
+        scenes: in evaluation mode, and in training mode with draws as they are.
+        even: the same in training mode with draws that no permutation moves.
+        notes: what could not be done, in words.
+    """
+
+    def __init__(self, probe: Probe, example: Call, generator: torch.Generator) -> None:
+        self.probe, self.generator = probe, generator
+        self.notes: list[str] = []
+        self.limit = 1.0
+        self.calm = self._calls(example.map(inputs.wide))
+        self.even = self.scenes = [s for s in self.calm if self._repeats(s)]
+        if self.calm and not self.scenes:
+            self.notes.append("evaluation mode: two runs on the same input differ")
+        self._training()
+        if probe.mode and not probe.mode.needed:
+            probe.mode = None  # nothing is coarser than float64
+
+    # -- evaluation
+
+    def _calls(self, example: Call) -> list[Scene]:
+        """Scenes in evaluation mode, the first one of usual size and the last one longest."""
+        try:
+            given, tables = self._watched(example)
+        except Exception as error:
+            raise TeleportError("a model that runs on example_inputs", _told(error), _remedy(error)) from error
+        if not given.before:
+            got = "no tensor in what it returns"
+            raise TeleportError("a model that returns tensors", got, "return them, or wrap the model in one that does")
+        self.limit = _lost(given.before)
+        self.tables = tables
+        small = inputs.few_rows(example)
+        base = self._first([small] if small else []) or given
+        found = self._varied(base)
+        noisy = found[0] if found else None
+        if noisy and self._has_real(noisy.call):
+            found += [s for size in SIZES if (s := self._accepted(inputs.times(noisy.call, size)))]
+        longest = self._grown(noisy or base)
+        numbers = (self._accepted(c) for c in inputs.other_numbers((noisy or base).call))
+        found += islice((s for s in numbers if s), 8)
+        found += [longest] if longest else []
+        if not found and self._has_real(example):
+            self.notes.append("other inputs than those given: the model does not take them")
+        if not found or not given.reads <= set().union(*(s.reads for s in found)):
+            found.insert(0, given)
+        return found
+
+    def _varied(self, base: Scene) -> list[Scene]:
+        """Other values, at most two kinds."""
+        tables = {id(x): n for x, n in self._indexed(base.call)}
+        kinds = (self._first(kind) for kind in inputs.variations(base.call, tables, self.generator))
+        return list(islice((s for s in kinds if s), 2))
+
+    def _grown(self, base: Scene) -> Scene | None:
+        """All axes longer that may be; None when none may."""
+        call, grown = base.call, False
+        for size, dim in list(inputs.sizes(call)):
+            if any(size in x.shape[slice(dim, None if dim is None else dim + 1)] for x in call.tensors()):
+                tried = (inputs.resized(call, size, new, dim) for new in inputs.longer(size))
+                longer = self._first(tried)
+                call, grown = (longer.call, True) if longer else (call, grown)
+        if not grown:
+            return None
+        varied = self._varied(Scene(self.probe, call))
+        return varied[0] if varied else self._accepted(call)
+
+    def _indexed(self, call: Call) -> Iterator[tuple[Tensor, int]]:
+        return ((x, self.tables[k]) for k, x in enumerate(call.tensors()) if k in self.tables)
+
+    def _has_real(self, call: Call) -> bool:
+        return any(x.is_floating_point() or x.is_complex() for x in call.tensors())
+
+    def _first(self, calls: Any) -> Scene | None:
+        return next((s for s in map(self._accepted, calls) if s), None)
+
+    def _accepted(self, call: Call) -> Scene | None:
+        """The scene, where the model runs and no more of its outputs is infinite than of those of the example."""
+        try:
+            scene, _ = self._watched(call)
+        except Exception:
+            return None
+        return scene if _lost(scene.before) <= self.limit else None
+
+    def _watched(self, call: Call, **how: Any) -> tuple[Scene, dict[int, int]]:
+        scene, watch = Scene(self.probe, call, **how), Watch(self.probe.params)
+        modes = (watch, *(() if scene.draws is None else (Draws(**scene.draws),)))
+        found = tensors_of(self.probe.run(call, scene.training, scene.seed, modes))
+        scene.before = [t.detach().clone() for t in found]
+        scene.reads = watch.reads
+        return scene, watch.tables
+
+    def _repeats(self, scene: Scene) -> bool:
+        return distance(scene.run(), scene.before) <= REPEATED
+
+    def informative(self) -> list[Scene]:
+        """The longest scene, then those that read what none before has read."""
+        scenes = list(dict.fromkeys([self.calm[-1], *self.calm, *self.scenes, *self.even]))
+        seen: set[tuple] = set()
+        found = []
+        for scene in scenes:
+            found += [] if found and scene.reads <= seen else [scene]
+            seen |= scene.reads
+        return found
+
+    # -- training
+
+    def _training(self) -> None:
+        """Training mode, where it makes a difference."""
+        first = next(chain((s for s in self.calm if s.call.tensors()), self.calm))
+        draws = Draws()
+        try:
+            tensors_of(self.probe.run(first.call, True, 0, (draws,)))
+            plain = self._scene(first.call)
+        except Exception as error:
+            self.notes.append(f"training mode: the model does not run, {_told(error)}")
+            return
+        random = draws.single or draws.many
+        if not random and plain.reads == first.reads and distance(plain.before, first.before) == 0:
+            return
+        if not self._repeats(plain):
+            self.notes.append("training mode: two runs on the same input differ")
+            return
+        last = self.calm[-1].call
+        more = [] if last is first.call else [s for s in [self._try(last)] if s]
+        if not random:
+            self.scenes = self.even = [*self.scenes, plain, *more]
+            return
+        patterns = [{"pattern": p} for p in PATTERNS] if draws.single else []
+        real = [self._try(first.call, seed=k + 1) for k in range(SEEDS - 1)]
+        real += [self._try(first.call, draws=p) for p in patterns]
+        even = [self._try(first.call, seed=k, draws={"even": True, "keep": not k}) for k in range(SEEDS)]
+        even += [self._try(first.call, draws={"even": True, **p}) for p in patterns]
+        calm = self.scenes
+        self.scenes = [*calm, plain, *more, *(s for s in real if s)]
+        self.even = [*calm, *(s for s in even if s)]
+
+    def _scene(self, call: Call, **how: Any) -> Scene:
+        return self._watched(call, training=True, **how)[0]
+
+    def _try(self, call: Call, **how: Any) -> Scene | None:
+        try:
+            return self._scene(call, **how)
+        except Exception:
+            return None
+
+
+def _lost(outputs: list[Tensor]) -> float:
+    """The share of entries that are not finite."""
+    count = sum(t.numel() for t in outputs)
+    return sum(int((~numbers(t).isfinite()).sum()) for t in outputs) / max(count, 1)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _remedy(error: Exception) -> str:
+    if isinstance(error, (TypeError, KeyError, AttributeError)):
+        return "pass a tuple of positional arguments, or a dictionary of keyword arguments"
+    if "dtype" in str(error) or "Double" in str(error):
+        return "the model is run in float64: let it take the type of what it reads from its input or its parameters"
+    return "pass inputs as the model is called with"

@@ -1,0 +1,71 @@
+"""What one run of a model reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+TABLES = {"embedding": (0, 1), "embedding_bag": (0, 1), "index_select": (0, 2), "gather": (0, 2)}  # table, indices
+
+
+class Watch(TorchDispatchMode):
+    """Notes which operators read which parameters, and which inputs are indices.
+
+    Args:
+        params: the parameters.
+
+    Attributes:
+        reads: operator, parameter and the integers beside it, for each reading: two runs with the same reads go
+            through the same parts of the model.
+        tables: for the k-th tensor among the inputs, of integers, the length of the shortest table that it indexes.
+    """
+
+    def __init__(self, params: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.reads: set[tuple] = set()
+        self.tables: dict[int, int] = {}
+        self._names = {id(p): name for name, p in params.items()}
+        self._inputs: list[Tensor] = []
+
+    def look_at(self, inputs: list[Tensor]) -> None:
+        """The tensors among the inputs."""
+        self._inputs = inputs
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        names = [self._names[id(x)] for x in leaves if id(x) in self._names]
+        if names:
+            beside = tuple(x for x in leaves if isinstance(x, int) and not isinstance(x, bool))
+            self.reads.add((func, *names, beside))
+        name = func._schema.name.split("::")[1]
+        if name in TABLES:
+            table, at = (args[i] for i in TABLES[name])
+            self._index(at, table.shape[args[1] if name in ("index_select", "gather") else 0] if table.ndim else 1)
+        elif name in ("index", "index_put", "index_put_"):
+            for d, at in enumerate(args[1]):
+                if isinstance(at, Tensor) and at.dtype not in (torch.bool, torch.uint8):
+                    self._index(at, args[0].shape[d])
+        elif name in ("scatter", "scatter_", "scatter_add", "scatter_add_", "index_add", "index_add_", "scatter_reduce"):
+            self._index(args[2], args[0].shape[args[1]])
+        elif name == "nll_loss_forward":
+            self._index(args[1], args[0].shape[-1])
+        return func(*args, **kwargs)
+
+    def _index(self, at: Any, length: int) -> None:
+        for k, x in enumerate(self._inputs):
+            if not x.is_floating_point() and not x.is_complex() and _from(at, x):
+                self.tables[k] = min(length, self.tables.get(k, length))
+
+
+def _from(at: Tensor, x: Tensor) -> bool:
+    """Whether indices are an input, a view of it, or a copy in another type."""
+    if at.layout != torch.strided or x.layout != torch.strided:
+        return False
+    if at.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        return True
+    return at.numel() == x.numel() and bool((at.reshape(-1) == x.reshape(-1)).all())
