@@ -160,7 +160,7 @@ TRICKS = {  # and the dimension of the group that is found
     "cumulative": 4,
     "positions": 8,
     "noise": 4,
-    "buffer": 0,
+    "buffer": 4,  # what it keeps may be anything, so it stays and so does what is added to it
     "written into a constant": 4,
     "detached": 4,
     "data in numpy": 4,

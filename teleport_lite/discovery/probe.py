@@ -35,7 +35,7 @@ class Probe:
         self.called = self.module.module if isinstance(self.module, nn.DataParallel) else self.module
         self.params: Params = dict(self.module.named_parameters())
         self.mode: Float64 | None = Float64()
-        self.buffers = [(b, b.clone()) for b in self.module.buffers()]
+        self.buffers = {b: b.clone() for b in self.module.buffers()}
         self.attributes = [
             (m, {k: _kept(v) for k, v in m.__dict__.items()})
             for m in self.module.modules()
@@ -59,7 +59,7 @@ class Probe:
                 if isinstance(module, _NormBase) and module.running_mean is not None and module.running_var is not None:
                     module.running_mean.add_(0.1 * normal(module.running_mean, generator))
                     module.running_var.mul_((0.1 * normal(module.running_var, generator)).exp())
-        self.buffers = [(b, b.clone()) for b, _ in self.buffers]
+        self.buffers = {b: b.clone() for b in self.buffers}
         self.values = {name: p.detach().clone() for name, p in self.params.items()}
 
     def run(self, call: Call, training: bool = False, seed: int = 0, modes: tuple[TorchDispatchMode, ...] = ()) -> Any:
@@ -75,13 +75,24 @@ class Probe:
                 stack.enter_context(mode)
             return self.called(*call.args, **call.kwargs)
 
+    def unsettle(self, generator: torch.Generator) -> bool:
+        """Move buffers that the last run has changed off their values, for a state may be anything; whether any is."""
+        moved = False
+        for module, attributes in self.attributes:
+            for name, b in attributes["_buffers"].items():
+                now = module._buffers.get(name)
+                if b is not None and b.is_floating_point() and (now is not b or not torch.equal(b, self.buffers[b])):
+                    self.buffers[b] += self.buffers[b].abs().mean().clamp(min=1.0) * normal(b, generator)
+                    moved = True
+        return moved
+
     def _restore(self) -> None:
         """Give back to the modules what they held at first; a run may have changed it."""
         for module, attributes in self.attributes:
             module.__dict__.clear()
             module.__dict__.update({k: _kept(v) for k, v in attributes.items()})
         with torch.no_grad():
-            for b, value in self.buffers:
+            for b, value in self.buffers.items():
                 b.copy_(value)
         for g, state in self.generators:
             g.set_state(state)

@@ -127,6 +127,8 @@ class Stage:
         if not given.before:
             got = "no tensor in what it returns"
             raise TeleportError("a model that returns tensors", got, "return them, or wrap the model in one that does")
+        if self.probe.unsettle(self.generator):
+            given, _ = self._watched(example)
         self.limit = _lost(given.before)
         self.tables = tables
         small = inputs.few_rows(example)

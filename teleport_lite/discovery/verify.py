@@ -19,7 +19,7 @@ from teleport_lite.symmetries.axes import NeuronSymmetry
 
 __all__ = ["TOLERANCE", "Verifier", "distance"]
 TOLERANCE = 1e-10  # relative change in float64 beyond which a proposed symmetry is dropped
-DRAWN = 8  # random elements of finite groups together, which may undo each other under their generators
+DRAWN = 4  # random elements of all finite groups together
 
 Drop = Callable[[NeuronSymmetry, float], None]
 Failure = tuple[float, Scene, int]  # by how much, where, in which turn
@@ -40,6 +40,7 @@ class Verifier:
         self.params: Params = probe.values
         self.untouched = self._unexercised()
         self.withheld: dict[str, None] = {}
+        self.numbers: dict[NeuronSymmetry, int] = {}  # of finite symmetries
 
     def _unexercised(self) -> list[str]:
         scenes = dict.fromkeys([*self.stage.scenes, *self.stage.even])
@@ -128,19 +129,28 @@ class Verifier:
             return scene.gap(TOLERANCE)
 
     def _turns(self, symmetries: list[NeuronSymmetry]) -> Iterator[tuple[int, list[Scene]]]:
-        """Elements to try, by number, and on which scenes: for finite groups generators, then random ones."""
+        """Elements to try, by number, and on which scenes.
+
+        Elements of Lie groups undo each other with probability zero. Those of finite groups may, so after generators
+        come, each on one scene, random elements of all, and then of some: two symmetries whose numbers differ in a
+        bit stand apart once.
+        """
         shuffled = any(isinstance(s.group, Permutation) for s in symmetries)
         scenes = list(self.stage.even if shuffled else self.stage.scenes)
         yield 0, scenes
         if all(not s.dim for s in symmetries):
             yield 1, scenes
-            for k in range(DRAWN if len(symmetries) > 1 else 0):
+            for s in symmetries:
+                self.numbers.setdefault(s, len(self.numbers) + 1)
+            bits = max((self.numbers[s] for s in symmetries), default=0).bit_length()
+            for k in range(DRAWN + bits if len(symmetries) > 1 else 0):
                 yield 2 + k, [scenes[k % len(scenes)]]
 
     def _moved(self, symmetries: list[NeuronSymmetry], turn: int) -> Params:
         moved = self.params
-        for symmetry in symmetries:
-            moved = symmetry.act(moved, self._element(symmetry, turn))
+        for s in symmetries:
+            if turn < 2 + DRAWN or self.numbers[s] >> (turn - 2 - DRAWN) & 1:
+                moved = s.act(moved, self._element(s, turn))
         return moved
 
     def _element(self, symmetry: NeuronSymmetry, turn: int) -> Tensor:
@@ -152,9 +162,9 @@ class Verifier:
         if isinstance(symmetry.group, Permutation) and turn < 2:  # a cycle, then the exchange of two
             order = torch.arange(n, device=like.device)
             return order.roll(1) if turn == 0 else torch.cat([order[:2].flip(0), order[2:]])
-        if isinstance(symmetry.group, Signs) and turn < 2:  # every second one, then the others
-            return 1 - 2 * ((torch.arange(n, device=like.device) + turn + 1) % 2).to(like)
-        seed = zlib.crc32(f"{symmetry} {symmetry.group} {symmetry.legs[0].start} {turn}".encode())
+        if isinstance(symmetry.group, Signs) and not 2 <= turn < 2 + DRAWN:  # every second one, then the others
+            return 1 - 2 * ((torch.arange(n, device=like.device) + turn) % min(n, 2) == 0).to(like)
+        seed = zlib.crc32(f"{symmetry.legs} {symmetry.group} {turn}".encode())
         return symmetry.sample(self.params, generator=torch.Generator().manual_seed(seed))
 
 
