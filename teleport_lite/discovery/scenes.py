@@ -194,6 +194,20 @@ class Stage:
     def _repeats(self, scene: Scene) -> bool:
         return distance(scene.run(), scene.before) <= REPEATED
 
+    def widen(self) -> bool:
+        """Add a scene with many rows that index tables anew, where it reads what no other has read."""
+        if not self.tables:
+            return False
+        call = self.calm[-1].call
+        count = next(len(x) for x in call.tensors() if x.ndim)
+        found = self._varied(Scene(self.probe, inputs.resized(call, count, 8 * count, 0)))[:1]
+        if not found or found[0].reads <= set().union(*(s.reads for s in self.calm)):
+            return False
+        for scenes in (self.calm, self.scenes, self.even):
+            if found[0] not in scenes:
+                scenes.append(found[0])
+        return True
+
     def informative(self) -> list[Scene]:
         """The longest scene, then those that read what none before has read."""
         scenes = list(dict.fromkeys([self.calm[-1], *self.calm, *self.scenes, *self.even]))

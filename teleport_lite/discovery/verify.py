@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.exercised import unexercised
+from teleport_lite.discovery.exercised import exercised, without_effect
 from teleport_lite.discovery.inputs import Call
 from teleport_lite.discovery.outputs import distance
 from teleport_lite.discovery.probe import Probe, normal
 from teleport_lite.discovery.scenes import Scene, Stage
 from teleport_lite.functional import Params
 from teleport_lite.groups import Permutation, Signs
-from teleport_lite.symmetries.axes import NeuronSymmetry
+from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 
 __all__ = ["TOLERANCE", "Verifier", "distance"]
 TOLERANCE = 1e-10  # relative change in float64 beyond which a proposed symmetry is dropped
 DRAWN = 4  # random elements of all finite groups together
+WIDER = 3  # times that more inputs are tried where some, as experts that tokens pick, were not used
 
 Drop = Callable[[NeuronSymmetry, float], None]
 Failure = tuple[float, Scene, int]  # by how much, where, in which turn
@@ -39,29 +40,52 @@ class Verifier:
         self.stage = Stage(probe, example, generator)
         self.params: Params = probe.values
         self.untouched = self._unexercised()
+        for _ in range(WIDER):
+            stacked = (m for m in self.matters.values() if m.ndim > 2 and not m.flatten(1).any(1).all())
+            if not (self.untouched or any(True for _ in stacked)) or not self.stage.widen():
+                break
+            self.untouched = self._unexercised()
         self.withheld: dict[str, None] = {}
         self.numbers: dict[NeuronSymmetry, int] = {}  # of finite symmetries
 
     def _unexercised(self) -> list[str]:
+        """The parameters of which no entry matters in any scene."""
         scenes = dict.fromkeys([*self.stage.scenes, *self.stage.even])
         telling = self.stage.informative()
-        telling += [s for s in scenes if s not in telling]
+        self.scenes = [*telling, *(s for s in scenes if s not in telling)]
+        params = self.probe.params
+        self.matters = exercised(params, [s.run for s in telling])
+        for scene in self.scenes[len(telling) :]:
+            rest = {n: params[n] for n, m in self.matters.items() if not m.any()}
+            if not rest:
+                return []
+            self.matters |= exercised(rest, [scene.run])
+        rest = [n for n, m in self.matters.items() if not m.any()]
+        return without_effect(rest, lambda names: self._same({n: ~self.matters[n] for n in names}))
 
-        def same(names: list[str]) -> bool:
-            moved = {n: self.params[n] + normal(self.params[n], self.generator) for n in names}
-            with self.probe.at({**self.params, **moved}):
-                return all(_identical(s) for s in telling)
-
-        return unexercised(self.probe.params, [s.run for s in telling], same)
+    def _same(self, entries: Params) -> bool:
+        """Whether all outputs stay, bit for bit, when these entries are changed."""
+        moved = {n: self.params[n] + normal(self.params[n], self.generator) * where for n, where in entries.items()}
+        with self.probe.at({**self.params, **moved}):
+            return all(_identical(s) for s in self.scenes)
 
     def allowed(self, symmetry: NeuronSymmetry) -> bool:
         """Whether all that it moves, and all that may have the same axis, was exercised."""
         lengths = {n for name in self.untouched for n in self.params[name].shape} - {1}
         own = {self.params[leg.name].shape[leg.dim] for leg in symmetry.legs} | {symmetry.group.n}
-        if not lengths & own and not {*symmetry.names} & {*self.untouched}:
+        shared = lengths & own or {*symmetry.names} & {*self.untouched}
+        if not shared and not any(self._idle(symmetry, leg) for leg in symmetry.legs):
             return True
         self.withheld[str(symmetry)] = None
         return False
+
+    def _idle(self, symmetry: NeuronSymmetry, leg: Leg) -> bool:
+        """Whether no entry that a leg moves matters, as in rows of a table that nothing reads."""
+        if symmetry.axis(self.matters[leg.name], leg).any():
+            return False
+        where = torch.zeros_like(self.matters[leg.name])
+        symmetry.axis(where, leg).fill_(True)
+        return self._same({leg.name: where})
 
     def notes(self) -> list[str]:
         """What was left out, and why."""
