@@ -21,7 +21,9 @@ def exercised(params: Params, runs: Iterable[Run]) -> Params:
         params: the parameters, as the runs read them.
         runs: each gives the outputs.
     """
-    found = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in params.items() if p.is_floating_point() or p.is_complex()}
+    found = {
+        n: torch.zeros_like(p, dtype=torch.bool) for n, p in params.items() if p.is_floating_point() or p.is_complex()
+    }
     asked = {name: params[name].requires_grad for name in found}
     generator = torch.Generator().manual_seed(0)
     try:

@@ -50,7 +50,15 @@ class Watch(TorchDispatchMode):
             for d, at in enumerate(args[1]):
                 if isinstance(at, Tensor) and at.dtype not in (torch.bool, torch.uint8):
                     self._index(at, args[0].shape[d])
-        elif name in ("scatter", "scatter_", "scatter_add", "scatter_add_", "index_add", "index_add_", "scatter_reduce"):
+        elif name in (
+            "scatter",
+            "scatter_",
+            "scatter_add",
+            "scatter_add_",
+            "index_add",
+            "index_add_",
+            "scatter_reduce",
+        ):
             self._index(args[2], args[0].shape[args[1]])
         elif name == "nll_loss_forward":
             self._index(args[1], args[0].shape[-1])
