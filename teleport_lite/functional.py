@@ -21,6 +21,7 @@ from teleport_lite.distributed import check_whole
 from teleport_lite.errors import EmptyModelError, LossError, ParameterError, ShapeError, TeleportError
 from teleport_lite.runtime import (
     TOLERANCES,
+    Call,
     LossFn,
     RandomState,
     Stage,
@@ -100,7 +101,7 @@ class Evaluation:
         loss_fn: model -> scalar loss.
 
     Attributes:
-        call: the positional and the keyword arguments of the first call of the model.
+        call: the arguments of the first call of the model.
         dtype: the coarsest type that the parameters, the outputs and the loss had so far, autocast included.
 
     >>> model, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
@@ -111,7 +112,7 @@ class Evaluation:
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         self.model, self.loss_fn = model, loss_fn
-        self.call: tuple[tuple, dict[str, Any]] | None = None
+        self.call: Call | None = None
         first = next((p for p in self.model.parameters() if p.dtype in TOLERANCES), torch.empty(0))
         self.dtype, self.device = first.dtype, first.device.type
         self._outputs: list[Tensor] | None = None
@@ -164,7 +165,7 @@ class Evaluation:
 
     def _note_call(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         if self.call is None:
-            self.call = args, kwargs
+            self.call = Call(args, kwargs)
         if torch.is_autocast_enabled(self.device):
             self.dtype = coarsest([self.dtype, torch.get_autocast_dtype(self.device)])
         tensors = self._note(output)

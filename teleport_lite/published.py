@@ -104,7 +104,7 @@ def paper_teleport(
         if loss.call is None:
             raise LossError("a loss_fn that calls the given net", "one that does not", "call net(x) inside loss_fn")
         loss.rest()
-        factors = chain(model, loss.call[0], params)
+        factors = chain(model, loss.call.args, params)
         check_movable(model, Product(factors))
         try:
             moved = None if hidden == "carried" else by_outputs(model, factors, loss, params, steps, lr, stop)

@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,13 @@ from teleport_lite.errors import ParameterError, TeleportError
 LossFn = Callable[[Any], Tensor]  # of the model
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 Inputs = tuple  # the positional arguments of one call of the model
+
+
+class Call(NamedTuple):
+    """The arguments of one call of a model."""
+
+    args: tuple
+    kwargs: dict[str, Any]
 
 
 class Stage:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teleport_lite.discovery import Call, find_symmetries
+from teleport_lite.discovery import find_symmetries
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import BatchError, LossError, NoSymmetryError, ParameterError, TeleportError
 from teleport_lite.exactness import LARGEST, largest_change, rounded
@@ -306,7 +306,7 @@ def symmetries_of(model: nn.Module, loss_fn: LossFn) -> Product:
     if loss.call is None:
         remedy = "call net(x) inside loss_fn, or pass symmetry=find_symmetries(model, x)"
         raise LossError("a loss_fn that calls the given net", "one that does not", remedy)
-    return find_symmetries(loss.model, Call(*loss.call))
+    return find_symmetries(loss.model, loss.call)
 
 
 def check_movable(model: nn.Module, symmetry: Symmetry) -> None:

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import cycle
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,19 +109,6 @@ class Draws(TorchDispatchMode):
             low, high = (args[0], args[1]) if len(args) > 2 else (0, args[0])
             out.copy_(low + ((high - low) * self._unit(out)).floor())
         return out
-
-
-@contextmanager
-def kept_seeds() -> Iterator[None]:
-    """Leave the random states of Python and NumPy as they were."""
-    numpy: Any = sys.modules.get("numpy")
-    own, other = random.getstate(), numpy.random.get_state() if numpy else None
-    try:
-        yield
-    finally:
-        random.setstate(own)
-        if numpy:
-            numpy.random.set_state(other)
 
 
 def seed_everything(seed: int) -> None:

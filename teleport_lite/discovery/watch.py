@@ -76,4 +76,5 @@ def _from(at: Tensor, x: Tensor) -> bool:
         return False
     if at.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         return True
-    return at.numel() == x.numel() and bool((at.reshape(-1) == x.reshape(-1)).all())
+    telling = at.numel() == x.numel() > 1 and bool(x.reshape(-1).min() < x.reshape(-1).max())
+    return telling and bool((at.reshape(-1) == x.reshape(-1)).all())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
@@ -12,109 +11,34 @@ from torch import Tensor
 
 from teleport_lite.discovery import inputs
 from teleport_lite.discovery.draws import PATTERNS, Draws
-from teleport_lite.discovery.inputs import Call
-from teleport_lite.discovery.outputs import distance, gaps, numbers, tensors_of
-from teleport_lite.discovery.probe import Probe, normal
+from teleport_lite.discovery.inputs import Arguments
+from teleport_lite.discovery.outputs import distance, numbers, tensors_of
+from teleport_lite.discovery.probe import Probe
+from teleport_lite.discovery.trial import Trial
 from teleport_lite.discovery.watch import Watch
 from teleport_lite.errors import TeleportError
 
 SIZES = (30.0, 1 / 30)  # so many times larger inputs, for models that branch on what they read
 SEEDS = 3  # for models that draw random numbers
 REPEATED = 1e-12  # two runs of the same agree up to that
-CHAOS = 1e-4  # outputs that rounding changes by more are not compared
-WILD = 1e8  # ratio of entries beyond which those that no parameter changes are looked for
 
 
-@dataclass(eq=False)
-class Scene:
-    """One run of the copy, and what it returned before anything was moved.
+class Trials:
+    """All trials of a model: its example varied, in evaluation and training mode.
 
     Attributes:
-        call, training, seed: what is run.
-        draws: arguments of `Draws`; None for the generators as they are.
-        before: the outputs.
-        reads: what the run read, as `Watch` says.
-    """
-
-    probe: Probe
-    call: Call
-    training: bool = False
-    seed: int = 0
-    draws: dict[str, Any] | None = None
-    before: list[Tensor] = field(default_factory=list)
-    reads: set[tuple] = field(default_factory=set)
-    _constant: list[Tensor] | None = None
-    _noise: list[float] | None = None
-
-    def run(self) -> list[Tensor]:
-        modes = () if self.draws is None else (Draws(**self.draws),)
-        return tensors_of(self.probe.run(self.call, self.training, self.seed, modes))
-
-    def gap(self, floor: float) -> float:
-        """How far the outputs are now from those before, beyond what rounding explains; 0 when below `floor`."""
-        try:
-            after = self.run()
-        except Exception:  # as when a shape depends on values
-            return float("inf")
-        if len(after) != len(self.before):
-            return float("inf")
-        found = gaps(after, self.before, self.constant)
-        if max(found, default=0.0) <= floor:
-            return 0.0
-        return max(
-            (g for g, n in zip(found, self.noise, strict=True) if n < CHAOS and g > max(floor, 1e3 * n)), default=0.0
-        )
-
-    @property
-    def constant(self) -> list[Tensor] | None:
-        """For each output the entries that stay when all parameters are changed; None where none stands out."""
-        if self._constant is None:
-            sizes = [s[s.isfinite() & (s > 0)] for s in (numbers(t).abs() for t in self.before)]
-            if any(s.numel() and float(s.max()) > WILD * float(s.min()) for s in sizes):
-                found = self._elsewhere(0.5, self.before)
-                self._constant = [numbers(a) == numbers(b) for a, b in zip(found, self.before, strict=True)]
-            else:
-                self._constant = []
-        return self._constant or None
-
-    @property
-    def noise(self) -> list[float]:
-        """For each output how far rounding, of the parameters in their last digit, changes it."""
-        if self._noise is None:
-            self._noise = gaps(self._elsewhere(2e-16, self.before), self.before, self.constant)
-        return self._noise
-
-    def _elsewhere(self, spread: float, default: list[Tensor]) -> list[Tensor]:
-        """The outputs at other parameters, or `default` where they do not come out alike."""
-        draw = torch.Generator().manual_seed(0)
-        moved = {
-            n: p * (1 + spread * normal(p, draw)) if p.is_floating_point() else p for n, p in self.probe.values.items()
-        }
-        try:
-            with self.probe.at(moved):
-                found = self.run()
-        except Exception:
-            return default
-        alike = [a.shape for a in found] == [b.shape for b in default]
-        return found if alike else default
-
-
-class Stage:
-    """All scenes of a model: its example varied, in evaluation and training mode.
-
-    Attributes:
-        scenes: in evaluation mode, and in training mode with draws as they are.
+        trials: in evaluation mode, and in training mode with draws as they are.
         even: the same in training mode with draws that no permutation moves.
         notes: what could not be done, in words.
     """
 
-    def __init__(self, probe: Probe, example: Call, generator: torch.Generator) -> None:
+    def __init__(self, probe: Probe, example: Arguments, generator: torch.Generator) -> None:
         self.probe, self.generator = probe, generator
         self.notes: list[str] = []
         self.limit = 1.0
         self.calm = self._calls(example.map(inputs.wide))
-        self.even = self.scenes = [s for s in self.calm if self._repeats(s)]
-        if self.calm and not self.scenes:
+        self.even = self.trials = [s for s in self.calm if self._repeats(s)]
+        if self.calm and not self.trials:
             self.notes.append("evaluation mode: two runs on the same input differ")
         self._training()
         if probe.mode and not probe.mode.needed:
@@ -122,8 +46,12 @@ class Stage:
 
     # -- evaluation
 
-    def _calls(self, example: Call) -> list[Scene]:
-        """Scenes in evaluation mode, the first one of usual size and the last one longest."""
+    def _calls(self, example: Arguments) -> list[Trial]:
+        """Trials in evaluation mode, the first one of usual size and the last one longest.
+
+        Raises:
+            TeleportError: when the model does not run on the example, or returns no tensor.
+        """
         try:
             given, tables = self._watched(example)
         except Exception as error:
@@ -151,13 +79,13 @@ class Stage:
             found.insert(0, given)
         return found
 
-    def _varied(self, base: Scene) -> list[Scene]:
+    def _varied(self, base: Trial) -> list[Trial]:
         """Other values, at most two kinds."""
         tables = {id(x): n for x, n in self._indexed(base.call)}
         kinds = (self._first(kind) for kind in inputs.variations(base.call, tables, self.generator))
         return list(islice((s for s in kinds if s), 2))
 
-    def _grown(self, base: Scene) -> Scene | None:
+    def _grown(self, base: Trial) -> Trial | None:
         """All axes longer that may be; None when none may."""
         call, grown = base.call, False
         for size, dim in list(inputs.sizes(call)):
@@ -167,45 +95,59 @@ class Stage:
                 call, grown = (longer.call, True) if longer else (call, grown)
         if not grown:
             return None
-        varied = self._varied(Scene(self.probe, call))
+        varied = self._varied(Trial(self.probe, call))
         return varied[0] if varied else self._accepted(call)
 
-    def _indexed(self, call: Call) -> Iterator[tuple[Tensor, int]]:
+    def _indexed(self, call: Arguments) -> Iterator[tuple[Tensor, int]]:
         return ((x, self.tables[k]) for k, x in enumerate(call.tensors()) if k in self.tables)
 
-    def _has_real(self, call: Call) -> bool:
+    def _has_real(self, call: Arguments) -> bool:
         return any(x.is_floating_point() or x.is_complex() for x in call.tensors())
 
-    def _first(self, calls: Any) -> Scene | None:
+    def _first(self, calls: Any) -> Trial | None:
         return next((s for s in map(self._accepted, calls) if s), None)
 
-    def _accepted(self, call: Call) -> Scene | None:
-        """The scene, where the model runs and no more of its outputs is infinite than of those of the example."""
+    def _accepted(self, call: Arguments) -> Trial | None:
+        """The trial, where the model runs and no more of its outputs is infinite than of those of the example."""
         try:
-            scene, _ = self._watched(call)
+            trial, _ = self._watched(call)
         except Exception:
             return None
-        return scene if _lost(scene.before) <= self.limit else None
+        return trial if _lost(trial.before) <= self.limit else None
 
-    def _watched(self, call: Call, **how: Any) -> tuple[Scene, dict[int, int]]:
-        scene, watch = Scene(self.probe, call, **how), Watch(self.probe.params)
-        modes = (watch, *(() if scene.draws is None else (Draws(**scene.draws),)))
-        found = tensors_of(self.probe.run(call, scene.training, scene.seed, modes))
-        scene.before = [t.detach().clone() for t in found]
-        scene.reads = watch.reads
-        return scene, watch.tables
+    def _watched(self, call: Arguments, **how: Any) -> tuple[Trial, dict[int, int]]:
+        trial, watch = Trial(self.probe, call, **how), Watch(self.probe.params)
+        modes = (watch, *(() if trial.draws is None else (Draws(**trial.draws),)))
+        found = tensors_of(self.probe.run(call, trial.training, trial.seed, modes))
+        trial.before = [t.detach().clone() for t in found]
+        trial.reads = watch.reads
+        return trial, watch.tables
 
-    def _repeats(self, scene: Scene) -> bool:
-        return distance(scene.run(), scene.before) <= REPEATED
+    def _repeats(self, trial: Trial) -> bool:
+        return distance(trial.run(), trial.before) <= REPEATED
 
-    def informative(self) -> list[Scene]:
-        """The longest scene, then those that read what none before has read."""
-        scenes = list(dict.fromkeys([self.calm[-1], *self.calm, *self.scenes, *self.even]))
+    def widen(self) -> bool:
+        """Add a trial with many rows that index tables anew, where it reads what no other has read."""
+        if not self.tables:
+            return False
+        call = self.calm[-1].call
+        count = next(len(x) for x in call.tensors() if x.ndim)
+        found = self._varied(Trial(self.probe, inputs.resized(call, count, 8 * count, 0)))[:1]
+        if not found or found[0].reads <= set().union(*(s.reads for s in self.calm)):
+            return False
+        for trials in (self.calm, self.trials, self.even):
+            if found[0] not in trials:
+                trials.append(found[0])
+        return True
+
+    def informative(self) -> list[Trial]:
+        """The longest trial, then those that read what none before has read."""
+        trials = list(dict.fromkeys([self.calm[-1], *self.calm, *self.trials, *self.even]))
         seen: set[tuple] = set()
-        found = []
-        for scene in scenes:
-            found += [] if found and scene.reads <= seen else [scene]
-            seen |= scene.reads
+        found: list[Trial] = []
+        for trial in trials:
+            found += [] if found and trial.reads <= seen else [trial]
+            seen |= trial.reads
         return found
 
     # -- training
@@ -229,21 +171,21 @@ class Stage:
         last = self.calm[-1].call
         more = [] if last is first.call else [s for s in [self._try(last)] if s]
         if not random:
-            self.scenes = self.even = [*self.scenes, plain, *more]
+            self.trials = self.even = [*self.trials, plain, *more]
             return
         patterns = [{"pattern": p} for p in PATTERNS] if draws.single else []
         real = [self._try(first.call, seed=k + 1) for k in range(SEEDS - 1)]
         real += [self._try(first.call, draws=p) for p in patterns]
         even = [self._try(first.call, seed=k, draws={"even": True, "keep": not k}) for k in range(SEEDS)]
         even += [self._try(first.call, draws={"even": True, **p}) for p in patterns]
-        calm = self.scenes
-        self.scenes = [*calm, plain, *more, *(s for s in real if s)]
+        calm = self.trials
+        self.trials = [*calm, plain, *more, *(s for s in real if s)]
         self.even = [*calm, *(s for s in even if s)]
 
-    def _scene(self, call: Call, **how: Any) -> Scene:
+    def _scene(self, call: Arguments, **how: Any) -> Trial:
         return self._watched(call, training=True, **how)[0]
 
-    def _try(self, call: Call, **how: Any) -> Scene | None:
+    def _try(self, call: Arguments, **how: Any) -> Trial | None:
         try:
             return self._scene(call, **how)
         except Exception:
