@@ -29,9 +29,11 @@ class Group(ABC):
         n: length of the vectors.
         dim: dimension of the group, 0 when it is finite.
         isometry: whether all elements preserve the Euclidean norm.
+        kind: what its elements do, in one word.
     """
 
     isometry = False
+    kind: str
 
     def __init__(self, n: int) -> None:
         if n < 1:

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import register_pytree_node, tree_map
 
 from teleport_lite.errors import ParameterError, ShapeError, TeleportError, UnknownNameError
 from teleport_lite.functional import Params
 from teleport_lite.groups import Group
+
+KINDS = ("scaling", "mixing", "rotation", "permutation", "sign")  # of groups
+SAVED: dict[str, Any] = {}  # by the name that a saved symmetry carries, its class
 
 
 class Symmetry(ABC):
@@ -171,6 +175,15 @@ class Symmetry(ABC):
                 remedy = "teleport before quantising, or leave it out of the symmetry"
                 raise ParameterError(name, "of a real floating-point type", str(params[name].dtype), remedy)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The symmetry as numbers and strings.
+
+        Raises:
+            TeleportError: when it belongs to one model and one batch.
+        """
+        remedy = "make it again from the model and the batch"
+        raise TeleportError("a symmetry that can be saved", type(self).__name__, remedy)
+
     def _check_coordinates(self, params: Params, xi: Any) -> None:
         expected = self.zeros(params)
         if not isinstance(xi, Tensor) or xi.shape != expected.shape:
@@ -187,6 +200,13 @@ class Symmetry(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self}; {self.group}, dim {self.dim}, {self.holds})"
+
+
+class Inverse(tuple):
+    """Coordinates of the factors of a product, for an element that applies them last to first."""
+
+
+register_pytree_node(Inverse, lambda xi: (list(xi), None), lambda xi, _: Inverse(xi))
 
 
 class Product(Symmetry, Sequence):
@@ -217,14 +237,19 @@ class Product(Symmetry, Sequence):
         self.homogeneous = all(f.homogeneous for f in self.factors)
         self.monomial = all(f.monomial for f in self.factors)
 
+    def _steps(self, xi: Any) -> list[tuple[Symmetry, Any]]:
+        """The factors with their coordinates, in the order in which they are applied."""
+        steps = list(zip(self.factors, xi, strict=True))
+        return steps[::-1] if isinstance(xi, Inverse) else steps
+
     def move(self, params, xi):
-        for factor, x in zip(self.factors, xi, strict=True):
+        for factor, x in self._steps(xi):
             params = factor.act(params, x)
         return {name: params[name] for name in self.names}
 
     def transport(self, grads, xi, params=None):
         self._check_coordinates(grads, xi)
-        for factor, x in zip(self.factors, xi, strict=True):
+        for factor, x in self._steps(xi):
             grads = factor.transport(grads, x, params)
             if params is not None:
                 params = factor.act(params, x)
@@ -232,7 +257,7 @@ class Product(Symmetry, Sequence):
 
     def spread(self, tensors, xi, entry, *, dual=True, params=None):
         self._check_coordinates(tensors, xi)
-        for factor, x in zip(self.factors, xi, strict=True):
+        for factor, x in self._steps(xi):
             tensors = factor.spread(tensors, x, entry, dual=dual, params=params)
             if params is not None:
                 params = factor.act(params, x)
@@ -243,7 +268,7 @@ class Product(Symmetry, Sequence):
             return super().jet(params, xi)
         zero = {name: torch.zeros_like(params[name]) for name in self.names}
         first, second = zero, zero
-        for factor, x in zip(self.factors, xi, strict=True):  # (e^{tA} w(t))'' = w'' + 2 A w' + A A w
+        for factor, x in self._steps(xi):  # (e^{tA} w(t))'' = w'' + 2 A w' + A A w
             once, twice = factor.jet(params, x)
             cross = factor.velocity(first, x)
             first = {**first, **{n: first[n] + once[n] for n in once}}
@@ -257,9 +282,66 @@ class Product(Symmetry, Sequence):
         return tuple(f.sample(params, radius=radius, generator=generator) for f in self.factors)
 
     def inverse(self, xi):
-        raise TeleportError(
-            "one symmetry", f"a product of {len(self)}", "invert factor by factor: factors may not commute"
-        )
+        """Coordinates of the inverse element: those of the inverses of the factors, applied last to first."""
+        parts = [f.inverse(x) for f, x in zip(self.factors, xi, strict=True)]
+        return tuple(parts) if isinstance(xi, Inverse) else Inverse(parts)
+
+    def select(self, kind: str | None = None, name: str | None = None) -> Product:
+        """The factors of one kind, and those that move a parameter whose name matches a pattern.
+
+        Args:
+            kind: "scaling", "mixing", "rotation", "permutation" or "sign".
+            name: a pattern with * and ?, as for file names.
+
+        Raises:
+            UnknownNameError: when there is no such kind.
+
+        >>> from teleport_lite.symmetries import permutation, scaling
+        >>> product = Product([scaling(4, "0.weight", "2.weight"), permutation(4, "0.weight", "2.weight")])
+        >>> product.select(kind="scaling", name="0.*").dim, len(product.select(name="1.*"))
+        (4, 0)
+        """
+        if kind is not None and kind not in KINDS:
+            raise UnknownNameError("kind", kind, KINDS)
+        found = [
+            f
+            for f in self.factors
+            if (kind is None or f.group.kind == kind) and (name is None or any(fnmatchcase(n, name) for n in f.names))
+        ]
+        asked = [f"kind {kind!r}" if kind else "", f"name {name!r}" if name else ""]
+        return Product(found, self.reasons if found else [f"no factor of {' and '.join(filter(None, asked))}"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The product as numbers and strings, for `from_dict`.
+
+        Raises:
+            TeleportError: when a factor belongs to one model and one batch.
+        """
+        return {"factors": [f.to_dict() for f in self.factors], "reasons": list(self.reasons)}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Product:
+        """What `to_dict` gave.
+
+        Raises:
+            TeleportError: when it is something else.
+
+        >>> from teleport_lite.symmetries import scaling
+        >>> product = Product([scaling(4, "0.weight", "2.weight")])
+        >>> Product.from_dict(product.to_dict()) == product
+        True
+        """
+        try:
+            return cls([SAVED[f["symmetry"]].from_dict(f) for f in saved["factors"]], saved["reasons"])
+        except (KeyError, TypeError) as error:
+            remedy = "pass what Product.to_dict gave, of this version or an older one"
+            raise TeleportError("a saved product", f"{type(error).__name__}: {error}", remedy) from error
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Product) and self.factors == other.factors
+
+    def __hash__(self) -> int:
+        return hash(self.factors)
 
     @property
     def dim(self) -> int:
