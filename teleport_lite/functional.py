@@ -244,6 +244,7 @@ HINDRANCES = (  # what torch says, what it means, what helps
         "a reentrant checkpoint",
         "pass use_reentrant=False to torch.utils.checkpoint.checkpoint",
     ),
+    ("sparse tensors", "sparse gradients", "pass sparse=False to the embedding"),
     ("is not implemented", "{}", "replace that operation, or use what needs fewer derivatives, as gradient_norm does"),
     (
         "once_differentiable",

@@ -63,10 +63,13 @@ class Stage:
             (module._buffers, key, b) for module in modules for key, b in module._buffers.items() if b is not None
         ]
         self._attributes = [(vars(module), dict(vars(module))) for module in modules]
+        self._sparse = [vars(module) for module in modules if getattr(module, "sparse", False) is True]
 
     def put(self, params: dict[str, Tensor]) -> None:
         """Let `params` stand in their places, the model's own parameters in all others, and buffers be as at first."""
         self._restore_attributes()
+        for attributes in self._sparse:  # sparse gradients cannot be carried through what made the parameters
+            attributes["sparse"] = False
         copies = {id(b): b.clone() for _, _, b in self._buffers}
         for places, key, p, name in self._parameters:
             places[key] = params.get(name, p)
