@@ -6,7 +6,7 @@ a group element on purpose.
 
 from teleport_lite import learned, objectives, symmetries
 from teleport_lite.book import data
-from teleport_lite.discovery import find_symmetries
+from teleport_lite.discovery import find_symmetries, register_rule
 from teleport_lite.errors import TeleportError
 from teleport_lite.geometry import conserved_quantities, curvature, hessian_eigenvalues, hessian_trace, sharpness
 from teleport_lite.level_set import LevelSetReport, level_set_teleport
@@ -40,6 +40,7 @@ __all__ = [
     "objectives",
     "one_step_loss",
     "paper_teleport",
+    "register_rule",
     "sharpness",
     "symmetries",
     "teleport",

@@ -161,7 +161,7 @@ TRICKS = {  # and the dimension of the group that is found
     "positions": 8,
     "noise": 4,
     "buffer": 4,  # what it keeps may be anything, so it stays and so does what is added to it
-    "written into a constant": 4,
+    "written into a constant": 6,  # of the first layer, neurons 0 and 3 go together, and 1 and 2
     "detached": 4,
     "data in numpy": 4,
     "custom function": 4,
