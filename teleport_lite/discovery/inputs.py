@@ -18,7 +18,7 @@ from torch import Tensor
 from teleport_lite.discovery.float64 import widened
 from teleport_lite.runtime import Call
 
-ROWS = 4  # of the batch on which a symmetry is verified
+ROWS = 3  # of the batch on which a symmetry is verified
 Leaves = list[Any]
 
 
@@ -191,10 +191,14 @@ def other_numbers(call: Arguments) -> Iterator[Arguments]:
                     yield call.with_leaves([*leaves[:i], value, *leaves[i + 1 :]])
 
 
+def rows(call: Arguments) -> int:
+    """The length of the first axis of the first tensor that has one."""
+    return next((len(x) for x in call.tensors() if x.ndim), ROWS)
+
+
 def few_rows(call: Arguments) -> Arguments | None:
     """The first `ROWS` examples of a batch, or a smaller batch repeated; None when it has that size."""
-    count = next((len(x) for x in call.tensors() if x.ndim), ROWS)
-    return None if count == ROWS else resized(call, count, ROWS, 0)
+    return None if rows(call) == ROWS else resized(call, rows(call), ROWS, 0)
 
 
 def sizes(call: Arguments) -> Iterator[tuple[int, int | None]]:

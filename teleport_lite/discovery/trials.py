@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from teleport_lite.discovery.watch import Watch
 from teleport_lite.errors import TeleportError
 
 SIZES = (30.0, 1 / 30)  # so many times larger inputs, for models that branch on what they read
+MANY = 16  # examples in a batch that is not run as a whole
 SEEDS = 3  # for models that draw random numbers
 REPEATED = 1e-12  # two runs of the same agree up to that
 
@@ -37,8 +38,8 @@ class Trials:
         self.notes: list[str] = []
         self.limit = 1.0
         self.calm = self._calls(example.map(inputs.wide))
-        self.even = self.trials = [s for s in self.calm if self._repeats(s)]
-        if self.calm and not self.trials:
+        self.even = self.trials = self.calm if self._repeats(self.calm[0]) else []
+        if not self.trials:
             self.notes.append("evaluation mode: two runs on the same input differ")
         self._training()
         if probe.mode and not probe.mode.needed:
@@ -53,37 +54,38 @@ class Trials:
             TeleportError: when the model does not run on the example, or returns no tensor.
         """
         try:
-            given, tables = self._watched(example)
+            given = self._given(example)
         except Exception as error:
             raise TeleportError("a model that runs on example_inputs", _told(error), _remedy(error)) from error
         if not given.before:
             got = "no tensor in what it returns"
             raise TeleportError("a model that returns tensors", got, "return them, or wrap the model in one that does")
-        if self.probe.unsettle(self.generator):
-            given, _ = self._watched(example)
         self.limit = _lost(given.before)
-        self.tables = tables
-        small = inputs.few_rows(example)
-        base = self._first([small] if small else []) or given
-        found = self._varied(base)
+        found = self._varied(given)
         noisy = found[0] if found else None
         if noisy and self._has_real(noisy.call):
             found += [s for size in SIZES if (s := self._accepted(inputs.times(noisy.call, size)))]
-        longest = self._grown(noisy or base)
-        numbers = (self._accepted(c) for c in inputs.other_numbers((noisy or base).call))
-        found += islice((s for s in numbers if s), 8)
-        found += [longest] if longest else []
-        if not found and self._has_real(example):
+        longest = self._grown(noisy or given)
+        counts = (self._accepted(c) for c in inputs.other_numbers((noisy or given).call))
+        found += islice((s for s in counts if s), 8)
+        if not found and not longest and self._has_real(example):
             self.notes.append("other inputs than those given: the model does not take them")
-        if not found or not given.reads <= set().union(*(s.reads for s in found)):
-            found.insert(0, given)
-        return found
+        return [given, *found, *([longest] if longest else [])]
+
+    def _given(self, example: Arguments) -> Trial:
+        """The example, cut to few rows or with its rows repeated where the model takes that."""
+        self.tables: dict[int, int] = {}
+        small = inputs.few_rows(example)
+        given = None if small is None else self._accepted(small)
+        if given is None or inputs.rows(example) <= MANY and not self._watched(example).reads <= given.reads:
+            given = self._watched(example)
+        return self._watched(given.call) if self.probe.unsettle(self.generator) else given
 
     def _varied(self, base: Trial) -> list[Trial]:
-        """Other values, at most two kinds."""
+        """Other values, of the first kind that the model takes."""
         tables = {id(x): n for x, n in self._indexed(base.call)}
         kinds = (self._first(kind) for kind in inputs.variations(base.call, tables, self.generator))
-        return list(islice((s for s in kinds if s), 2))
+        return list(islice((s for s in kinds if s), 1))
 
     def _grown(self, base: Trial) -> Trial | None:
         """All axes longer that may be; None when none may."""
@@ -110,18 +112,20 @@ class Trials:
     def _accepted(self, call: Arguments) -> Trial | None:
         """The trial, where the model runs and no more of its outputs is infinite than of those of the example."""
         try:
-            trial, _ = self._watched(call)
+            trial = self._watched(call)
         except Exception:
             return None
         return trial if _lost(trial.before) <= self.limit else None
 
-    def _watched(self, call: Arguments, **how: Any) -> tuple[Trial, dict[int, int]]:
+    def _watched(self, call: Arguments, **how: Any) -> Trial:
+        """The trial, with what it returned and read; the tables that inputs index are noted, and the draws."""
         trial, watch = Trial(self.probe, call, **how), Watch(self.probe.params)
-        modes = (watch, *(() if trial.draws is None else (Draws(**trial.draws),)))
-        found = tensors_of(self.probe.run(call, trial.training, trial.seed, modes))
-        trial.before = [t.detach().clone() for t in found]
-        trial.reads = watch.reads
-        return trial, watch.tables
+        self.drawn = Draws(**trial.draws or {})
+        found = tensors_of(self.probe.run(call, trial.training, trial.seed, (self.drawn, watch)))
+        trial.before, trial.reads = [t.detach().clone() for t in found], watch.reads
+        for k, length in watch.tables.items():
+            self.tables[k] = min(length, self.tables.get(k, length))
+        return trial
 
     def _repeats(self, trial: Trial) -> bool:
         return distance(trial.run(), trial.before) <= REPEATED
@@ -146,7 +150,7 @@ class Trials:
         seen: set[tuple] = set()
         found: list[Trial] = []
         for trial in trials:
-            found += [] if found and trial.reads <= seen else [trial]
+            found += [] if trial.reads <= seen else [trial]
             seen |= trial.reads
         return found
 
@@ -154,15 +158,13 @@ class Trials:
 
     def _training(self) -> None:
         """Training mode, where it makes a difference."""
-        first = next(chain((s for s in self.calm if s.call.tensors()), self.calm))
-        draws = Draws()
+        first = self.calm[min(1, len(self.calm) - 1)]
         try:
-            tensors_of(self.probe.run(first.call, True, 0, (draws,)))
-            plain = self._scene(first.call)
+            plain = self._watched(first.call, training=True)
         except Exception as error:
             self.notes.append(f"training mode: the model does not run, {_told(error)}")
             return
-        random = draws.single or draws.many
+        draws, random = self.drawn, self.drawn.single or self.drawn.many
         if not random and plain.reads == first.reads and distance(plain.before, first.before) == 0:
             return
         if not self._repeats(plain):
@@ -182,12 +184,9 @@ class Trials:
         self.trials = [*calm, plain, *more, *(s for s in real if s)]
         self.even = [*calm, *(s for s in even if s)]
 
-    def _scene(self, call: Arguments, **how: Any) -> Trial:
-        return self._watched(call, training=True, **how)[0]
-
     def _try(self, call: Arguments, **how: Any) -> Trial | None:
         try:
-            return self._scene(call, **how)
+            return self._watched(call, training=True, **how)
         except Exception:
             return None
 
