@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -296,10 +297,8 @@ def carry_out(
             raise _RefusedError(f"nothing steeper was found: {facts['stopped']}")
 
     with eager_mode(walk.x.device.type), walk.loss, unfused_attention():
-        try:
+        with suppress(_NotFiniteError):
             p, residual, facts = search(walk)
-        except _NotFiniteError:
-            pass
         before, old = (walk.start.loss, walk.start.norm) if walk.start else (math.nan, math.nan)
         allowed = (walk.tol + walk.noise) * abs(before)
         if p is not None:

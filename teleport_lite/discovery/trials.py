@@ -77,7 +77,7 @@ class Trials:
         self.tables: dict[int, int] = {}
         small = inputs.few_rows(example)
         given = None if small is None else self._accepted(small)
-        if given is None or inputs.rows(example) <= MANY and not self._watched(example).reads <= given.reads:
+        if given is None or (inputs.rows(example) <= MANY and not self._watched(example).reads <= given.reads):
             given = self._watched(example)
         return self._watched(given.call) if self.probe.unsettle(self.generator) else given
 
