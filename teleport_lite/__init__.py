@@ -14,8 +14,9 @@ from teleport_lite.null_space import null_space_teleport
 from teleport_lite.objectives import Objective, one_step_loss
 from teleport_lite.optim import Teleporter
 from teleport_lite.published import paper_teleport
+from teleport_lite.report import Report
 from teleport_lite.symmetries import Product, Symmetry, minibatch_symmetries
-from teleport_lite.teleport import Report, teleport
+from teleport_lite.teleport import teleport
 
 __version__ = "0.1.0"
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from teleport_lite.errors import LossError, ParameterError, TeleportError
 from teleport_lite.exactness import LARGEST, largest_change
 from teleport_lite.functional import Params, gradients, loss_of, norm, trainable, value_and_grad
+from teleport_lite.report import Report
 from teleport_lite.runtime import TOLERANCES, LossFn, eager_mode, unfused_attention, unwrap_compiled
-from teleport_lite.teleport import Report
 from teleport_lite.transaction import commit
 
 HALVINGS = 30  # of a step that does not improve

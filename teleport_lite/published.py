@@ -23,10 +23,11 @@ from teleport_lite.errors import LossError, NoSymmetryError, TeleportError, Unkn
 from teleport_lite.functional import Loss, Params, loss_of, norm, trainable, value_and_grad
 from teleport_lite.groups import GeneralLinear
 from teleport_lite.layers import Hidden, trace
+from teleport_lite.report import Report
 from teleport_lite.runtime import TOLERANCES, LossFn, copy_of, double, unwrap_compiled
-from teleport_lite.symmetries.base import Product
 from teleport_lite.symmetries.minibatch import OutgoingMixing
-from teleport_lite.teleport import Report, check_movable
+from teleport_lite.symmetries.product import Product
+from teleport_lite.teleport import check_movable
 from teleport_lite.transaction import commit
 
 

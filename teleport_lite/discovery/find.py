@@ -24,7 +24,7 @@ from teleport_lite.discovery.verify import Verifier
 from teleport_lite.errors import EmptyModelError
 from teleport_lite.functional import Params
 from teleport_lite.symmetries.axes import NeuronSymmetry
-from teleport_lite.symmetries.base import Product
+from teleport_lite.symmetries.product import Product
 
 RETURNED = "the model returns them"
 

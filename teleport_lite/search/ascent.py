@@ -8,7 +8,7 @@ from torch import Tensor
 from teleport_lite.functional import gradients
 from teleport_lite.objectives import AlongOrbit
 from teleport_lite.runtime import unfused_attention
-from teleport_lite.symmetries.base import Product
+from teleport_lite.symmetries.product import Product
 
 STEPS = 30  # of an ascent
 

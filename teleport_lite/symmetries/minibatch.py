@@ -31,7 +31,8 @@ from teleport_lite.functional import Evaluation, Params
 from teleport_lite.groups import GeneralLinear
 from teleport_lite.layers import Hidden, trace
 from teleport_lite.runtime import as_inputs, copy_of, double
-from teleport_lite.symmetries.base import Product, Symmetry
+from teleport_lite.symmetries.base import Symmetry
+from teleport_lite.symmetries.product import Product
 
 INVERSES: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     nn.Identity: lambda module, y: y,
