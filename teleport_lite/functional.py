@@ -7,7 +7,7 @@ for as long as that takes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -151,6 +151,25 @@ def gradients(
     return [g.to_dense() if g is not None and g.is_sparse else g for g in grads]
 
 
+def check_complete(grads: Iterable[Tensor]) -> None:
+    """Refuse gradients that torch differentiates only in part, without a word: past a @once_differentiable backward.
+
+    Raises:
+        LossError: when there is one.
+    """
+    nodes, seen = [g.grad_fn for g in grads], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            if node.name().endswith("Error"):
+                remedy = (
+                    "let its backward be differentiable, or use what needs fewer derivatives, as gradient_norm does"
+                )
+                raise LossError("a loss with second derivatives", "a function marked @once_differentiable", remedy)
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+
+
 def check_scalar(value: object) -> Tensor:
     """`value` when it is a scalar tensor.
 
@@ -182,6 +201,7 @@ def hvp(loss: Loss, params: Params, vector: Params) -> Params:
         slope = dot(grads, vector)
         if not slope.requires_grad:  # a linear loss
             return {name: torch.zeros_like(p) for name, p in params.items()}
+        check_complete(grads.values())
         rows = gradients(slope, [*points.values()])
     return {n: torch.zeros_like(p) if row is None else row for (n, p), row in zip(points.items(), rows, strict=True)}
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from teleport_lite.errors import LossError, ParameterError, TeleportError
 from teleport_lite.exactness import LARGEST, largest_change
-from teleport_lite.functional import Params, gradients, loss_of, norm, trainable, value_and_grad
+from teleport_lite.functional import Params, check_complete, gradients, loss_of, norm, trainable, value_and_grad
 from teleport_lite.report import Report
 from teleport_lite.runtime import TOLERANCES, LossFn, eager_mode, unfused_attention, unwrap_compiled
 from teleport_lite.transaction import commit
@@ -120,9 +120,11 @@ class Walk:
         """Hessian times gradient: the gradient of half the squared gradient norm.
 
         Raises:
+            LossError: when torch cannot differentiate the gradient.
             _NotFiniteError: when it is not finite.
         """
         self.products += 1
+        check_complete([p.g])
         h = gradients(p.g, [p.x], along=p.g.detach())[0] if p.g.requires_grad else None
         if h is not None and not h.isfinite().all():
             raise _NotFiniteError

@@ -17,7 +17,17 @@ from torch import Tensor
 
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import LossError, TeleportError, UnknownNameError
-from teleport_lite.functional import Loss, Params, check_scalar, dot, gradients, hvp, norm, value_and_grad
+from teleport_lite.functional import (
+    Loss,
+    Params,
+    check_complete,
+    check_scalar,
+    dot,
+    gradients,
+    hvp,
+    norm,
+    value_and_grad,
+)
 from teleport_lite.geometry import (
     RADII,
     Directions,
@@ -244,6 +254,7 @@ def hessian_trace(samples: int = 10, *, generator: torch.Generator | None = None
 def _quadratic(grads: Params, point: Params, z: Params) -> Tensor:
     """z.Hz, differentiable, from the gradient at a point."""
     slope = dot(grads, z)
+    check_complete(grads.values())
     rows = gradients(slope, [*point.values()], create_graph=True) if slope.requires_grad else [None] * len(point)
     terms = [(z[name] * row).sum() for name, row in zip(point, rows, strict=True) if row is not None]
     return torch.stack(terms).sum() if terms else torch.zeros_like(slope)
