@@ -674,7 +674,10 @@ RATES = {"SGD": (optim.SGD, 0.3), "AdamW": (optim.AdamW, 1e-3), "AdamW, tuned": 
 @pytest.mark.parametrize("every", [None, 50])
 @pytest.mark.parametrize("case", RATES)
 def test_it_trains_no_worse_than_without(case, every):
-    """Digits, 5 epochs, 2 seeds: the mean test accuracy after each epoch. (It fell by 0.4 where teleports compound.)"""
+    """Digits, 5 epochs, 2 seeds: the test accuracy, as a mean over the epochs.
+
+    With a radius of its own for each teleport it fell by 0.21, 0.02 and 0.08 at every=50.
+    """
     train_set, test_set = tl.data.load("digits")
     make, lr = RATES[case]
 
