@@ -84,6 +84,7 @@ def propagated(probe: Probe, scenes: Iterable[Scene]) -> Propagation:
             seen.freeze(name, f"{name} is {'complex' if p.is_complex() else str(p.dtype)}")
     for scene in scenes:
         seen.finish(tensors_of(probe.run(scene.call, scene.training, scene.seed, (seen,))))
+    seen.fix_unexercised()
     return seen
 
 
