@@ -84,6 +84,7 @@ def propagated(probe: Probe, trials: Iterable[Trial]) -> Propagation:
             seen.freeze(name, f"{name} is {'complex' if p.is_complex() else str(p.dtype)}")
     for trial in trials:
         seen.finish(tensors_of(probe.run(trial.call, trial.training, trial.seed, (seen,))))
+    seen.fix_unexercised()
     return seen
 
 

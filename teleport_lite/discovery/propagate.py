@@ -17,31 +17,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from teleport_lite.discovery import rules  # noqa: F401 (enters the rules into the table)
-from teleport_lite.discovery.call import Call, RuleMisfit
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN, Constraints
 from teleport_lite.discovery.labels import Labels, cluster_by_dims, lift
 from teleport_lite.discovery.memory import Memory, storage_key
+from teleport_lite.discovery.operation import Operation, RuleMisfit
 from teleport_lite.discovery.registry import UNSUPPORTED, find_decomposition, find_rule
 from teleport_lite.discovery.rules.views import FACTORY_OPS, IDENTITY_OPS, VIEW_OPS
 
-LOW = (torch.float32, torch.float16, torch.bfloat16)
 FACTORIES, IDENTITIES, VIEWS = (frozenset(names.split()) for names in (FACTORY_OPS, IDENTITY_OPS, VIEW_OPS))
-GROUPED = "aten::_grouped_mm"  # has no kernel for float64
 MOVING = VIEWS | IDENTITIES | {"embedding"}  # what only carries entries to another place
-
-
-class InFloat64(TorchDispatchMode):
-    """Computes in float64 where a model asks for less."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = _widened(kwargs)
-        pieces = find_decomposition(func) if func._schema.name == GROUPED else None
-        return pieces(*args, **kwargs) if pieces else func(*args, **kwargs)
-
-
-def _widened(kwargs: dict | None) -> dict:
-    kwargs = kwargs or {}
-    return {**kwargs, "dtype": torch.float64} if kwargs.get("dtype") in LOW else kwargs
 
 
 class Propagation(TorchDispatchMode):
@@ -99,14 +83,13 @@ class Propagation(TorchDispatchMode):
                 self.constraints.fix(labels, why, SCALE | SIGN | PERM)
 
     def finish(self, outputs: list[Tensor]) -> None:
-        """What the model returns stays as it is, and so does what the run did not exercise."""
+        """What a run of the model returns stays as it is."""
         for tensor in outputs:
             self.memory.mark_read(tensor)
             self._fix_all([tensor], "the model returns them")
-        self._fix_unexercised()
 
-    def _fix_unexercised(self) -> None:
-        """Keep the entries of parameters that no operation read, and parameters whose siblings took no part.
+    def fix_unexercised(self) -> None:
+        """After all runs, keep the entries of parameters that none read, and parameters whose siblings took no part.
 
         Siblings have the same name but for numbers, and the same shape, as experts in a list: those that took part
         share axes with the rest of the model, and so would those that did not.
@@ -120,61 +103,61 @@ class Propagation(TorchDispatchMode):
             if (_numbers_hidden(name), p.shape) in idle and re.search(r"\d", name):
                 unread = torch.ones(len(labels)) > 0
             if bool(unread.any()):
-                self.constraints.fix(labels[unread], Call.NOT_EXERCISED, SCALE | SIGN | PERM)
+                self.constraints.fix(labels[unread], Operation.NOT_EXERCISED, SCALE | SIGN | PERM)
                 self.unexercised += [name] if name not in self.unexercised else []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        call = Call(func, args, _widened(kwargs), self)
-        self.used.update(self._names[id(t)] for t in call.tensors if id(t) in self._names)
-        busy = any(call.labels(t) for t in call.tensors)
-        pieces = find_decomposition(func) if busy or call.name == GROUPED else None
+        op = Operation(func, args, kwargs or {}, self)
+        self.used.update(self._names[id(t)] for t in op.tensors if id(t) in self._names)
+        busy = any(op.labels(t) for t in op.tensors)
+        pieces = find_decomposition(func) if busy else None
         if pieces is None and busy and find_rule(func) is None:
             pieces = _known_decomposition
         if pieces is not None:
             with self:
-                out = pieces(*args, **call.kwargs) if pieces is not _known_decomposition else pieces(call)
+                out = pieces(*args, **op.kwargs) if pieces is not _known_decomposition else pieces(op)
                 if out is not NotImplemented:
-                    return args[0].copy_(out) if call.is_in_place and pieces is not _known_decomposition else out
-        blank = self._blank_memory(call) if busy else {}
-        call.out = func(*args, **call.kwargs)
-        labels = self._follow(call) if busy else []
-        self._note_memory(call)
+                    return args[0].copy_(out) if op.is_in_place and pieces is not _known_decomposition else out
+        blank = self._blank_memory(op) if busy else {}
+        op.out = func(*args, **op.kwargs)
+        labels = self._follow(op) if busy else []
+        self._note_memory(op)
         if busy:
-            self._assign(call, labels, blank)
-        return call.out
+            self._assign(op, labels, blank)
+        return op.out
 
-    def _follow(self, call: Call) -> list[Labels]:
+    def _follow(self, op: Operation) -> list[Labels]:
         """The labels of the results; none, and all that is read stays, where there is no rule or it does not fit."""
-        rule = find_rule(call.op)
+        rule = find_rule(op.func)
         try:
             if rule is not None:
-                return rule(call)
-            why = UNSUPPORTED.get(call.name, "")
+                return rule(op)
+            why = UNSUPPORTED.get(op.name, "")
         except RuleMisfit as misfit:
             why = str(misfit)
-        self.unsupported_ops[call.short_name] = why
-        self._fix_all(call.tensors, f"{call.short_name} is not understood")
+        self.unsupported_ops[op.short_name] = why
+        self._fix_all(op.tensors, f"{op.short_name} is not understood")
         return []
 
     def _fix_all(self, tensors: list[Tensor], why: str) -> None:
         for labels in (a for t in tensors for a in self.labels_of(t)):
             self.constraints.fix(labels, why, SCALE | SIGN | PERM)
 
-    def _blank_memory(self, call: Call) -> dict[int, Tensor]:
+    def _blank_memory(self, op: Operation) -> dict[int, Tensor]:
         """Of the tensors that will be written, those in memory that is zero or empty as a whole; and that memory."""
         found: dict[int, Tensor] = {}
-        for t in call.written:
+        for t in op.written:
             base = self.memory.base_of(t)
-            if base is not None and not call.labels(t) and self.memory.is_zero(base):
+            if base is not None and not op.labels(t) and self.memory.is_zero(base):
                 found[id(t)] = base
         return found
 
-    def _assign(self, call: Call, labels: list[Labels], blank: dict[int, Tensor]) -> None:
+    def _assign(self, op: Operation, labels: list[Labels], blank: dict[int, Tensor]) -> None:
         """Give the results their labels; what was written into memory that was there before has to agree with it."""
-        results = call.results()
-        written = {id(t): t for t in call.written}
+        results = op.results()
+        written = {id(t): t for t in op.written}
         for tensor, new in zip(results, labels + [[]] * len(results), strict=False):
-            if written.pop(id(tensor), None) is not None and call.short_name not in VIEWS:
+            if written.pop(id(tensor), None) is not None and op.short_name not in VIEWS:
                 self._overwrite(tensor, new, blank.get(id(tensor)))
             else:
                 self._labels[id(tensor)] = [a for a in new if bool(a.any())]
@@ -203,60 +186,60 @@ class Propagation(TorchDispatchMode):
             else:
                 self.constraints.equate(a, b)
 
-    def _note_memory(self, call: Call) -> None:
+    def _note_memory(self, op: Operation) -> None:
         """Note which entries of parameters were read, and where what came out comes from."""
-        results, kind = call.results(), call.short_name
-        tracked = [t for t in call.tensors if self.memory.is_tracked(t)]
-        if tracked and not _carries_entries(call, tracked):
+        results, kind = op.results(), op.short_name
+        tracked = [t for t in op.tensors if self.memory.is_tracked(t)]
+        if tracked and not _carries_entries(op, tracked):
             for t in tracked:
-                if id(t) not in call.unexercised:
+                if id(t) not in op.unexercised:
                     self.memory.mark_read(t)
             tracked = []
         made = kind in FACTORIES or (kind == "lift_fresh" and results[0].numel() == 1)
-        uniform = bool(call.tensors) and all(self.memory.origin(t) == "uniform" for t in call.tensors)
-        uniform &= kind in MOVING or torch.Tag.pointwise in call.op.tags
+        uniform = bool(op.tensors) and all(self.memory.origin(t) == "uniform" for t in op.tensors)
+        uniform &= kind in MOVING or torch.Tag.pointwise in op.func.tags
         origin = "empty" if made and "empty" in kind else "uniform" if made or uniform else "computed"
-        here = {storage_key(t) for t in call.tensors}
-        written = {id(t) for t in call.written}
+        here = {storage_key(t) for t in op.tensors}
+        written = {id(t) for t in op.written}
         for t in results:
             if id(t) in written or made or storage_key(t) not in here:
                 self.memory.note_result(t, origin, id(t) in written)
         new = [t for t in results if storage_key(t) not in here]
         if tracked and new:
-            for t, entries in zip(results, self._carried(call, tracked[0]), strict=True):
+            for t, entries in zip(results, self._carried(op, tracked[0]), strict=True):
                 self.memory.carry_entries(t, entries)
 
-    def _carried(self, call: Call, tracked: Tensor) -> list[Tensor]:
+    def _carried(self, op: Operation, tracked: Tensor) -> list[Tensor]:
         """For each result of an operation that carries entries of parameters along, which ones."""
-        if call.short_name not in VIEWS:
+        if op.short_name not in VIEWS:
             entries = self.memory.entries_of(tracked)
             assert entries is not None
-            return [entries[call["indices"].cpu()] if call.short_name == "embedding" else entries]
+            return [entries[op["indices"].cpu()] if op.short_name == "embedding" else entries]
         nobody = torch.full((1,), -1)
-        known = [(t, self.memory.entries_of(t)) for t in call.moved_tensors()]
-        return call.replay([nobody.expand(call.shapes[id(t)]) if ids is None else ids for t, ids in known])
+        known = [(t, self.memory.entries_of(t)) for t in op.moved_tensors()]
+        return op.replay([nobody.expand(op.shapes[id(t)]) if ids is None else ids for t, ids in known])
 
 
-def _known_decomposition(call: Call) -> Any:
+def _known_decomposition(op: Operation) -> Any:
     """An operator taken apart as PyTorch does it, or NotImplemented."""
-    parts = call.op.decompose(*call.args, **call.kwargs)
+    parts = op.func.decompose(*op.args, **op.kwargs)
     if parts is NotImplemented:
         from torch._decomp import decomposition_table  # slow to import, and seldom needed
 
-        rule = decomposition_table.get(call.op)
-        parts = rule(*call.args, **call.kwargs) if rule else NotImplemented
+        rule = decomposition_table.get(op.func)
+        parts = rule(*op.args, **op.kwargs) if rule else NotImplemented
     return parts
 
 
-def _carries_entries(call: Call, tracked: list[Tensor]) -> bool:
+def _carries_entries(op: Operation, tracked: list[Tensor]) -> bool:
     """Whether what comes out are entries of parameters, elsewhere or each changed for itself."""
-    if call.short_name in MOVING:
+    if op.short_name in MOVING:
         return True
     return (
         len(tracked) == 1
-        and torch.Tag.pointwise in call.op.tags
-        and not call.is_in_place
-        and tracked[0].shape == call.results()[0].shape
+        and torch.Tag.pointwise in op.func.tags
+        and not op.is_in_place
+        and tracked[0].shape == op.results()[0].shape
     )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.call import Call
 from teleport_lite.discovery.constraints import MIX, PERM
+from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.solve import signatures, solve_permutations, solve_scalings, solve_signs
 from teleport_lite.discovery.verify import TOLERANCE, Verifier, distance
@@ -39,7 +39,7 @@ def solve_and_verify(seen: Propagation, check: Verifier) -> tuple[list[NeuronSym
         for op, why in seen.unsupported_ops.items()
     ]
     if seen.unexercised:
-        reasons.append(f"{', '.join(seen.unexercised)}: {Call.NOT_EXERCISED}")
+        reasons.append(f"{', '.join(seen.unexercised)}: {Operation.NOT_EXERCISED}")
 
     def drop(symmetry: NeuronSymmetry, error: float) -> None:
         reasons.append(f"{symmetry}: {symmetry.group} changes the outputs, by {error:.1e} relative")

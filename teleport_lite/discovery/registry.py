@@ -1,7 +1,7 @@
 """The table from operators to rules.
 
-A rule is a function of one `Call`: it writes equations into `call.constraints` and gives the labels of each result. It
-is found by the operator's name, namespace included, so that `mylib::clone` is not taken for PyTorch's. Families of
+A rule is a function of one `Operation`: it writes equations into `op.constraints` and gives the labels of each result.
+It is found by the operator's name, namespace included, so that `mylib::clone` is not taken for PyTorch's. Families of
 operators are tables in `teleport_lite.discovery.rules`, one file a family; a decomposition is a function of the same
 arguments that does the same with simpler operators.
 """
@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
-from teleport_lite.discovery.call import Call
 from teleport_lite.discovery.labels import Labels
+from teleport_lite.discovery.operation import Operation
 from teleport_lite.errors import TeleportError, UnknownNameError
 
-Rule = Callable[[Call], list[Labels]]
+Rule = Callable[[Operation], list[Labels]]
 
 RULES: dict[str, Rule] = {}
 WORDS: dict[str, Rule] = {}  # rules by a word, for `register_rule`
@@ -74,14 +74,14 @@ def register_rule(op: object, rule: str | Rule) -> None:
     with random numbers), "homogeneous" (elementwise, $f(cx) = c f(x)$ for $c > 0$), "odd" (elementwise,
     $f(-x) = -f(x)$), "linear" (elementwise, both), "identity" (it gives back its first argument), "constant" (what
     comes out depends on no values), "views" (data that only changes place), "softmax" (along a dimension `dim`). A
-    product that sums over indices is an einsum string, as "nk,km->nm". All else is a function that is given the `Call`,
-    writes equations into `call.constraints` and returns a list with the labels of each result. Every symmetry that
+    product that sums over indices is an einsum string, as "nk,km->nm". All else is a function of the `Operation`: it
+    writes equations into `op.constraints` and returns a list with the labels of each result. Every symmetry that
     follows is verified on the whole model as usual, so that a wrong rule costs time and no correctness.
 
     Args:
         op: a custom operator (of `torch.library.custom_op`), or an operator as `torch.ops.mylib.name` or
             `torch.ops.mylib.name.default`.
-        rule: a word, an einsum string, or a function of a `Call`.
+        rule: a word, an einsum string, or a function of an `Operation`.
 
     Raises:
         UnknownNameError: when the word is none of those.
@@ -121,7 +121,9 @@ def _rule_by_word(word: object) -> Rule:
 
         return einsum_rule(word)
     if not isinstance(word, str):
-        raise TeleportError("a word, an einsum string or a function of a Call", type(word).__name__, 'try "pointwise"')
+        raise TeleportError(
+            "a word, an einsum string or a function of an Operation", type(word).__name__, 'try "pointwise"'
+        )
     if word not in WORDS:
         raise UnknownNameError("rule", word, sorted(WORDS))
     return WORDS[word]

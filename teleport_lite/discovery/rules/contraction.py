@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.call import Call, RuleMisfit
 from teleport_lite.discovery.constraints import negative
 from teleport_lite.discovery.labels import Labels, along_last
+from teleport_lite.discovery.operation import Operation, RuleMisfit
 from teleport_lite.discovery.registry import RULES, Rule
 
 PRODUCTS = {  # the equation of the last two tensors that are multiplied; a bias stands before them
@@ -36,12 +36,12 @@ def einsum_rule(equation: str, biased: bool = False) -> Rule:
         biased: whether the product's arguments come after a tensor that is added to it.
     """
 
-    def rule(call: Call) -> list[Labels]:
-        a, b = call.args[int(biased) : int(biased) + 2]
-        if biased and (call["beta"] == 0 or call["alpha"] == 0):
+    def rule(op: Operation) -> list[Labels]:
+        a, b = op.args[int(biased) : int(biased) + 2]
+        if biased and (op["beta"] == 0 or op["alpha"] == 0):
             raise RuleMisfit("a factor of zero")
-        product = contract(call, equation, a, b)
-        return [call.add_bias(product, call.args[0], along_last(call.out)) if biased else product]
+        product = contract(op, equation, a, b)
+        return [op.add_bias(product, op.args[0], along_last(op.out)) if biased else product]
 
     return rule
 
@@ -50,7 +50,7 @@ RULES.update({f"aten::{name}": einsum_rule(equation) for name, equation in PRODU
 RULES.update({f"aten::{name}": einsum_rule(equation, biased=True) for name, equation in BIASED_PRODUCTS.items()})
 
 
-def contract(call: Call, equation: str, a: Tensor, b: Tensor) -> Labels:
+def contract(op: Operation, equation: str, a: Tensor, b: Tensor) -> Labels:
     """The labels of a product of two tensors.
 
     Everything is laid out over all letters of the equation, with length 1 along those that a tensor does not have. A
@@ -70,7 +70,7 @@ def contract(call: Call, equation: str, a: Tensor, b: Tensor) -> Labels:
         meeting: Labels = []
         single = all(sizes[letters[d]] == 1 for d in summed)
         scalars: Labels = []
-        for x in _factor_labels(call, tensor, other):
+        for x in _factor_labels(op, tensor, other):
             spread = _over(x, own, letters)
             if any(spread.shape[d] > 1 for d in summed):
                 meeting.append(spread)
@@ -82,25 +82,25 @@ def contract(call: Call, equation: str, a: Tensor, b: Tensor) -> Labels:
             last = len(scalars) if any(sizes[letters[d]] > 1 for d in free) else 1
             passing += scalars[: len(scalars) - last]
             meeting += scalars[len(scalars) - last :]
-        sides.append(call.constraints.sum_labels([call.constraints.tie_along(x, free) for x in meeting]))
-    cancel(call, *sides)
+        sides.append(op.constraints.sum_labels([op.constraints.tie_along(x, free) for x in meeting]))
+    cancel(op, *sides)
     for x in [*(side for side in sides if side is not None), *passing]:
         for d in shared:
             if x.shape[d] > 1:  # one product for each index: nothing moves from one to another
                 order = torch.arange(x.shape[d])
-                call.constraints.distinguish(x, order.reshape([-1 if i == d else 1 for i in range(x.ndim)]))
+                op.constraints.distinguish(x, order.reshape([-1 if i == d else 1 for i in range(x.ndim)]))
     kept = [letters.index(k) for k in output]
     return [
         x.permute([*kept, *(d for d in range(x.ndim) if d not in kept)])[(...,) + (0,) * len(summed)] for x in passing
     ]
 
 
-def _factor_labels(call: Call, tensor: Tensor, other: Tensor) -> Labels:
+def _factor_labels(op: Operation, tensor: Tensor, other: Tensor) -> Labels:
     """The labels of a factor; if it is a state that starts at zero, new ones, since zero may move in any way."""
-    if call.is_zero(tensor) and call.labels(other):
-        call.unexercised.add(id(other))
-        return call.constraints.fresh_axes(tensor.shape)
-    return call.labels(tensor)
+    if op.is_zero(tensor) and op.labels(other):
+        op.unexercised.add(id(other))
+        return op.constraints.fresh_axes(tensor.shape)
+    return op.labels(tensor)
 
 
 def _over(x: Tensor, own: str, letters: list[str]) -> Tensor:
@@ -109,9 +109,9 @@ def _over(x: Tensor, own: str, letters: list[str]) -> Tensor:
     return x.reshape([x.shape[[k for k in letters if k in own].index(k)] if k in own else 1 for k in letters])
 
 
-def cancel(call: Call, a: Tensor | None, b: Tensor | None) -> None:
+def cancel(op: Operation, a: Tensor | None, b: Tensor | None) -> None:
     """Two axes that are summed over together move inversely to each other."""
     if a is not None and b is not None:
-        call.constraints.equate(a, negative(b))
+        op.constraints.equate(a, negative(b))
     else:
-        call.fix([x for x in (a, b) if x is not None], "what they are multiplied with is fixed")
+        op.fix([x for x in (a, b) if x is not None], "what they are multiplied with is fixed")

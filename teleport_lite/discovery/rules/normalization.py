@@ -7,74 +7,74 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.call import Call
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN
 from teleport_lite.discovery.labels import Labels, along_channels, along_last, vary_together
+from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.registry import rule_for
 
 
 def _normalize(
-    call: Call, labels: Labels, gain: Tensor | None, shift: Tensor | None, fit: Callable[[Tensor], Tensor]
+    op: Operation, labels: Labels, gain: Tensor | None, shift: Tensor | None, fit: Callable[[Tensor], Tensor]
 ) -> Labels:
     """Labels after a norm with a gain and a shift, which `fit` makes broadcast: places pass, multiples do not."""
-    starts = call.constraints.sum_labels([fit(a) for a in call.labels(gain)])
+    starts = op.constraints.sum_labels([fit(a) for a in op.labels(gain)])
     found: Labels = []
     for a in labels:
-        call.fix([a], "they are normalised", SCALE | SIGN)
-        call.keep_entries_apart([a])
+        op.fix([a], "they are normalised", SCALE | SIGN)
+        op.keep_entries_apart([a])
         if starts is not None and vary_together(a, starts):
-            call.constraints.equate(a, starts, PERM)
+            op.constraints.equate(a, starts, PERM)
         else:
             found.append(a)
     if starts is not None:
-        call.keep_entries_apart([starts])
+        op.keep_entries_apart([starts])
         if not any(vary_together(a, starts) for a in labels):
-            call.fix([starts], "they meet different data", PERM)
+            op.fix([starts], "they meet different data", PERM)
         found.append(starts)
     elif gain is not None:
         for a in found:
-            call.color_by_values(fit(gain), a)
-    return call.add_bias(found, shift, fit)
+            op.color_by_values(fit(gain), a)
+    return op.add_bias(found, shift, fit)
 
 
 @rule_for("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm")
-def batch_norm(call: Call) -> list[Labels]:
+def batch_norm(op: Operation) -> list[Labels]:
     """In evaluation mode the running statistics are constants, which tell channels apart."""
-    x, gain, shift, mean, var = call.args[:5]
-    training = call.args[5] if isinstance(call.args[5], bool) else False
+    x, gain, shift, mean, var = op.args[:5]
+    training = op.args[5] if isinstance(op.args[5], bool) else False
     fit = along_channels(x)
-    labels = _channel_labels(call, x)
+    labels = _channel_labels(op, x)
     for a in labels if not training else ():
         for constant in (mean, var):
-            call.color_by_values(fit(constant), a)
-    return [_normalize(call, labels, gain, shift, fit)]
+            op.color_by_values(fit(constant), a)
+    return [_normalize(op, labels, gain, shift, fit)]
 
 
 @rule_for("native_layer_norm")
-def layer_norm(call: Call) -> list[Labels]:
+def layer_norm(op: Operation) -> list[Labels]:
     """Over the last dimensions."""
-    x = call["input"]
-    return [_normalize(call, call.labels(x), call["weight"], call["bias"], along_last(x))]
+    x = op["input"]
+    return [_normalize(op, op.labels(x), op["weight"], op["bias"], along_last(x))]
 
 
 @rule_for("_fused_rms_norm")
-def rms_norm(call: Call) -> list[Labels]:
+def rms_norm(op: Operation) -> list[Labels]:
     """Over the last dimensions, with a gain and no shift."""
-    x = call["input"]
-    return [_normalize(call, call.labels(x), call["weight"], None, along_last(x))]
+    x = op["input"]
+    return [_normalize(op, op.labels(x), op["weight"], None, along_last(x))]
 
 
 @rule_for("native_group_norm")
-def group_norm(call: Call) -> list[Labels]:
+def group_norm(op: Operation) -> list[Labels]:
     """Over groups of channels, which are not exchanged with each other."""
-    x, groups = call["input"], call["group"]
+    x, groups = op["input"], op["group"]
     fit = along_channels(x)
-    labels = _channel_labels(call, x)
+    labels = _channel_labels(op, x)
     for a in labels:
-        call.constraints.distinguish(a, fit(torch.arange(x.shape[1]) // (x.shape[1] // groups)), PERM)
-    return [_normalize(call, labels, call["weight"], call["bias"], fit)]
+        op.constraints.distinguish(a, fit(torch.arange(x.shape[1]) // (x.shape[1] // groups)), PERM)
+    return [_normalize(op, labels, op["weight"], op["bias"], fit)]
 
 
-def _channel_labels(call: Call, x: Tensor) -> Labels:
+def _channel_labels(op: Operation, x: Tensor) -> Labels:
     """The labels of an input, the same for all pixels of a channel."""
-    return [call.constraints.tie_along(a, range(2, x.ndim)) for a in call.labels(x)]
+    return [op.constraints.tie_along(a, range(2, x.ndim)) for a in op.labels(x)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -42,19 +40,3 @@ def _trilinear(
         rows = torch.einsum("ni,oij->noj", a[:, 0, :, 0], c[0])
         return torch.einsum("noj,nj->no", rows, b[:, 0, 0, :])
     return (a * b * c).sum(sumdim)
-
-
-@decomposition_of("_grouped_mm")
-def _grouped_mm(
-    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
-) -> Tensor:
-    if offs is None or a.ndim != 2:
-        if offs is None:
-            return torch.bmm(a, b)
-        return NotImplemented
-    ends = [0, *offs.tolist()]
-    slices = list(pairwise(ends))
-    if b.ndim == 3:  # each group of rows meets a matrix of its own
-        parts = [a[i:j] @ b[k] for k, (i, j) in enumerate(slices) if j > i]
-        return torch.cat([*parts, a.new_zeros(len(a) - ends[-1], b.shape[2])])
-    return torch.stack([a[:, i:j] @ b[i:j] for i, j in slices])

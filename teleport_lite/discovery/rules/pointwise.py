@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from teleport_lite.discovery.call import Call, RuleMisfit
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN, negative
 from teleport_lite.discovery.labels import Labels, cluster_by_dims, compact, lift, varying_dims
+from teleport_lite.discovery.operation import Operation, RuleMisfit
 from teleport_lite.discovery.registry import rule_for, words_for
 
 SCALES = (1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12)  # magnitudes at which a function is tried
@@ -54,43 +54,43 @@ class Operands:
         return [i for i in self.bearers if self.leaves[i].is_floating_point()] or self.bearers
 
 
-def _operands(call: Call) -> Operands:
-    leaves, spec = tree_flatten((call.args, call.kwargs))
+def _operands(op: Operation) -> Operands:
+    leaves, spec = tree_flatten((op.args, op.kwargs))
     at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
-    if len(call.results()) != 1:
+    if len(op.results()) != 1:
         raise RuleMisfit("an elementwise function with several results")
-    labels = {i: [lift(a, call.out.ndim) for a in call.labels(leaves[i])] for i in at}
+    labels = {i: [lift(a, op.out.ndim) for a in op.labels(leaves[i])] for i in at}
     bearers = [i for i in at if labels[i]]
     return Operands(leaves, spec, bearers, [leaves[i] for i in at if not labels[i]], labels)
 
 
-def pointwise(call: Call) -> list[Labels]:
+def pointwise(op: Operation) -> list[Labels]:
     """An elementwise function: what it commutes with is tried out."""
-    found = _operands(call)
-    return [_commute(call, found, partial(_asked_once, call, found))]
+    found = _operands(op)
+    return [_commute(op, found, partial(_asked_once, op, found))]
 
 
-def _asked_once(call: Call, found: Operands, which: list[int]) -> Equivariance:
+def _asked_once(op: Operation, found: Operands, which: list[int]) -> Equivariance:
     """The answer of `probe`, kept for the next call of the same function with the same kinds of arguments."""
     kinds = tuple(
-        f"{x.dtype}{_value(call, found, i)}" if isinstance(x, Tensor) else repr(x) for i, x in enumerate(found.leaves)
+        f"{x.dtype}{_value(op, found, i)}" if isinstance(x, Tensor) else repr(x) for i, x in enumerate(found.leaves)
     )
-    key = (call.op, kinds, tuple(which))
-    if key not in call.answers:
-        call.answers[key] = probe(call, found, which)
-    return call.answers[key]
+    key = (op.func, kinds, tuple(which))
+    if key not in op.answers:
+        op.answers[key] = probe(op, found, which)
+    return op.answers[key]
 
 
-def _value(call: Call, found: Operands, i: int) -> float | None:
+def _value(op: Operation, found: Operands, i: int) -> float | None:
     """The value of a number that the model's code names; None for all that depends on inputs or may be trained."""
     x = found.leaves[i]
-    named = i not in found.bearers and x.numel() == 1 and call.memory.origin(x) == "uniform"
+    named = i not in found.bearers and x.numel() == 1 and op.memory.origin(x) == "uniform"
     return float(x) if named else None
 
 
-def declared(equivariance: Equivariance, call: Call) -> list[Labels]:
+def declared(equivariance: Equivariance, op: Operation) -> list[Labels]:
     """An elementwise function whose equivariance is known."""
-    return [_commute(call, _operands(call), lambda which: equivariance)]
+    return [_commute(op, _operands(op), lambda which: equivariance)]
 
 
 words_for(
@@ -103,39 +103,39 @@ rule_for("max.other min.other")(pointwise)
 
 
 @rule_for("rrelu_with_noise")
-def leaky_relu_in_evaluation(call: Call) -> list[Labels]:
+def leaky_relu_in_evaluation(op: Operation) -> list[Labels]:
     """The noise is read in training only."""
-    found = _operands(call)
+    found = _operands(op)
     found.constants = []
-    return [_commute(call, found, partial(_asked_once, call, found))]
+    return [_commute(op, found, partial(_asked_once, op, found))]
 
 
 @rule_for("add.Tensor sub.Tensor rsub.Tensor")
-def add_labels(call: Call) -> list[Labels]:
+def add_labels(op: Operation) -> list[Labels]:
     """Sums: a term that the model made zero says nothing."""
-    found = _operands(call)
-    if len(found.bearers) == 1 and found.constants and all(map(call.is_zero, found.constants)):
+    found = _operands(op)
+    if len(found.bearers) == 1 and found.constants and all(map(op.is_zero, found.constants)):
         return [found.labels[found.bearers[0]]]
-    return pointwise(call)
+    return pointwise(op)
 
 
 @rule_for("mul.Tensor div.Tensor")
-def multiply_labels(call: Call) -> list[Labels]:
+def multiply_labels(op: Operation) -> list[Labels]:
     """Products: exponents add. A factor that the model made zero may move in any way, and so may the product."""
-    found = _operands(call)
-    if len(found.bearers) == 1 and any(map(call.is_zero, found.constants)):
-        call.unexercised.update(id(found.leaves[i]) for i in found.bearers)
-        return [[_free_product(call, a) for a in found.labels[found.bearers[0]]]]
-    if len(found.bearers) < 2 or call.kwargs:
-        return pointwise(call)
+    found = _operands(op)
+    if len(found.bearers) == 1 and any(map(op.is_zero, found.constants)):
+        op.unexercised.update(id(found.leaves[i]) for i in found.bearers)
+        return [[_free_product(op, a) for a in found.labels[found.bearers[0]]]]
+    if len(found.bearers) < 2 or op.kwargs:
+        return pointwise(op)
     out: Labels = []
     for cluster in cluster_by_dims([found.labels[i] for i in found.bearers]):
-        a, b = parts = [call.constraints.sum_labels(part) for part in cluster]
-        _tell_apart(call, found, parts)
-        inverse = "div" in call.name
+        a, b = parts = [op.constraints.sum_labels(part) for part in cluster]
+        _tell_apart(op, found, parts)
+        inverse = "div" in op.name
         if a is not None and b is not None:
-            product = call.constraints.sum_of(a, negative(b) if inverse else b)
-            call.keep_entries_apart([product, a, b])
+            product = op.constraints.sum_of(a, negative(b) if inverse else b)
+            op.keep_entries_apart([product, a, b])
             out.append(product)
         elif a is not None:
             out.append(a)
@@ -144,26 +144,26 @@ def multiply_labels(call: Call) -> list[Labels]:
     return [out]
 
 
-def _free_product(call: Call, labels: Tensor) -> Tensor:
+def _free_product(op: Operation, labels: Tensor) -> Tensor:
     """Labels of a product with zeros: only the places are kept."""
-    free = call.constraints.fresh(*labels.shape)
-    call.constraints.equate(free, labels, PERM)
-    call.keep_entries_apart([free, labels])
+    free = op.constraints.fresh(*labels.shape)
+    op.constraints.equate(free, labels, PERM)
+    op.keep_entries_apart([free, labels])
     return free
 
 
-def _tell_apart(call: Call, found: Operands, parts: list[Tensor | None]) -> None:
+def _tell_apart(op: Operation, found: Operands, parts: list[Tensor | None]) -> None:
     """Constants, and bearers that vary along the axis without a label there, tell the entries of an axis apart."""
     for a in (p for p in parts if p is not None):
         for constant in found.constants:
-            call.color_by_values(constant, a)
+            op.color_by_values(constant, a)
         for i, part in zip(found.bearers, parts, strict=True):
             t = found.leaves[i]
             if part is None and any(-d <= t.ndim and t.shape[d] > 1 for d in varying_dims(a)):
-                call.constraints.distinguish(a)
+                op.constraints.distinguish(a)
 
 
-def _commute(call: Call, found: Operands, ask: Ask) -> Labels:
+def _commute(op: Operation, found: Operands, ask: Ask) -> Labels:
     """The labels of an elementwise function, cluster by cluster of dimensions along which its arguments vary.
 
     A label passes where the function commutes with multiplying all floating arguments that have labels. Where it does
@@ -172,27 +172,27 @@ def _commute(call: Call, found: Operands, ask: Ask) -> Labels:
     joint = ask(found.bearers)
     out: Labels = []
     for cluster in cluster_by_dims([found.labels[i] for i in found.bearers]):
-        parts = [call.constraints.sum_labels(part) for part in cluster]
+        parts = [op.constraints.sum_labels(part) for part in cluster]
         there = {i: a for i, a in zip(found.bearers, parts, strict=True) if a is not None}
-        _tell_apart(call, found, parts)
+        _tell_apart(op, found, parts)
         first, *others = there.values()
         for a in others:
-            call.constraints.equate(first, a, PERM)
+            op.constraints.equate(first, a, PERM)
         if not joint.linear:
-            call.keep_entries_apart(there.values())
+            op.keep_entries_apart(there.values())
         shape = torch.broadcast_shapes(*(a.shape for a in there.values()))
         moving = {i: a for i, a in there.items() if i in found.floating} or there
-        answer, passing = _answer(call, found, ask, moving)
+        answer, passing = _answer(op, found, ask, moving)
         result = next(iter(moving.values())) if passing is None else passing
         if "invariant" in (answer.scale, answer.sign):
-            result = call.constraints.fresh(*shape)
-            call.constraints.equate(result, first, PERM)
-        _restrict(call, result.expand(shape), moving if passing is None else {0: passing}, answer)
+            result = op.constraints.fresh(*shape)
+            op.constraints.equate(result, first, PERM)
+        _restrict(op, result.expand(shape), moving if passing is None else {0: passing}, answer)
         out.append(compact(result.expand(shape)))
     return out
 
 
-def _answer(call: Call, found: Operands, ask: Ask, moving: dict[int, Tensor]) -> tuple[Equivariance, Tensor | None]:
+def _answer(op: Operation, found: Operands, ask: Ask, moving: dict[int, Tensor]) -> tuple[Equivariance, Tensor | None]:
     """How the function answers, and the labels of the one argument that may move where not all may."""
     floating = found.floating
     joint = ask(found.bearers)
@@ -203,25 +203,25 @@ def _answer(call: Call, found: Operands, ask: Ask, moving: dict[int, Tensor]) ->
             alone = ask([i])
             if alone.scale == "equivariant":
                 others = [x for k, x in moving.items() if k != i]
-                call.fix(others, f"{call.short_name} does not commute with rescaling them", SCALE | SIGN)
+                op.fix(others, f"{op.short_name} does not commute with rescaling them", SCALE | SIGN)
                 return alone, a
     if len(floating) > 1 and joint.scale == "invariant":  # all by the same factor, which nothing makes sure of
         return refused, None
     return joint, None
 
 
-def _restrict(call: Call, result: Tensor, moving: dict[int, Tensor], answer: Equivariance) -> None:
+def _restrict(op: Operation, result: Tensor, moving: dict[int, Tensor], answer: Equivariance) -> None:
     """Write down what an answer asks of the labels that go in and of the result's."""
     for system, how, word in ((SCALE, answer.scale, "rescaling"), (SIGN, answer.sign, "flipping")):
         if how == "equivariant":
             for a in moving.values():
-                call.constraints.equate(result, a, system)
+                op.constraints.equate(result, a, system)
         else:
             stays = [result] + (list(moving.values()) if how == "neither" else [])
-            call.fix(stays, f"{call.short_name} does not commute with {word} them", system)
+            op.fix(stays, f"{op.short_name} does not commute with {word} them", system)
 
 
-def probe(call: Call, found: Operands, which: list[int]) -> Equivariance:
+def probe(op: Operation, found: Operands, which: list[int]) -> Equivariance:
     """Try an elementwise function, at all `SCALES`, on multiples and on sums of the arguments `which`."""
     draw = torch.Generator().manual_seed(0)
     moving = [i for i in which if found.leaves[i].is_floating_point()]
@@ -234,13 +234,13 @@ def probe(call: Call, found: Operands, which: list[int]) -> Equivariance:
             return x
         if not x.is_floating_point():
             return torch.randint(0, 2, (64,), generator=draw).to(x.dtype)
-        if (number := _value(call, found, i)) is not None:
+        if (number := _value(op, found, i)) is not None:
             return torch.full((64,), number, dtype=torch.float64)
         return (scale if i in which else 1.0) * normal()
 
     def value(arguments: list) -> Tensor:
         args, kwargs = tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in arguments], found.spec)
-        return call.op(*args, **kwargs).double()
+        return op.func(*args, **kwargs).double()
 
     holds = dict.fromkeys(("same", "free", "odd", "even", "linear"), True)
     for scale in SCALES:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from teleport_lite.discovery.call import Call
 from teleport_lite.discovery.constraints import SCALE, SIGN
 from teleport_lite.discovery.labels import Labels
+from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.registry import rule_for
 
 KINDS = """avg_pool adaptive_avg_pool _adaptive_avg_pool mkldnn_adaptive_avg_pool adaptive_max_pool max_pool
@@ -27,24 +27,24 @@ POOLING_OPS = {_with_dims(kind, n): n for kind in KINDS.split() for n in (1, 2, 
 
 
 @rule_for(POOLING_OPS)
-def pool_labels(call: Call) -> list[Labels]:
+def pool_labels(op: Operation) -> list[Labels]:
     """All places of a channel move alike; a maximum commutes with positive multiples only."""
-    x = call.args[0]
-    space = range(x.ndim - POOLING_OPS[call.short_name], x.ndim)
-    found = [call.constraints.tie_along(a, space) for a in call.labels(x)]
-    if "max" in call.short_name:
-        call.fix(found, "the maximum does not commute with flipping them", SIGN)
-        call.keep_entries_apart(found)
+    x = op.args[0]
+    space = range(x.ndim - POOLING_OPS[op.short_name], x.ndim)
+    found = [op.constraints.tie_along(a, space) for a in op.labels(x)]
+    if "max" in op.short_name:
+        op.fix(found, "the maximum does not commute with flipping them", SIGN)
+        op.keep_entries_apart(found)
     return [found]
 
 
 @rule_for("constant_pad_nd")
-def pad_labels(call: Call) -> list[Labels]:
+def pad_labels(op: Operation) -> list[Labels]:
     """Zeros may stand beside anything; another constant stops what it stands beside."""
-    labels, pad = call.labels(call.args[0]), call["pad"]
-    if call["value"]:
-        call.fix(labels, "a constant stands beside them", SCALE | SIGN)
-        call.keep_entries_apart(labels)
+    labels, pad = op.labels(op.args[0]), op["pad"]
+    if op["value"]:
+        op.fix(labels, "a constant stands beside them", SCALE | SIGN)
+        op.keep_entries_apart(labels)
     found: Labels = []
     for a in labels:
         sizes = [p if a.shape[a.ndim - 1 - i // 2] > 1 else 0 for i, p in enumerate(pad)]

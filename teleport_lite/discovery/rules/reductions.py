@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.call import Call, RuleMisfit
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN
 from teleport_lite.discovery.labels import Labels
+from teleport_lite.discovery.operation import Operation, RuleMisfit
 from teleport_lite.discovery.registry import rule_for, words_for
 from teleport_lite.discovery.rules.pointwise import NEITHER, Equivariance
 
@@ -53,13 +53,13 @@ ENTRYWISE = ("linalg_vector_norm", "norm", "any", "all", "count_nonzero")  # eac
 SYMMETRIC = ("sort", "topk", "argsort")  # the order of what goes in is of no importance
 
 
-def _dims_of(call: Call, x: Tensor) -> list[int]:
+def _dims_of(op: Operation, x: Tensor) -> list[int]:
     """The dimensions that a reduction goes over.
 
     Raises:
         RuleMisfit: when they are given by name.
     """
-    given = call["dim"] if call.has("dim") else None
+    given = op["dim"] if op.has("dim") else None
     dims = list(range(x.ndim)) if given is None or given == [] else [given] if isinstance(given, int) else list(given)
     if not all(isinstance(d, int) for d in dims):
         raise RuleMisfit("dimensions by name")
@@ -67,45 +67,47 @@ def _dims_of(call: Call, x: Tensor) -> list[int]:
 
 
 @rule_for(REDUCTIONS)
-def reduce_labels(call: Call) -> list[Labels]:
+def reduce_labels(op: Operation) -> list[Labels]:
     """What does not vary along the reduced dimensions passes as far as the function commutes with it."""
-    x, kind = call.args[0], call.short_name
-    dims = _dims_of(call, x)
-    found: list[Labels] = [[] for _ in call.results()]
-    for a in call.labels(x):
-        passing = gather_over(call, a, dims, REDUCTIONS[kind], kind in ENTRYWISE, symmetric=True)
-        for labels, result in zip(found, call.results(), strict=True):
-            moved = passing if result.is_floating_point() else _places_only(call, passing)
+    x, kind = op.args[0], op.short_name
+    dims = _dims_of(op, x)
+    found: list[Labels] = [[] for _ in op.results()]
+    for a in op.labels(x):
+        passing = gather_over(op, a, dims, REDUCTIONS[kind], kind in ENTRYWISE, symmetric=True)
+        for labels, result in zip(found, op.results(), strict=True):
+            moved = passing if result.is_floating_point() else _places_only(op, passing)
             labels.append(moved if result.ndim == x.ndim else moved.squeeze(dims))
     return found
 
 
 @rule_for(SCANS)
-def scan_labels(call: Call) -> list[Labels]:
+def scan_labels(op: Operation) -> list[Labels]:
     """As a reduction, with the same entry all along the dimension."""
-    x, kind = call.args[0], call.short_name
-    dim = (call["dim"] if call.has("dim") else -1) % max(x.ndim, 1)
-    found: list[Labels] = [[] for _ in call.results()]
-    for a in call.labels(x):
-        passing = gather_over(call, a, [dim], SCANS[kind], False, symmetric=kind in SYMMETRIC)
-        for labels, result in zip(found, call.results(), strict=True):
-            labels.append(passing if result.is_floating_point() else _places_only(call, passing))
+    x, kind = op.args[0], op.short_name
+    dim = (op["dim"] if op.has("dim") else -1) % max(x.ndim, 1)
+    found: list[Labels] = [[] for _ in op.results()]
+    for a in op.labels(x):
+        passing = gather_over(op, a, [dim], SCANS[kind], False, symmetric=kind in SYMMETRIC)
+        for labels, result in zip(found, op.results(), strict=True):
+            labels.append(passing if result.is_floating_point() else _places_only(op, passing))
     return found
 
 
-def _places_only(call: Call, labels: Tensor) -> Tensor:
+def _places_only(op: Operation, labels: Tensor) -> Tensor:
     """Labels of indices, which are permuted along and not multiplied."""
-    out = call.constraints.fresh(*labels.shape)
-    call.constraints.equate(out, labels, PERM)
-    call.fix([out], "", SCALE | SIGN)
+    out = op.constraints.fresh(*labels.shape)
+    op.constraints.equate(out, labels, PERM)
+    op.fix([out], "", SCALE | SIGN)
     return out
 
 
-def gather_over(call: Call, a: Tensor, dims: list[int], how: Equivariance, entrywise: bool, symmetric: bool) -> Tensor:
+def gather_over(
+    op: Operation, a: Tensor, dims: list[int], how: Equivariance, entrywise: bool, symmetric: bool
+) -> Tensor:
     """Labels of what a function of all entries along `dims` gives, of length 1 there.
 
     Args:
-        call: the call.
+        op: the operation.
         a: labels of what goes in.
         dims: the dimensions.
         how: what the function commutes with when all entries along `dims` are multiplied alike.
@@ -113,44 +115,44 @@ def gather_over(call: Call, a: Tensor, dims: list[int], how: Equivariance, entry
         symmetric: whether the order of the entries along `dims` is of no importance.
     """
     inside = [d for d in dims if a.shape[d] > 1]
-    word = f"{call.short_name} does not commute with"
+    word = f"{op.short_name} does not commute with"
     first = a
     for d in inside:
         first = first.narrow(d, 0, 1)
     if not inside and how.linear:
         return a
     if not how.linear or inside:
-        call.keep_entries_apart([a])
-    out = call.constraints.fresh(*first.shape)
+        op.keep_entries_apart([a])
+    out = op.constraints.fresh(*first.shape)
     for system, answer, verb in ((SCALE, how.scale, "rescaling"), (SIGN, how.sign, "flipping")):
         if answer == "neither":
-            call.fix([a, out], f"{word} {verb} them", system)
+            op.fix([a, out], f"{word} {verb} them", system)
             continue
         if inside and not (entrywise and (system == SIGN or how.scale == "invariant")):
-            call.constraints.tie_along(a, inside, system)
+            op.constraints.tie_along(a, inside, system)
         if answer == "equivariant":
-            call.constraints.equate(out, first, system)
+            op.constraints.equate(out, first, system)
         else:
-            call.fix([out], f"{call.short_name} does not change with them", system)
+            op.fix([out], f"{op.short_name} does not change with them", system)
     if not inside:
-        call.constraints.equate(out, first, PERM)
+        op.constraints.equate(out, first, PERM)
         return out
-    call.fix([out], "", PERM)
+    op.fix([out], "", PERM)
     kept = [d for d in range(a.ndim) if d not in dims]
     if not symmetric:
-        call.fix([a], f"{call.short_name} goes over them", PERM)
+        op.fix([a], f"{op.short_name} goes over them", PERM)
     elif any(a.shape[d] > 1 for d in kept):
         order = torch.arange(torch.Size([a.shape[d] for d in kept]).numel())
-        call.constraints.distinguish(a, order.reshape([a.shape[d] if d in kept else 1 for d in range(a.ndim)]), PERM)
+        op.constraints.distinguish(a, order.reshape([a.shape[d] if d in kept else 1 for d in range(a.ndim)]), PERM)
     return out
 
 
 @rule_for("_softmax _log_softmax _safe_softmax")
-def softmax_labels(call: Call) -> list[Labels]:
+def softmax_labels(op: Operation) -> list[Labels]:
     """Only the places of the entries move along."""
-    labels = call.labels(call.args[0])
-    call.fix(labels, "softmax does not commute with rescaling them", SCALE | SIGN)
-    call.keep_entries_apart(labels)
+    labels = op.labels(op.args[0])
+    op.fix(labels, "softmax does not commute with rescaling them", SCALE | SIGN)
+    op.keep_entries_apart(labels)
     return [labels]
 
 

@@ -20,11 +20,11 @@ class RuleMisfit(Exception):
     """A rule that does not fit the arguments of a call; the operation then counts as not understood."""
 
 
-class Call:
+class Operation:
     """One operation that a model carries out: what it reads, what comes out, and the equations to write.
 
     Attributes:
-        op: the operation, a `torch._ops.OpOverload`.
+        func: the operator, a `torch._ops.OpOverload`.
         name: its name with the namespace, as "aten::mm".
         args: the positional arguments.
         kwargs: the keyword arguments.
@@ -39,9 +39,9 @@ class Call:
 
     NOT_EXERCISED = "not exercised by these inputs"
 
-    def __init__(self, op: Any, args: tuple, kwargs: dict, propagation: Propagation) -> None:
-        self.op, self.args, self.kwargs = op, args, kwargs
-        self.name: str = op._schema.name
+    def __init__(self, func: Any, args: tuple, kwargs: dict, propagation: Propagation) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self.name: str = func._schema.name
         self.constraints = propagation.constraints
         self.memory, self.answers = propagation.memory, propagation.answers
         self.grouped_axis = propagation.grouped_axis
@@ -50,7 +50,7 @@ class Call:
         self._labels_of = propagation.labels_of
         self.tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self.shapes = {id(t): t.shape for t in self.tensors}
-        pairs = list(zip(args, op._schema.arguments, strict=False))
+        pairs = list(zip(args, func._schema.arguments, strict=False))
         self.written = [
             t
             for x, s in pairs
@@ -69,14 +69,14 @@ class Call:
         Raises:
             RuleMisfit: when the schema has none of that name.
         """
-        for i, argument in enumerate(self.op._schema.arguments):
+        for i, argument in enumerate(self.func._schema.arguments):
             if argument.name == name:
                 return self.args[i] if i < len(self.args) else self.kwargs.get(name, argument.default_value)
-        raise RuleMisfit(f"{self.op} has no argument {name}")
+        raise RuleMisfit(f"{self.func} has no argument {name}")
 
     def has(self, name: str) -> bool:
         """Whether the schema has an argument of that name."""
-        return any(argument.name == name for argument in self.op._schema.arguments)
+        return any(argument.name == name for argument in self.func._schema.arguments)
 
     def results(self) -> list[Tensor]:
         """The tensors that came out."""
@@ -129,9 +129,9 @@ class Call:
         if self.short_name in ("view", "_unsafe_view", "_reshape_alias"):  # the stand-in has other strides
             return [stand_ins[0].reshape(self.out.shape)]
         try:
-            moved = self.op(*args, **kwargs)
+            moved = self.func(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
-            raise RuleMisfit(f"{self.op} cannot move labels: {error}") from error
+            raise RuleMisfit(f"{self.func} cannot move labels: {error}") from error
         return [t for t in tree_leaves(moved) if isinstance(t, Tensor)]
 
     def color_by_values(self, constant: Tensor, labels: Tensor) -> None:
