@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from teleport_lite.discovery import rules  # noqa: F401 (enters the rules into the table)
 from teleport_lite.discovery.call import Call, RuleMisfit
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN, Constraints
+from teleport_lite.discovery.dispatch import DispatchMode
 from teleport_lite.discovery.labels import Labels, cluster_by_dims, lift
 from teleport_lite.discovery.memory import Memory, storage_key
 from teleport_lite.discovery.registry import UNSUPPORTED, find_decomposition, find_rule
@@ -44,7 +45,7 @@ def _widened(kwargs: dict | None) -> dict:
     return {**kwargs, "dtype": torch.float64} if kwargs.get("dtype") in LOW else kwargs
 
 
-class Propagation(TorchDispatchMode):
+class Propagation(DispatchMode):
     """The constraints that a run of a model puts on the axes of `params`.
 
     Attributes:
