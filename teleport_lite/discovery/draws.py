@@ -13,7 +13,8 @@ from itertools import cycle
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from teleport_lite.discovery.dispatch import DispatchMode
 
 LOW, HIGH = 1e-6, 1 - 1e-6
 PATTERNS = ((LOW,), (HIGH,), (LOW, HIGH), (HIGH, LOW))
@@ -24,7 +25,7 @@ SAMPLERS = UNIFORM | {
 }  # fmt: skip
 
 
-class Draws(TorchDispatchMode):
+class Draws(DispatchMode):
     """Decides how random numbers are drawn.
 
     Args:

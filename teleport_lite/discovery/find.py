@@ -82,8 +82,8 @@ def propagated(probe: Probe, trials: Iterable[Trial]) -> Propagation:
             seen.freeze(name, f"{name} is frozen")
         elif not p.is_floating_point():
             seen.freeze(name, f"{name} is {'complex' if p.is_complex() else str(p.dtype)}")
-    for trial in trials:
-        seen.finish(tensors_of(probe.run(trial.call, trial.training, trial.seed, (seen,))))
+    outputs = [tensors_of(probe.run(t.call, t.training, t.seed, (*t.modes(), seen))) for t in trials]
+    seen.finish([tensor for found in outputs for tensor in found])
     seen.fix_unexercised()
     return seen
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from teleport_lite.discovery import rules  # noqa: F401 (enters the rules into the table)
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN, Constraints
+from teleport_lite.discovery.dispatch import DispatchMode
 from teleport_lite.discovery.labels import Labels, cluster_by_dims, lift
 from teleport_lite.discovery.memory import Memory, storage_key
 from teleport_lite.discovery.operation import Operation, RuleMisfit
@@ -28,7 +28,7 @@ FACTORIES, IDENTITIES, VIEWS = (frozenset(names.split()) for names in (FACTORY_O
 MOVING = VIEWS | IDENTITIES | {"embedding"}  # what only carries entries to another place
 
 
-class Propagation(TorchDispatchMode):
+class Propagation(DispatchMode):
     """The constraints that a run of a model puts on the axes of `params`.
 
     Attributes:

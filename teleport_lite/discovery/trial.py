@@ -39,8 +39,10 @@ class Trial:
     _noise: list[float] | None = None
 
     def run(self) -> list[Tensor]:
-        modes = () if self.draws is None else (Draws(**self.draws),)
-        return tensors_of(self.probe.run(self.call, self.training, self.seed, modes))
+        return tensors_of(self.probe.run(self.call, self.training, self.seed, self.modes()))
+
+    def modes(self) -> tuple[Draws, ...]:
+        return () if self.draws is None else (Draws(**self.draws),)
 
     def gap(self, floor: float) -> float:
         """How far the outputs are now from those before, beyond what rounding explains; 0 when below `floor`."""

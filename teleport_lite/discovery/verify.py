@@ -20,7 +20,8 @@ from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 
 __all__ = ["TOLERANCE", "Verifier", "distance"]
 TOLERANCE = 1e-10  # relative change in float64 beyond which a proposed symmetry is dropped
-DRAWN = 4  # random elements of all finite groups together
+SMALL = 8  # a finite group on fewer axes has few elements
+DRAWN = 2  # random elements of small finite groups
 WIDER = 3  # times that more inputs are tried where some, as experts that tokens pick, were not used
 
 Drop = Callable[[NeuronSymmetry, float], None]
@@ -154,44 +155,53 @@ class Verifier:
             return trial.gap(TOLERANCE)
 
     def _turns(self, symmetries: list[NeuronSymmetry]) -> Iterator[tuple[int, list[Trial]]]:
-        """Elements to try, by number, and on which trials.
+        """Which elements to try, by number, on which trials.
 
-        Elements of Lie groups undo each other with probability zero. Those of finite groups may, so after generators
-        come, each on one trial, random elements of all, and then of some: two symmetries whose numbers differ in a
-        bit stand apart once.
+        Random elements of several symmetries undo each other with probability zero, but those of small finite groups
+        may. So `DRAWN` more follow, and then some of these symmetries without the others: any two, whose numbers differ
+        in a bit, stand apart once. One trial is enough for that.
         """
         shuffled = any(isinstance(s.group, Permutation) for s in symmetries)
         trials = list(self.planned.even if shuffled else self.planned.trials)
-        smallest = min(trials, key=lambda t: sum(x.numel() for x in t.call.tensors()))
         yield 0, trials
         if all(not s.dim for s in symmetries):
             yield 1, trials[::2]
-            for s in symmetries:
+            small = [s for s in symmetries if s.group.n < SMALL]
+            for s in small:
                 self.numbers.setdefault(s, len(self.numbers) + 1)
-            bits = max((self.numbers[s] for s in symmetries), default=0).bit_length()
-            for k in range(DRAWN + bits if len(symmetries) > 1 else 0):
+            bits = max((self.numbers[s] for s in small), default=0).bit_length()
+            smallest = min(trials, key=lambda t: sum(x.numel() for x in t.call.tensors()))
+            for k in range(DRAWN + bits if len(small) > 1 else 0):
                 yield 2 + k, [smallest]
 
     def _moved(self, symmetries: list[NeuronSymmetry], turn: int) -> Params:
         moved = self.params
         for s in symmetries:
-            if turn < 2 + DRAWN or self.numbers[s] >> (turn - 2 - DRAWN) & 1:
+            if turn < 2 + DRAWN or self.numbers.get(s, 0) >> (turn - 2 - DRAWN) & 1:
                 moved = s.act(moved, self._element(s, turn))
         return moved
 
     def _element(self, symmetry: NeuronSymmetry, turn: int) -> Tensor:
-        """A random element of a Lie group; of a finite group, in two turns, elements that generate it or nearly so.
+        """A random element; of a finite group, in two turns, elements that generate it or nearly so.
 
         The same symmetry has the same element in a turn, whatever stands beside it.
         """
         n, like = symmetry.group.n, self.params[symmetry.names[0]]
-        if isinstance(symmetry.group, Permutation) and turn < 2:  # a cycle, then the exchange of two
+        two = turn if turn < 2 + DRAWN else 0
+        if isinstance(symmetry.group, Permutation) and two < 2:  # a cycle, then the exchange of two
             order = torch.arange(n, device=like.device)
-            return order.roll(1) if turn == 0 else torch.cat([order[:2].flip(0), order[2:]])
-        if isinstance(symmetry.group, Signs) and not 2 <= turn < 2 + DRAWN:  # every second one, then the others
-            return 1 - 2 * ((torch.arange(n, device=like.device) + turn) % min(n, 2) == 0).to(like)
-        seed = zlib.crc32(f"{symmetry.legs} {symmetry.group} {turn}".encode())
-        return symmetry.sample(self.params, generator=torch.Generator().manual_seed(seed))
+            return order.roll(1) if two == 0 else torch.cat([order[:2].flip(0), order[2:]])
+        legs = f"{symmetry.legs} {symmetry.group}"
+        if isinstance(symmetry.group, Signs) and two < 2:  # random ones but the first, then all the others
+            flipped = torch.rand(n, generator=_seeded(legs)) < 0.5
+            flipped[0] = two == 0 or n == 1
+            flipped[1:] ^= two == 1
+            return 1 - 2 * flipped.to(like)
+        return symmetry.sample(self.params, generator=_seeded(f"{legs} {turn}"))
+
+
+def _seeded(text: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(text.encode()))
 
 
 def _identical(trial: Trial) -> bool:

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from teleport_lite.discovery.dispatch import DispatchMode
 
 TABLES = {"embedding": (0, 1), "embedding_bag": (0, 1), "index_select": (0, 2), "gather": (0, 2)}  # table, indices
 
 
-class Watch(TorchDispatchMode):
+class Watch(DispatchMode):
     """Notes which operators read which parameters, and which inputs are indices.
 
     Args:
