@@ -35,22 +35,51 @@ plain = TestFunction("ellipse", START)
 moved = TestFunction("ellipse", START)
 report = tl.teleport(moved, lambda net: net(), moved.symmetry, radius=math.pi)
 assert report.accepted
-paths = {"plain": (descend(plain), PLAIN), "one teleport, then plain": (descend(moved), TELEPORT)}
+paths = {
+    "plain": (descend(plain), PLAIN),
+    "one teleport, then plain": (descend(moved), TELEPORT),
+}
 
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", width_ratios=[1.5, 1])
-x, y = torch.meshgrid(torch.linspace(-3, 3, 300), torch.linspace(-1.3, 1.3, 150), indexing="xy")
-left.contour(x, y, plain.value(torch.stack([x, y], -1)), levels=[0.2, 0.9, 2.4, 4.6, 7.2], colors="#C4C4C4")
+fig, (left, right) = plt.subplots(
+    1, 2, figsize=(9, 3.4), layout="constrained", width_ratios=[1.5, 1]
+)
+x, y = torch.meshgrid(
+    torch.linspace(-3, 3, 300), torch.linspace(-1.3, 1.3, 150), indexing="xy"
+)
+left.contour(
+    x,
+    y,
+    plain.value(torch.stack([x, y], -1)),
+    levels=[0.2, 0.9, 2.4, 4.6, 7.2],
+    colors="#C4C4C4",
+)
 start, end = torch.tensor(START), paths["one teleport, then plain"][0][0]
 angles = [torch.atan2(3 * p[1], p[0]).item() for p in (start, end)]
 turn = torch.linspace(angles[0], angles[1], 100)
 radius = plain.value(start).sqrt()
-left.plot(radius * turn.cos(), radius * turn.sin() / 3, color=TELEPORT, linestyle=":", linewidth=2.5)
+left.plot(
+    radius * turn.cos(),
+    radius * turn.sin() / 3,
+    color=TELEPORT,
+    linestyle=":",
+    linewidth=2.5,
+)
 for name, (path, color) in paths.items():
     left.plot(*path.T, "o-", color=color, markersize=4, linewidth=1.2)
     right.semilogy(plain.value(path), color=color, linewidth=2, label=name)
 left.plot(0, 0, "*", color=ACCENT, markersize=14)
-left.set(xlabel="$w_1$", ylabel="$w_2$", aspect="equal", title="Dotted: the teleport, at constant loss")
-right.set(xlabel="gradient step", ylabel="loss", title="Same steps, same learning rate", ylim=(1e-6, 20))
+left.set(
+    xlabel="$w_1$",
+    ylabel="$w_2$",
+    aspect="equal",
+    title="Dotted: the teleport, at constant loss",
+)
+right.set(
+    xlabel="gradient step",
+    ylabel="loss",
+    title="Same steps, same learning rate",
+    ylim=(1e-6, 20),
+)
 right.legend(frameon=False)
 for axes in (left, right):
     axes.spines[["top", "right"]].set_visible(False)

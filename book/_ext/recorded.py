@@ -42,23 +42,37 @@ def correlation(measure: str, against: str = "validation_loss") -> float:
 def interval(differences: np.ndarray) -> tuple[float, float]:
     """Mean, and half the width of its 95% interval from Student's t."""
     n = len(differences)
-    return float(differences.mean()), float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5)
+    return float(differences.mean()), float(
+        stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5
+    )
 
 
 def minimum(arm: str) -> tuple[float, float]:
     """Final test loss of an arm of `minima`, minus that without a teleport."""
-    runs = {(run["seed"], run["arm"]): run["test_loss"][-1] for run in record("minima")["runs"]}
+    runs = {
+        (run["seed"], run["arm"]): run["test_loss"][-1]
+        for run in record("minima")["runs"]
+    }
     seeds = sorted(seed for seed, name in runs if name == arm)
     return interval(np.array([runs[seed, arm] - runs[seed, "plain"] for seed in seeds]))
 
 
 def final(optimizer: str, arm: str, key: str = "test_loss") -> np.ndarray:
     """By seed, at the rate that is best on the held-out images after the last epoch."""
-    runs = [r for r in record("optimizers")["runs"] if (r["optimizer"], r["arm"]) == (optimizer, arm)]
+    runs = [
+        r
+        for r in record("optimizers")["runs"]
+        if (r["optimizer"], r["arm"]) == (optimizer, arm)
+    ]
 
     def last(key: str) -> np.ndarray:
-        curves = [[curve[-1] for curve in run[key]] for run in sorted(runs, key=lambda r: r["seed"])]
-        return np.array([[np.inf if value is None else value for value in row] for row in curves])
+        curves = [
+            [curve[-1] for curve in run[key]]
+            for run in sorted(runs, key=lambda r: r["seed"])
+        ]
+        return np.array(
+            [[np.inf if value is None else value for value in row] for row in curves]
+        )
 
     return last(key)[:, last("validation_loss").mean(0).argmin()]
 
@@ -72,22 +86,42 @@ def learned_ratio(arm: str, base: str) -> tuple[float, float, float]:
     """Final loss of an arm of `learned` over that of its base: geometric mean over seeds, and its 95% interval."""
     ends: dict[str, list[float]] = {}
     for name in (arm, base):
-        runs = sorted((r for r in record("learned")["runs"] if r["arm"] == name), key=lambda r: r["seed"])
-        final = ([np.inf if x is None else x for x in r["test"]["as trained"]["final"]] for r in runs)
-        ends[name] = [float(np.quantile(values, 0.5, method="higher")) for values in final]
+        runs = sorted(
+            (r for r in record("learned")["runs"] if r["arm"] == name),
+            key=lambda r: r["seed"],
+        )
+        final = (
+            [np.inf if x is None else x for x in r["test"]["as trained"]["final"]]
+            for r in runs
+        )
+        ends[name] = [
+            float(np.quantile(values, 0.5, method="higher")) for values in final
+        ]
     mean, half = interval(np.log(ends[arm]) - np.log(ends[base]))
     return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half))
 
 
-def gain(network: str, radius: float = 1.0, key: str = "squared_gradient_gain") -> float:
+def gain(
+    network: str, radius: float = 1.0, key: str = "squared_gradient_gain"
+) -> float:
     """What the steepest teleport of `mnist_teleport` multiplies, median over seeds."""
     moves = record("mnist_teleport")[network]["moves"]
-    return float(np.median([m[key] for m in moves if m["arm"] == "teleport" and m["radius"] == radius]))
+    return float(
+        np.median(
+            [m[key] for m in moves if m["arm"] == "teleport" and m["radius"] == radius]
+        )
+    )
 
 
 # --- by name, as text -------------------------------------------------------------------------------------------------
 
-MEASURES = ("sharpness_isotropic", "sharpness_positive", "curvature_scaling", "curvature_mixing", "train_loss")
+MEASURES = (
+    "sharpness_isotropic",
+    "sharpness_positive",
+    "curvature_scaling",
+    "curvature_mixing",
+    "train_loss",
+)
 LEARNED = {  # arms with a teleport, and without
     "LSTM(lr, tele)": "LSTM(lr)",
     "LSTM(update, tele)": "LSTM(update)",
@@ -117,10 +151,14 @@ for measure in MEASURES:
     NUMBERS[f"r {measure} gap"] = partial(signed, correlation, measure, "gap")
 for family in ("scaling", "mixing"):
     for goal in GOALS:
-        NUMBERS[f"minimum {family}, {goal}"] = partial(plus_minus, minimum, f"{family}, {goal}")
+        NUMBERS[f"minimum {family}, {goal}"] = partial(
+            plus_minus, minimum, f"{family}, {goal}"
+        )
 for optimizer in ("sgd", "momentum", "adagrad", "rmsprop", "adam"):
     for arm in ("teleport", "reset", "random", "paper"):
-        NUMBERS[f"{optimizer} {arm}"] = partial(plus_minus, optimizer_gain, optimizer, arm)
+        NUMBERS[f"{optimizer} {arm}"] = partial(
+            plus_minus, optimizer_gain, optimizer, arm
+        )
 for arm, base in LEARNED.items():
     NUMBERS[arm] = partial(ratio, learned_ratio, arm, base)
 for network in ("784-16-10-10", "784-512-512-10"):
