@@ -24,6 +24,7 @@ from nbformat.validator import iter_validate
 
 BOOK = Path(__file__).resolve().parent
 sys.path.insert(0, str(BOOK / "_ext"))
+from figures import CAPTION, DIAGRAM
 from theorems import HEAD, KINDS, anchor, outside_code
 
 ADDRESS = (
@@ -46,6 +47,7 @@ generator = torch.Generator().manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 print(f"teleport_lite {tl.__version__}, torch {torch.__version__}, {device}")
 """
+STUB = "# your turn"
 SECTIONS = [
     "What you will learn",
     "When it does not help",
@@ -54,6 +56,8 @@ SECTIONS = [
     "What to read next",
 ]
 LIMIT = 2_000_000  # bytes
+COLUMNS = 88  # of a line of code
+LONG = 14  # lines of a cell that plots, before it is collapsed
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 KIND = "|".join(KINDS)
@@ -175,6 +179,12 @@ def where(cell: dict) -> str:
     """How a reader finds a code cell."""
     first = source(cell).strip().partition("\n")[0]
     return f"In [{cell['execution_count'] or ' '}] ({first[:30]})"
+
+
+def collapsed(cell: dict) -> bool:
+    """Whether the site hides the code until it is asked for."""
+    tags = cell["metadata"].get("tags", [])
+    return "hide-input" in tags or "hide-cell" in tags
 
 
 def pictures(cell: dict) -> list[dict]:
@@ -351,8 +361,26 @@ def keeps_the_template(nb: Notebook) -> Iterator[str]:
     solved = len(re.findall(r"<summary>[^<]*[Ss]olution", text))
     if asked < 3 or solved < asked:
         yield f"{asked} exercises ('**Exercise 1') and {solved} solutions, expected at least 3, and a solution for each"
-    if not any(c["cell_type"] == "code" and "assert " in source(c) for c in exercises):
-        yield "the exercises have no cell that checks an answer"
+    stubs = solutions = 0
+    for cell in exercises:
+        if cell["cell_type"] != "code":
+            continue
+        if source(cell).startswith("# Solution"):
+            solutions += 1
+            if "hide-cell" not in cell["metadata"].get("tags", []):
+                yield f"{where(cell)} shows the solution: tag it hide-cell"
+        elif STUB in source(cell) and "assert " in source(cell):
+            stubs += 1
+        else:
+            yield (
+                f"{where(cell)} is neither a stub, with '{STUB}' and asserts that run once it is written, "
+                "nor a '# Solution'"
+            )
+    if not stubs or not solutions:
+        yield f"the exercises have {stubs} stubs to fill in and {solutions} cells with solutions"
+    wanted = len(re.findall(r"^(?:#+ |\*\*)Exercise \d[^.\n]*\bcode\b", text, re.M))
+    if stubs < wanted:
+        yield f"{wanted} exercises ask for code, {stubs} have a stub"
 
 
 @rule
@@ -399,8 +427,12 @@ def was_run(nb: Notebook) -> Iterator[str]:
 
 @rule
 def figures_speak(nb: Notebook) -> Iterator[str]:
-    """A figure has a cell of its own that ends with plt.show(), a name, a caption and alt text."""
+    """A figure has a cell of its own that ends with plt.show(), a name, alt text, and a caption in the text below."""
     names: Counter[str] = Counter()
+    cells = nb.content["cells"]
+    below = {
+        c["id"]: source(d) for c, d in pairwise(cells) if d["cell_type"] == "markdown"
+    }
     for cell in nb.code:
         last = source(cell).rstrip().rpartition("\n")[2]
         if last.endswith(";"):
@@ -416,10 +448,39 @@ def figures_speak(nb: Notebook) -> Iterator[str]:
             yield f"{where(cell)} plots and does not end with plt.show()"
         if not name.startswith("fig-") or names[name] > 1:
             yield f"{where(cell)} needs a figure name of its own, 'fig-…', not {name!r}"
-        if not meta.get("figure", {}).get("caption", "").strip():
-            yield f"{where(cell)} shows a figure without a caption"
+        if "caption" in meta.get("figure", {}):
+            yield f"{where(cell)} has its caption in its metadata: '**Figure.** ...' below it is read everywhere"
+        elif not CAPTION.match(below.get(cell["id"], "")):
+            yield f"{where(cell)} shows a figure and no '**Figure.** ...' stands below it"
         if not meta.get("image", {}).get("alt", "").strip():
             yield f"{where(cell)} shows a figure without alt text"
+
+
+@rule
+def diagrams_are_there(nb: Notebook) -> Iterator[str]:
+    """A diagram is one that book/diagrams.py draws, says in words what it shows, and has a caption."""
+    for text in nb.markdown:
+        for match in DIAGRAM.finditer(text):
+            name = match["name"]
+            if not (BOOK / "_static" / "diagrams" / f"{name}.svg").is_file():
+                yield f"no diagram {name}: add it to book/diagrams.py"
+            if not match["alt"].strip():
+                yield f"the diagram {name} does not say in words what it shows"
+            if not match["text"]:
+                yield f"no '**Figure.** ...' stands below the diagram {name}"
+
+
+@rule
+def code_is_narrow(nb: Notebook) -> Iterator[str]:
+    """Code fits the column of the site, and a long cell that only plots or plays is collapsed there."""
+    for cell in nb.code:
+        lines = source(cell).split("\n")
+        for line in lines:
+            if len(line) > COLUMNS and "%pip" not in line:
+                yield f"{where(cell)} has a line of {len(line)} columns, more than {COLUMNS}: {line.strip()[:40]}"
+        plots = pictures(cell) or "plot.explorer(" in source(cell)
+        if plots and len(lines) > LONG and not collapsed(cell):
+            yield f"{where(cell)} plots in {len(lines)} lines and has no tag hide-input"
 
 
 COLOUR = re.compile(r"[ef]?c|m[ef]c|\w*colors?")
