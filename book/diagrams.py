@@ -8,13 +8,16 @@ flow are ink, weights are boxes.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent / "_static" / "diagrams"
+BOOK = Path(__file__).resolve().parent
+FOLDER = BOOK / "_static" / "diagrams"
+RECORD = BOOK / "results" / "mnist_teleport.json"
 DARK = "--ink:#E8E8E8;--soft:#A9B1BA;--paper:#14181E;--card:#242B34;--blue:#56B4E9;--accent:#F58A4B;--fill:#56B4E940"
 STYLE = f"""
 .tl-d{{--ink:#1A1A1A;--soft:#5F6670;--paper:#FFF;--card:#EEF2F6;--blue:#0072B2;--accent:#C24E00;--fill:#0072B226}}
@@ -28,7 +31,8 @@ html[data-theme=dark] .tl-d{{{DARK}}}
 .tl-d .g{{fill:var(--paper);stroke:var(--accent);stroke-width:2}} .tl-d text.ga{{fill:var(--accent)}} .tl-d text.bl{{fill:var(--blue)}}
 .tl-d .line{{fill:none;stroke:var(--ink);stroke-width:1.6}} .tl-d .thin{{fill:none;stroke:var(--soft);stroke-width:1}}
 .tl-d .blue{{fill:none;stroke:var(--blue);stroke-width:2.6}} .tl-d .acc{{fill:none;stroke:var(--accent);stroke-width:2.6}}
-.tl-d .bf{{fill:var(--blue)}} .tl-d .af{{fill:var(--accent)}} .tl-d .if{{fill:var(--ink)}} .tl-d .area{{fill:var(--fill)}}
+.tl-d .soft{{fill:none;stroke:var(--soft);stroke-width:2.6}} .tl-d .sf{{fill:var(--soft)}}
+.tl-d .rand{{fill:none;stroke:#D08A00;stroke-width:2.6}} .tl-d .rf{{fill:#D08A00}} .tl-d .bf{{fill:var(--blue)}} .tl-d .af{{fill:var(--accent)}} .tl-d .if{{fill:var(--ink)}} .tl-d .area{{fill:var(--fill)}}
 .tl-d .dash{{stroke-dasharray:5 4}}
 """
 DIAGRAMS: dict[str, tuple[str, Callable[[], str]]] = {}
@@ -454,6 +458,63 @@ def plateau():
     ]
     assert times[1] < times[0] and abs(times[1] - times[2]) < 0.01
     return "".join(body), 700, 325
+
+
+@diagram(
+    "Test loss on MNIST against the learning rate, after one epoch and after ten, for plain training, one teleport and "
+    "one random teleport: at small rates the teleported network is ahead; the lowest points after ten epochs are level"
+)
+def findings():
+    entry = json.loads(RECORD.read_text("utf8"))["784-512-512-10"]
+    arms, rates = list(entry["config"]["arms"]), entry["config"]["rates"]
+    body = []
+    for left, epoch, top in ((70, 1, 0.7), (400, 10, 0.24)):
+        low, wide, tall = 250, 260, 200
+
+        def x(rate: float, left: float = left, wide: float = wide) -> float:
+            return (
+                left
+                + 14
+                + (wide - 28)
+                * math.log(rate / rates[0])
+                / math.log(rates[-1] / rates[0])
+            )
+
+        def y(loss: float, top: float = top) -> float:
+            return 250 - 200 * min(loss, top) / top
+
+        body += [line([(left, low - tall), (left, low), (left + wide, low)], "thin")]
+        body += [
+            label(left + wide / 2, 26, f"after {epoch} epoch{'s' if epoch > 1 else ''}")
+        ]
+        body += [label(left + wide / 2, low + 42, "learning rate", "s")]
+        body += [label(x(rate), low + 18, f"{rate:g}", "s") for rate in rates]
+        ticks = [top * k / 2 for k in range(3)] if top > 0.5 else [0, 0.08, 0.16, 0.24]
+        body += [label(left - 8, y(t), f"{t:g}", "s r") for t in ticks]
+        for arm, kind in (("plain", "soft"), ("random", "rand"), ("teleport", "blue")):
+            runs = [run["test_loss"][arms.index(arm)] for run in entry["runs"]]
+            points = []
+            for k, rate in enumerate(rates):
+                values = sorted(
+                    math.inf if r[k][epoch] is None else r[k][epoch] for r in runs
+                )
+                points.append((x(rate), y(values[len(values) // 2])))
+            body += [line(points, kind)] + [
+                dot(*p, kind=f"{kind[0]}f", radius=4) for p in points
+            ]
+    body += [
+        label(20, 150, "test loss", "s").replace(
+            "<text ", '<text transform="rotate(-90 20 150)" '
+        )
+    ]
+    for k, (name, kind) in enumerate(
+        (("plain SGD", "soft"), ("one teleport", "blue"), ("random teleport", "rand"))
+    ):
+        body += [
+            line([(110 + 180 * k, 318), (135 + 180 * k, 318)], kind),
+            label(143 + 180 * k, 318, name, "l"),
+        ]
+    return "".join(body), 690, 340
 
 
 def main() -> None:

@@ -431,7 +431,7 @@ def figures_speak(nb: Notebook) -> Iterator[str]:
     names: Counter[str] = Counter()
     cells = nb.content["cells"]
     below = {
-        c["id"]: source(d) for c, d in pairwise(cells) if d["cell_type"] == "markdown"
+        id(c): source(d) for c, d in pairwise(cells) if d["cell_type"] == "markdown"
     }
     for cell in nb.code:
         last = source(cell).rstrip().rpartition("\n")[2]
@@ -450,7 +450,7 @@ def figures_speak(nb: Notebook) -> Iterator[str]:
             yield f"{where(cell)} needs a figure name of its own, 'fig-…', not {name!r}"
         if "caption" in meta.get("figure", {}):
             yield f"{where(cell)} has its caption in its metadata: '**Figure.** ...' below it is read everywhere"
-        elif not CAPTION.match(below.get(cell["id"], "")):
+        elif not CAPTION.match(below.get(id(cell), "")):
             yield f"{where(cell)} shows a figure and no '**Figure.** ...' stands below it"
         if not meta.get("image", {}).get("alt", "").strip():
             yield f"{where(cell)} shows a figure without alt text"

@@ -358,3 +358,17 @@ def test_the_command_names_file_and_fault(findings, tmp_path, capsys):
 @pytest.mark.parametrize("path", lint.notebooks(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_the_chapter_keeps_the_rules(path):
     assert lint.lint(path) == []
+
+
+def test_the_diagrams_are_those_that_the_script_draws():
+    diagrams = importlib.import_module("diagrams")
+    drawn = {f"{name}.svg": diagrams.picture(name) for name in diagrams.DIAGRAMS}
+    stored = {path.name: path.read_text("utf8") for path in diagrams.FOLDER.iterdir()}
+    assert stored == drawn, "python book/diagrams.py draws them again"
+
+
+def test_the_readme_says_what_the_first_page_says():
+    recorded = importlib.import_module("recorded")
+    readme = (ROOT / "README.md").read_text("utf8")
+    assert recorded.FOUND.search(readme)[0] == recorded.findings(), "python book/_ext/recorded.py copies it"
+    assert not recorded.ROLE.search(readme)

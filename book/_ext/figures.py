@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 from docutils import nodes
@@ -63,7 +64,7 @@ def diagrams(markdown: str) -> str:
 
 def captions(cells: list[dict]) -> None:
     """Give each plot the caption below it, and take that out of the text."""
-    for cell, below in zip(cells, cells[1:], strict=False):
+    for cell, below in pairwise(cells):
         figure = cell["metadata"].get("mystnb", {}).get("figure")
         if figure is None or below["cell_type"] != "markdown":
             continue

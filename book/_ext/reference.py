@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 from docutils import nodes
 from sphinx.addnodes import pending_xref
+from sphinx.domains.python import PyObject
 from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxRole
 
@@ -287,7 +288,10 @@ def expand(markdown: str, places: dict[str, list[Place]]) -> str:
         for name in (f"{module}.{name}" for name in names):
             if (thing := resolve(name)) is None:
                 raise ValueError(f"the reference names {name}, which does not exist")
-            where = ", ".join(str(place.number) for place in places.get(name, []))
+            where = ", ".join(
+                f"{{tl-section}}`{p.page}¦{p.number}¦{p.section}`"
+                for p in places.get(name, [])
+            )
             label = f"{{py:obj}}`{name.removeprefix(PACKAGE + '.')} <{name}>`"
             rows.append(f"| {label} | {summary(thing)} | {where} |")
             body += block(name, thing)
@@ -297,11 +301,11 @@ def expand(markdown: str, places: dict[str, list[Place]]) -> str:
 
 
 class SectionOfTheBook(SphinxRole):
-    """A place in a chapter: `page|text|section`."""
+    """A place in a chapter: `page¦text¦section`."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         """A link whose address is filled in when all pages are known."""
-        page, text, section = self.text.split("|")
+        page, text, section = self.text.split("¦")
         return [
             nodes.reference("", text, internal=True, tl_page=page, tl_section=section)
         ], []
@@ -388,7 +392,7 @@ def after_docstring(
     """A field that names the sections of the book."""
     if places := app.tl_uses.get(name):
         links = [
-            f":tl-section:`{p.page}|{p.number} {p.title}|{p.section}`" for p in places
+            f":tl-section:`{p.page}¦{p.number} {p.title}¦{p.section}`" for p in places
         ]
         lines += ["", f":In the book: {' · '.join(links)}", ""]
 
@@ -410,6 +414,9 @@ def setup(app) -> dict:
     app.setup_extension("sphinx.ext.napoleon")
     app.add_role("tl-section", SectionOfTheBook())
     app.add_transform(LinksToTheReference)
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     app.connect("config-inited", start)
     app.connect("source-read", on_source_read)
     app.connect("autodoc-process-docstring", on_docstring, priority=100)
