@@ -35,6 +35,8 @@ SETTINGS = {
     "cifar10": Setting((3072, 128, 32, 10), (3072, 32, 10, 10), speed=2.0, reach=0.1),
 }
 
+REMARKS = {"cifar10": {"images_from": "a copy that went through JPEG once"}}  # what a record says of its images
+
 
 def split(quick: bool, name: str = "mnist") -> tuple[Dataset, Dataset, Dataset]:
     """Images to train on, the last 10,000 of the training set to choose the learning rate with, and those to test on.
