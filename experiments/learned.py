@@ -132,6 +132,11 @@ def unseen(setting: str):
     return sampler(UNSEEN, scale, width)(torch.Generator().manual_seed(12345))
 
 
+def problems_to_tune_on():
+    """64 problems that no arm is trained or tested on."""
+    return sampler(64)(torch.Generator().manual_seed(54321))
+
+
 def fits(arm: str) -> list[str]:
     """The settings in which an arm runs."""
     return [s for s, (_, width) in SETTINGS.items() if width == WIDTH or ARMS[arm].get("coordinatewise")]
@@ -141,7 +146,7 @@ def baselines(steps: int) -> list[dict]:
     """GD and Adam at the rate whose geometric mean loss after the last step is best on problems to tune on."""
     runs = []
     for name, (_, rates) in GRIDS.items():
-        params, data = sampler(64)(torch.Generator().manual_seed(54321))
+        params, data = problems_to_tune_on()
         ends = {}
         for rate in rates:
             losses = hand_made(name, rate, params, data, steps)
@@ -154,8 +159,8 @@ def baselines(steps: int) -> list[dict]:
     return runs
 
 
-def one(arm: str, seed: int, batches: int, steps: int) -> dict:
-    """Meta-train one arm with one seed, and test it."""
+def one(arm: str, seed: int, batches: int, steps: int, checkpoint: Path | None = None) -> dict:
+    """Meta-train one arm with one seed, and test it; `tuning` is how it does on the problems to tune on."""
     options = ARMS[arm]
     kind = options.get("symmetry")
     optimizer = learner(arm, seed)
@@ -169,10 +174,11 @@ def one(arm: str, seed: int, batches: int, steps: int) -> dict:
         lr=options["lr"],
         generator=torch.Generator().manual_seed(seed),
         every=5,
+        checkpoint=checkpoint,
         progress=lambda r: tqdm(r, desc=f"{arm}, seed {seed}", leave=False),
     )
     seconds = time.perf_counter() - start
-
+    tuning = run(optimizer, task_of(kind, 64)[0], *problems_to_tune_on(), steps, torch.Generator().manual_seed(seed))
     return {
         "arm": arm,
         "seed": seed,
@@ -180,6 +186,7 @@ def one(arm: str, seed: int, batches: int, steps: int) -> dict:
         "failures": history.failures,
         "seconds": float(f"{seconds:.3g}"),
         "parameters": sum(p.numel() for p in optimizer.parameters()),
+        "tuning": summary(tuning),
         "test": {s: summary(learned_run(optimizer, arm, seed, s, steps)) for s in fits(arm)},
     }
 

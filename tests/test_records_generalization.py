@@ -1,0 +1,200 @@
+"""The headline numbers of chapters 13 to 15, computed a second time from the records, by other routes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+
+BOOK = Path(__file__).resolve().parent.parent / "book"
+T_9, T_4 = 2.262157, 2.776445  # Student's t, two-sided 95%, from a printed table
+PREDICT, MINIMA = "04-generalization/does-it-predict.ipynb", "04-generalization/teleporting-minima.ipynb"
+LEARN = "05-learning/learning-to-teleport.ipynb"
+NUMBER = re.compile(r"[+-]?\d+\.\d+")
+
+
+def record(name: str) -> dict:
+    path = BOOK / "results" / f"{name}.json"
+    if not path.exists():
+        pytest.skip(f"{name} is not recorded yet")
+    return json.loads(path.read_text("utf8"))
+
+
+def lines(chapter: str) -> list[str]:
+    """What the chapter printed, as it is stored."""
+    notebook = nbformat.read(BOOK / chapter, 4)
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "stream"]
+    return "".join(o.text for o in outputs).splitlines()
+
+
+def printed(chapter: str, start: str, occurrence: int = 0) -> list[float]:
+    """The decimal numbers of a printed line, after its label."""
+    found = [line for line in lines(chapter) if line.lstrip().startswith(start)]
+    assert len(found) > occurrence, f"no line begins with {start!r}"
+    return [float(v) for v in NUMBER.findall(found[occurrence].lstrip()[len(start) :])]
+
+
+def fisher(r: float, n: int) -> tuple[float, float]:
+    """The ends of the 95% interval of a correlation by Fisher's transformation."""
+    return math.tanh(math.atanh(r) - 1.96 / math.sqrt(n - 3)), math.tanh(math.atanh(r) + 1.96 / math.sqrt(n - 3))
+
+
+def partial(a, b, c) -> float:
+    """The partial correlation of a and b given c, from the inverse of the covariance matrix."""
+    precision = np.linalg.inv(np.cov([a, b, c]))
+    return float(-precision[0, 1] / math.sqrt(precision[0, 0] * precision[1, 1]))
+
+
+# --- chapter 13 -------------------------------------------------------------------------------------------------------
+
+ROWS = {
+    "sharpness, isotropic": "sharpness_isotropic",
+    "sharpness, positive": "sharpness_positive",
+    "trace of the Hessian": "hessian_trace",
+    "curvature, scaling": "curvature_scaling",
+    "curvature, mixing": "curvature_mixing",
+    "weight norm": "weight_norm",
+}
+
+
+@pytest.mark.parametrize("label", ROWS)
+def test_correlations_of_the_table(label):
+    networks = record("generalization")["networks"]
+    measure, validation, train = (networks[k] for k in (ROWS[label], "validation_loss", "train_loss"))
+    gap = [v - t for v, t in zip(validation, train, strict=True)]
+    found = printed(PREDICT, label, 0)
+    for k, other in enumerate((train, validation, gap)):
+        r = statistics.correlation(measure, other)
+        assert found[3 * k] == pytest.approx(r, abs=0.0051)
+        assert found[3 * k + 1 : 3 * k + 3] == pytest.approx(fisher(r, len(measure)), abs=0.08)  # bootstrap there
+
+
+def test_what_the_text_of_chapter_13_says():
+    networks = {k: np.array(v) for k, v in record("generalization")["networks"].items()}
+    gap = networks["validation_loss"] - networks["train_loss"]
+    said = {"sharpness_isotropic": (0.98, 0.84, -0.04), "sharpness_added": (0.61, 0.62, 0.15)}
+    for measure, values in said.items():
+        for other, value in zip((networks["train_loss"], networks["validation_loss"], gap), values, strict=True):
+            assert round(statistics.correlation(networks[measure], other), 2) == value
+    given = partial(networks["sharpness_added"], networks["validation_loss"], networks["train_loss"])
+    assert round(given, 2) == 0.23
+    assert round(partial(networks["sharpness_added"], gap, networks["train_loss"]), 2) == 0.23  # Proposition 13.4
+    text = "".join(cell.source for cell in nbformat.read(BOOK / PREDICT, 4).cells)
+    assert all(value in text for value in ("$+0.84$", "$-0.04$", "$+0.62$", "$+0.15$"))
+
+
+@pytest.mark.parametrize(
+    "label", [name for name in ROWS if name not in ("sharpness, isotropic", "sharpness, positive")]
+)
+def test_the_second_look_at_pooled_images(label):
+    networks = {k: np.array(v) for k, v in record("generalization")["networks"].items()}
+    fresh = (10_000 * networks["validation_loss"] + 10_000 * networks["test_loss"]) / 20_000
+    value = partial(networks[ROWS[label]], fresh, networks["train_loss"])
+    rows = [line for line in lines(PREDICT) if line.startswith(label)]
+    assert f"{value:5.2f} [" in "".join(rows)
+
+
+@pytest.mark.parametrize("data", ["mnist", "fashion_mnist", "cifar10"])
+def test_each_data_set(data):
+    found = record("generalization" if data == "mnist" else f"generalization-{data}")
+    networks, title = (
+        found["networks"],
+        {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}[data],
+    )
+    assert found["config"].get("images_from", "") == ("a copy that went through JPEG once" if data == "cifar10" else "")
+    text = lines(PREDICT)
+    start = next(k for k, line in enumerate(text) if line.startswith(f"{title}: "))
+    assert text[start].startswith(f"{title}: {len(networks['test_loss'])} of 100 networks")
+    labels = {"sharpness, isotropic": "sharpness_isotropic", "curvature, as published": "curvature_published"}
+    for label, measure in labels.items():
+        line = next(line for line in text[start:] if line.lstrip().startswith(label))
+        if measure not in networks:
+            assert "not recorded yet" in line
+            continue
+        r = statistics.correlation(networks[measure], networks["validation_loss"])
+        assert float(NUMBER.findall(line)[0]) == pytest.approx(r, abs=0.0051)
+
+
+# --- chapter 14 -------------------------------------------------------------------------------------------------------
+
+
+def test_minima_on_mnist():
+    runs = {(r["arm"], r["seed"]): r["test_loss"][-1] for r in record("minima")["runs"]}
+    arms = sorted({arm for arm, _ in runs} - {"plain"})
+    for arm in arms:
+        gaps = [runs[arm, seed] - runs["plain", seed] for seed in range(10)]
+        half = T_9 * statistics.stdev(gaps) / math.sqrt(10)
+        rows = [line for line in lines(MINIMA) if line.startswith(arm) and "+-" in line]
+        assert NUMBER.findall(rows[0])[:2] == [f"{statistics.mean(gaps):+.4f}", f"{half:.4f}"]
+
+
+def test_minima_on_cifar10():
+    found = record("minima-cifar10")
+    runs = {(r["arm"], r["seed"]): r for r in found["runs"]}
+    seeds = sorted({seed for _, seed in runs})
+    assert f"{len(seeds)} of 10 seeds" in lines(MINIMA)
+    if len(seeds) < 2:
+        pytest.skip("too few seeds for an interval")
+    for arm in found["config"]["arms"][1:]:
+        best = {}
+        for name in (arm, "plain"):
+            means = [
+                statistics.mean(
+                    math.inf if (v := runs[name, s]["validation_loss"][k][-1]) is None else v for s in seeds
+                )
+                for k in range(len(found["config"]["rates"]))
+            ]
+            k = means.index(min(means))
+            best[name] = [runs[name, s]["test_loss"][k][-1] for s in seeds]
+        mean = statistics.mean(a - b for a, b in zip(best[arm], best["plain"], strict=True))
+        rows = [line for line in lines(MINIMA) if line.startswith(arm + " ") and "±" in line]
+        assert f"{mean:+.3f}".replace("-", "−") in rows[0]
+
+
+def test_the_exact_trace_falls_where_the_search_by_phi_stood_still():
+    runs = [r for r in record("minima")["runs"] if r["arm"] == "scaling, flatter"]
+    assert sum(r["accepted"] for r in runs) == 1  # of ten: the lesson of chapter 14
+    by_trace = [line for line in lines(MINIMA) if re.match(r"seed \d", line)]
+    assert len(by_trace) == 8
+    for line in by_trace:
+        before, _, after, *_ = map(float, NUMBER.findall(line))
+        assert after < 0.95 * before
+
+
+# --- chapter 15 -------------------------------------------------------------------------------------------------------
+
+
+def ratio(arm: str, base: str, step: int) -> tuple[float, float, float]:
+    """The geometric mean over seeds of the ratios of two losses, and its 95% interval."""
+    runs = record("learned")["runs"]
+    loss = {(r["arm"], r["seed"]): r["test"]["as trained"]["loss"][step] for r in runs}
+    logs = [math.log(loss[arm, s] / loss[base, s]) for s in range(5)]
+    mean, half = statistics.mean(logs), T_4 * statistics.stdev(logs) / math.sqrt(5)
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+
+
+def test_the_early_harm_of_a_learned_teleport():
+    assert [round(v, 2) for v in ratio("LSTM(lr, tele)", "LSTM(lr)", 10)] == [1.47, 1.12, 1.93]
+    assert [round(ratio("LSTM(lr, tele)", "LSTM(lr)", step)[0], 2) for step in (30, 100)] == [1.12, 1.02]
+    shown = printed(LEARN, "LSTM(lr, tele)", 2)  # after the table of losses and that of final ratios
+    for k, step in enumerate((10, 30, 100)):
+        assert shown[3 * k : 3 * k + 3] == pytest.approx(ratio("LSTM(lr, tele)", "LSTM(lr)", step), abs=0.0051)
+
+
+def test_what_is_not_decided():
+    runs = record("learned")["runs"]
+    (gd,) = (r["test"]["as trained"]["loss"] for r in runs if r["arm"] == "GD")
+    for base, undecided in (("LSTM(lr)", ()), ("LSTM(update)", (100,)), ("coordinatewise(update)", ())):
+        losses = [r["test"]["as trained"]["loss"] for r in runs if r["arm"] == base]
+        for step in (10, 30, 100):
+            logs = [math.log(loss[step] / gd[step]) for loss in losses]
+            ahead = statistics.mean(logs) + T_4 * statistics.stdev(logs) / math.sqrt(5) < 0
+            assert ahead == (step not in undecided)
+    row = next(line for line in lines(LEARN) if line.startswith("  LSTM(update, tele)"))
+    assert row.count("not decided") == 1 and row.endswith("not decided")
