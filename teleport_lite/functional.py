@@ -23,6 +23,7 @@ from teleport_lite.evaluation import Params as Params
 from teleport_lite.evaluation import loss_of as loss_of
 from teleport_lite.evaluation import session
 from teleport_lite.runtime import (
+    check_generator,
     unfused_attention,
 )
 
@@ -226,14 +227,14 @@ def norm(params: Params) -> Tensor:
 
 def generator_for(params: Params, generator: torch.Generator | None) -> torch.Generator:
     """`generator`, or one where `params` are, begun at random: evaluations put the global random state back."""
-    if generator is not None:
+    if generator := check_generator(generator):
         return generator
     return torch.Generator(next(iter(params.values())).device).manual_seed(int(torch.randint(2**62, ())))
 
 
 def normal_like(params: Params, count: int, generator: torch.Generator | None) -> Params:
     """Normal random numbers [count, ...] for each parameter, drawn where the generator lives."""
-    drawn = {}
+    drawn, generator = {}, check_generator(generator)
     for name, p in params.items():
         device = p.device if generator is None else generator.device
         drawn[name] = torch.randn(count, *p.shape, generator=generator, dtype=p.dtype, device=device).to(p.device)

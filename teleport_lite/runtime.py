@@ -211,3 +211,15 @@ def as_inputs(example_inputs: object) -> Inputs:
 def double(inputs: Inputs) -> Inputs:
     """`inputs` with floating-point tensors as float64."""
     return tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def check_generator(generator: object) -> torch.Generator | None:
+    """`generator` when it is one, or None.
+
+    Raises:
+        TeleportError: otherwise.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    seed = generator if isinstance(generator, int) else 0
+    raise TeleportError("a torch.Generator", repr(generator), f"pass torch.Generator().manual_seed({seed})")

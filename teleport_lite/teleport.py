@@ -27,11 +27,12 @@ from teleport_lite.report import Report
 from teleport_lite.runtime import (
     TOLERANCES,
     LossFn,
+    check_generator,
     coarsest,
     unwrap_compiled,
 )
 from teleport_lite.search import search as find
-from teleport_lite.symmetries.base import Symmetry, check_generator, check_radius
+from teleport_lite.symmetries.base import Symmetry, check_radius
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
 from teleport_lite.symmetries.product import Product, check_symmetry
 from teleport_lite.transaction import commit

@@ -1197,6 +1197,14 @@ def test_bad_arguments(model):
         tl.Teleporter(model, optimizer, generator=0)
     with pytest.raises(TeleportError, match=r"a torch\.Generator, got 'cpu'"):
         tl.teleport(model, loss_fn, generator="cpu")
+    for draw in (
+        lambda: tl.sharpness(model, loss_fn, directions=2, generator=0),
+        lambda: tl.hessian_trace(model, loss_fn, samples=2, generator=0),
+        lambda: tl.curvature(model, symmetry, samples=2, generator=0),
+        lambda: symmetry.sample(params_of(model), generator=0),
+    ):
+        with pytest.raises(TeleportError, match=r"a torch\.Generator, got 0"):
+            draw()
     for wrong in (model.parameters(), "adam", [optimizer, None], optimizer.state_dict(), None, []):
         with pytest.raises(TeleportError, match="an optimizer, or several"):
             tl.Teleporter(model, wrong)

@@ -16,8 +16,8 @@ from teleport_lite.functional import Params
 from teleport_lite.objectives import Objective, as_objective
 from teleport_lite.optim.state_rules import STATES, move
 from teleport_lite.report import Report
-from teleport_lite.runtime import LossFn, unwrap_compiled
-from teleport_lite.symmetries.base import Symmetry, check_generator, check_radius
+from teleport_lite.runtime import LossFn, check_generator, unwrap_compiled
+from teleport_lite.symmetries.base import Symmetry, check_radius
 from teleport_lite.symmetries.product import Product, check_symmetry
 from teleport_lite.teleport import carry_out, check_movable, symmetries_of
 

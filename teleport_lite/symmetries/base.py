@@ -216,15 +216,3 @@ def check_radius(radius: float) -> float:
         remedy = "the gradient norm has no maximum on an unbounded orbit: pass radius=1.0"
         raise TeleportError("a positive finite radius", repr(radius), remedy)
     return float(radius)
-
-
-def check_generator(generator: object) -> torch.Generator | None:
-    """`generator` when it is one, or None.
-
-    Raises:
-        TeleportError: otherwise.
-    """
-    if generator is None or isinstance(generator, torch.Generator):
-        return generator
-    seed = generator if isinstance(generator, int) else 0
-    raise TeleportError("a torch.Generator", repr(generator), f"pass torch.Generator().manual_seed({seed})")
