@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.functional import Params, dot, generator_for, hvp, loss_of, normal_like, trainable
+from teleport_lite.symmetries.base import check_generator
 
 CYCLES = 1000  # of the Lanczos method, at most
 
@@ -44,9 +45,9 @@ def sign_probes(params: Params, count: int, *, generator: torch.Generator | None
     Raises:
         TeleportError: when `count` is not positive.
     """
-    if count < 1:
-        raise TeleportError("at least one sample", count, "pass samples=100")
-    generator = generator_for(params, generator)
+    if not isinstance(count, int) or count < 1:
+        raise TeleportError("a positive number of samples", repr(count), "pass samples=100")
+    generator = generator_for(params, check_generator(generator))
     drawn = (normal_like(params, 1, generator) for _ in range(count))
     return ({name: torch.where(d[0] < 0, -1.0, 1.0).to(d) for name, d in draw.items()} for draw in drawn)
 
@@ -72,10 +73,10 @@ def hessian_eigenvalues(
     """
     loss = loss_of(model, loss_fn)
     params = {name: p.detach() for name, p in trainable(model).items()}
-    generator = generator_for(params, generator)
+    generator = generator_for(params, check_generator(generator))
     like, sizes = next(iter(params.values())), [p.numel() for p in params.values()]
-    if not 0 < count <= sum(sizes):
-        raise TeleportError(f"a count from 1 to {sum(sizes)}, the number of parameters", count, "ask for fewer")
+    if not isinstance(count, int) or not 0 < count <= sum(sizes):
+        raise TeleportError(f"a count from 1 to {sum(sizes)}, the number of parameters", repr(count), "pass count=1")
     home = torch.device("cpu") if like.device.type == "mps" else like.device  # which has no float64
 
     def vector(parts: Params) -> Tensor:

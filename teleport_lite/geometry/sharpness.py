@@ -6,6 +6,7 @@ Derived in the chapter *Sharpness and curvature*.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.functional import Loss, Params, check_scalar, generator_for, loss_of, trainable
 from teleport_lite.runtime import unfused_attention
+from teleport_lite.symmetries.base import check_generator
 
 RADII = tuple(round(0.001 + 0.01 * k, 3) for k in range(20))  # of arXiv:2305.13404, for MNIST
 PAIRED = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
@@ -79,9 +81,9 @@ class Directions:
     """
 
     def __init__(self, params: Params, count: int, *, generator: torch.Generator | None = None) -> None:
-        if count < 1:
-            raise TeleportError("at least one direction", count, "pass directions=100")
-        generator = generator_for(params, generator)
+        if not isinstance(count, int) or count < 1:
+            raise TeleportError("a positive number of directions", repr(count), "pass directions=100")
+        generator = generator_for(params, check_generator(generator))
         self.device, self.home = generator.device, next(iter(params.values())).device  # where they are drawn, and live
         self.params, self.dtype = params, reduce(torch.promote_types, {p.dtype for p in params.values()})
         self.seeds = torch.randint(2**62, (count,), generator=generator, device=self.device).tolist()
@@ -133,8 +135,10 @@ def mean_loss_around(
         LossError: when the loss changes from call to call.
         TeleportError: when there is no radius, or `chunk_size` is not positive.
     """
-    if not len(radii) or (chunk_size is not None and chunk_size < 1):
-        raise TeleportError("a radius, and a positive chunk_size", f"{radii} and {chunk_size}", "pass radii=[0.1]")
+    if isinstance(radii, (float, int)) or not len(radii):
+        raise TeleportError("a list of radii", repr(radii), "pass radii=[0.1]")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise TeleportError("a positive chunk_size", repr(chunk_size), "leave it out to evaluate all at once")
     if one_by_one is None:
         one_by_one = goes_one_by_one(loss, params, radii, chunk_size)
     count = len(directions) if isinstance(directions, Directions) else len(next(iter(directions.values())))
@@ -175,7 +179,9 @@ def goes_one_by_one(loss: Loss, params: Params, radii: Sequence[float], chunk_si
         if chunk_size == 1:
             return True
         try:
-            found = losses_around(loss, params, d, _on(params, (radius, radius / 2)))[0]
+            with warnings.catch_warnings():  # of operations that vmap runs one by one
+                warnings.simplefilter("ignore", UserWarning)
+                found = losses_around(loss, params, d, _on(params, (radius, radius / 2)))[0]
         except Exception:  # of many kinds; an error that does not come from vmap comes again without it
             return True
         return not torch.allclose(found, torch.stack([a, b]), rtol=rtol, equal_nan=True)
