@@ -54,7 +54,8 @@ def _gradients(run: Run, params: Params, generator: torch.Generator) -> Params:
             found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
         except Exception:  # no gradients: then everything is tried
             return {}
-    return {name: g for name, g in zip(params, found, strict=True) if g is not None}
+    grads = ((name, g) for name, g in zip(params, found, strict=True) if g is not None)
+    return {name: g.to_dense() if g.is_sparse else g for name, g in grads}
 
 
 def without_effect(names: list[str], same: Callable[[list[str]], bool]) -> list[str]:

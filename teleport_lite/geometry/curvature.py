@@ -14,8 +14,9 @@ from torch.func import vmap
 from teleport_lite.errors import TeleportError
 from teleport_lite.functional import Params, dot, trainable
 from teleport_lite.groups import PositiveScaling
+from teleport_lite.runtime import check_generator
 from teleport_lite.symmetries.axes import NeuronSymmetry
-from teleport_lite.symmetries.base import Symmetry, check_generator
+from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.minibatch import is_chain, jets
 from teleport_lite.symmetries.product import Product, check_symmetry
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.functional import Params, dot, generator_for, hvp, loss_of, normal_like, trainable
-from teleport_lite.symmetries.base import check_generator
+from teleport_lite.runtime import check_generator
 
 CYCLES = 1000  # of the Lanczos method, at most
 

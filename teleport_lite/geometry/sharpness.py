@@ -20,8 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.functional import Loss, Params, check_scalar, generator_for, loss_of, trainable
-from teleport_lite.runtime import unfused_attention
-from teleport_lite.symmetries.base import check_generator
+from teleport_lite.runtime import check_generator, unfused_attention
 
 RADII = tuple(round(0.001 + 0.01 * k, 3) for k in range(20))  # of arXiv:2305.13404, for MNIST
 PAIRED = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
