@@ -412,7 +412,8 @@ def test_gradients_that_are_no_derivatives_are_found_out(kind):
     before = bits(model)
     report = tl.teleport(model, loss_fn, symmetry)
     assert not report.accepted and "not the derivative of the forward pass" in report.reason
-    assert report.objective_after < 1.01 * real_gradient_norm(model, loss_fn)  # nothing foretold is reported
+    if kind == "straight-through":  # what is reported is measured, not foretold
+        assert report.objective_after == pytest.approx(real_gradient_norm(model, loss_fn), rel=1e-6)
     assert not tl.teleport(model, loss_fn, symmetry, objective="one_step_loss").accepted
     assert same(model, before)
 
