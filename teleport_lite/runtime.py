@@ -190,7 +190,11 @@ def copy_of(model: nn.Module) -> nn.Module:
             raise ParameterError(name, "initialised", "a lazy parameter without a shape", remedy)
     try:
         with _Detached():
-            return copy.deepcopy(inner).eval()._apply(_plain_float64)
+            copied = copy.deepcopy(inner)
+        for p in copied.parameters():  # TorchScript has copied them by an operation
+            if not p.is_leaf:
+                p.detach_().requires_grad_()
+        return copied.eval()._apply(_plain_float64)
     except Exception as error:
         remedy = "pass symmetry=... built by hand from teleport_lite.symmetries"
         got = f"{type(error).__name__}: {error}"

@@ -13,6 +13,7 @@ from itertools import cycle
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from teleport_lite.discovery.dispatch import DispatchMode
 
@@ -23,6 +24,16 @@ SAMPLERS = UNIFORM | {
     "randn", "randn_like", "normal", "normal_", "randint", "randint_like", "random_", "exponential_", "geometric_",
     "cauchy_", "log_normal_",
 }  # fmt: skip
+
+DROPOUTS = {
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "alpha_dropout",
+    "feature_dropout",
+    "feature_alpha_dropout",
+}
 
 
 class Draws(DispatchMode):
@@ -36,12 +47,13 @@ class Draws(DispatchMode):
     Attributes:
         single: whether there were draws of single numbers.
         many: whether there were draws of several numbers at once.
+        outside: whether Python or NumPy has drawn, whose draws cannot be set.
     """
 
     def __init__(self, even: bool = False, keep: bool = True, pattern: tuple[float, ...] = ()) -> None:
         super().__init__()
         self.even, self.keep, self.pattern = even, keep, cycle(pattern) if pattern else None
-        self.single = self.many = False
+        self.single = self.many = self.outside = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -112,9 +124,29 @@ class Draws(DispatchMode):
         return out
 
 
+class WithoutDropout(TorchFunctionMode):
+    """Leaves dropout away: masks that differ from entry to entry would seem to tell the neurons apart."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in DROPOUTS and args:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def seed_everything(seed: int) -> None:
     """Seed the generators of torch, Python and NumPy."""
     torch.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)
+
+
+def drawn_outside(seed: int) -> bool:
+    """Whether Python or NumPy has drawn anything since `seed_everything(seed)`."""
+    if random.getstate() != random.Random(seed).getstate():
+        return True
+    if "numpy" not in sys.modules:
+        return False
+    numpy = sys.modules["numpy"].random
+    now, then = numpy.get_state(), numpy.RandomState(seed).get_state()
+    return now[2:] != then[2:] or bool((now[1] != then[1]).any())

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from teleport_lite.discovery.draws import WithoutDropout
 from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.outputs import tensors_of
 from teleport_lite.discovery.probe import Probe, laboratory
@@ -82,7 +83,8 @@ def propagated(probe: Probe, trials: Iterable[Trial]) -> Propagation:
             seen.freeze(name, f"{name} is frozen")
         elif not p.is_floating_point():
             seen.freeze(name, f"{name} is {'complex' if p.is_complex() else str(p.dtype)}")
-    outputs = [tensors_of(probe.run(t.call, t.training, t.seed, (*t.modes(), seen))) for t in trials]
+    with WithoutDropout():
+        outputs = [tensors_of(probe.run(t.call, t.training, t.seed, (*t.modes(), seen))) for t in trials]
     seen.finish([tensor for found in outputs for tensor in found])
     seen.fix_unexercised()
     return seen

@@ -32,7 +32,6 @@ class Probe:
 
     def __init__(self, model: nn.Module) -> None:
         self.module = copy_of(model)
-        self.called = self.module.module if isinstance(self.module, nn.DataParallel) else self.module
         self.params: Params = dict(self.module.named_parameters())
         self.mode: Float64 | None = Float64()
         self.buffers = {b: b.clone() for b in self.module.buffers()}
@@ -75,7 +74,7 @@ class Probe:
                 if isinstance(mode, Watch):
                     mode.look_at(call.tensors())
                 stack.enter_context(mode)
-            return self.called(*call.args, **call.kwargs)
+            return self.module(*call.args, **call.kwargs)
 
     def unsettle(self, generator: torch.Generator) -> bool:
         """Move buffers that the last run has changed off their values, for a state may be anything; whether any is."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from teleport_lite.discovery import inputs
-from teleport_lite.discovery.draws import PATTERNS, Draws
+from teleport_lite.discovery.draws import PATTERNS, Draws, drawn_outside
 from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.outputs import distance, numbers, tensors_of
 from teleport_lite.discovery.probe import Probe
@@ -20,7 +20,8 @@ from teleport_lite.errors import TeleportError
 
 SIZES = (30.0, 1 / 30)  # so many times larger inputs, for models that branch on what they read
 MANY = 16  # examples in a batch that is not run as a whole
-SEEDS = 3  # for models that draw random numbers
+SEEDS, OUTSIDE = 3, 16  # for models that draw random numbers, in torch or outside
+PARTS = 8  # runs that leave something out
 REPEATED = 1e-12  # two runs of the same agree up to that
 
 
@@ -38,7 +39,8 @@ class Trials:
         self.notes: list[str] = []
         self.limit = 1.0
         self.calm = self._calls(example.map(inputs.wide))
-        self.even = self.trials = self.calm if self._repeats(self.calm[0]) else []
+        self.trials = list(self.calm) if self._repeats(self.calm[0]) else []
+        self.even = list(self.trials)
         if not self.trials:
             self.notes.append("evaluation mode: two runs on the same input differ")
         self._training()
@@ -122,6 +124,7 @@ class Trials:
         trial, watch = Trial(self.probe, call, **how), Watch(self.probe.params)
         self.drawn = Draws(**trial.draws or {})
         found = tensors_of(self.probe.run(call, trial.training, trial.seed, (self.drawn, watch)))
+        self.drawn.outside = drawn_outside(trial.seed)
         trial.before, trial.reads = [t.detach().clone() for t in found], watch.reads
         for k, length in watch.tables.items():
             self.tables[k] = min(length, self.tables.get(k, length))
@@ -145,12 +148,12 @@ class Trials:
         return True
 
     def informative(self) -> list[Trial]:
-        """The longest trial, then those that read what none before has read."""
-        trials = list(dict.fromkeys([self.calm[-1], *self.calm, *self.trials, *self.even]))
-        seen: set[tuple] = set()
-        found: list[Trial] = []
-        for trial in trials:
-            found += [] if trial.reads <= seen else [trial]
+        """The longest trial, then those that read what none before has read, and parts that training may leave out."""
+        calm = [t for t in self.calm if t is not self.calm[-1]]
+        found, seen = [self.calm[-1]], {*self.calm[-1].reads}
+        for trial in dict.fromkeys([*calm, *self.even, *self.trials]):
+            partial = trial.training and all(trial.reads != t.reads for t in found) and len(found) < PARTS
+            found += [trial] if partial or not trial.reads <= seen else []
             seen |= trial.reads
         return found
 
@@ -164,31 +167,32 @@ class Trials:
         except Exception as error:
             self.notes.append(f"training mode: the model does not run, {_told(error)}")
             return
-        draws, random = self.drawn, self.drawn.single or self.drawn.many
+        draws = self.drawn
+        random = draws.single or draws.many or draws.outside
         if not random and plain.reads == first.reads and distance(plain.before, first.before) == 0:
             return
         if not self._repeats(plain):
             self.notes.append("training mode: two runs on the same input differ")
             return
         last = self.calm[-1].call
-        more = [] if last is first.call else [s for s in [self._try(last)] if s]
+        same = [plain, *(self._try(last) if last is not first.call else [])]
         if not random:
-            self.trials = self.even = [*self.trials, plain, *more]
+            self.trials, self.even = [*self.trials, *same], [*self.even, *same]
             return
-        patterns = [{"pattern": p} for p in PATTERNS] if draws.single else []
-        real = [self._try(first.call, seed=k + 1) for k in range(SEEDS - 1)]
-        real += [self._try(first.call, draws=p) for p in patterns]
-        even = [self._try(first.call, seed=k, draws={"even": True, "keep": not k}) for k in range(SEEDS)]
-        even += [self._try(first.call, draws={"even": True, **p}) for p in patterns]
-        calm = self.trials
-        self.trials = [*calm, plain, *more, *(s for s in real if s)]
-        self.even = [*calm, *(s for s in even if s)]
+        seeds = OUTSIDE if draws.outside else SEEDS
+        for k in range(seeds):
+            self.trials += self._try(first.call, seed=k) if k else same
+            self.even += self._try(first.call, seed=k, draws={"even": True, "keep": not k})
+        for pattern in PATTERNS if draws.single else ():
+            self.trials += self._try(first.call, draws={"pattern": pattern})
+            self.even += self._try(first.call, draws={"even": True, "pattern": pattern})
 
-    def _try(self, call: Arguments, **how: Any) -> Trial | None:
+    def _try(self, call: Arguments, **how: Any) -> list[Trial]:
+        """A trial in training mode, where the model runs."""
         try:
-            return self._watched(call, training=True, **how)
+            return [self._watched(call, training=True, **how)]
         except Exception:
-            return None
+            return []
 
 
 def _lost(outputs: list[Tensor]) -> float:
