@@ -84,8 +84,9 @@ def worst_change(model: nn.Module, symmetry, use, *, training: bool = False, ele
             return [t.clone() for t in tensors_in(use(model))]
 
         before = at(values)
-        for _ in range(elements if len(symmetry) else 0):
-            moved = at(symmetry.act(values, symmetry.sample(values, radius=0.5, generator=generator)))
+        for _ in range(elements if symmetry.names else 0):
+            xi = symmetry.sample(values, radius=0.5, generator=generator)
+            moved = at(symmetry.act(values, xi))
             for a, b in zip(moved, before, strict=True):
                 real = b.isfinite() & (b.abs() < 1e30)
                 found = max(found, float((a - b)[real].abs().max() / b[real].abs().max()))
