@@ -10,10 +10,11 @@ import torch
 from conftest import hidden_product, mlp, params_of, relative
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import teleport_lite as tl
 from teleport_lite.functional import hvp, loss_of, norm, value_and_grad
-from teleport_lite.groups import GeneralLinear, PositiveScaling
+from teleport_lite.groups import GeneralLinear, PositiveScaling, SpecialOrthogonal
 from teleport_lite.search import closed_form
 from teleport_lite.symmetries import Leg, NeuronSymmetry, mixing, scaling
 
@@ -268,6 +269,23 @@ def test_matrices_in_half_precision(dtype, mixed):
         assert report.accepted, report.reason
         assert relative(model(x).float(), outputs) < 10 * torch.finfo(dtype).eps
         assert {n: p.dtype for n, p in params_of(model).items()} == dtypes
+
+
+class Exponentials(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.linalg_matrix_exp.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_exponential_gives_an_element_and_its_dual(generator):
+    for group, count in ((GeneralLinear(3), 1), (GeneralLinear(2, blocks=3), 1), (SpecialOrthogonal(4), 1)):
+        xi = group.sample(torch.zeros(1, dtype=torch.float64), generator=generator)
+        with Exponentials() as exponentials:
+            g, dual = group.pair(xi)
+        assert exponentials.count == count
+        assert torch.allclose(dual.mT @ g, torch.eye(g.shape[-1], dtype=g.dtype).expand_as(g), atol=1e-12)
 
 
 def test_a_product_over_several_dtypes_is_as_exact_as_each():

@@ -209,7 +209,9 @@ class Teleporter:
         """
         held = self._held()
         parameters = dict(unwrap_compiled(self._ranks.model, symmetry.names).named_parameters())
-        missing = [name for name in symmetry.names if not self._ranks.ask(id(parameters[name]) in held)]
+        missing = [name for name in symmetry.names if id(parameters[name]) not in held]
+        if self._ranks.ask(bool(missing)):  # on some rank; another one may hold them
+            missing = [name for name in symmetry.names if not self._ranks.ask(id(parameters[name]) in held)]
         if missing:
             remedy = "pass the optimizers of all that moves, or a symmetry=... that moves only what they hold"
             raise ParameterError(", ".join(missing), "held by an optimizer of the Teleporter", "held by none", remedy)
