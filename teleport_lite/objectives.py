@@ -186,7 +186,7 @@ def sharpness(
     def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
         drawn = Directions(problem.params, directions, generator=_seeded(generator))
         around = drawn if chunk_size else drawn[:]
-        one_by_one = goes_one_by_one(problem.local, problem.params, radii, chunk_size)
+        one_by_one = goes_one_by_one(problem.local, problem.params, radii, chunk_size, slopes=True)
 
         def local(params: Params) -> Tensor:
             return mean_loss_around(problem.local, params, around, radii, chunk_size=chunk_size, one_by_one=one_by_one)

@@ -294,6 +294,47 @@ def test_the_sharpness_of_such_models_is_differentiable(name, generator):
         assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-14) for a, b in zip(*grads, strict=True))
 
 
+OBJECTIVES_OF_LOSSES = {
+    "one_step_loss": objectives.one_step_loss(0.3),
+    "sharpness": objectives.sharpness((0.5, 1.0), 3),
+    "sharpness in chunks": objectives.sharpness((0.5, 1.0), 4, chunk_size=2),
+    "sharpness one by one": objectives.sharpness((0.5, 1.0), 4, chunk_size=1),
+    "hessian_trace": objectives.hessian_trace(2),
+    "gradient_norm": objectives.as_objective("gradient_norm"),
+}
+
+
+@pytest.mark.parametrize("kind", ["exact", "mini-batch"])
+@pytest.mark.parametrize("name", OBJECTIVES_OF_LOSSES)
+def test_objectives_of_checkpointed_models_are_those_of_plain_ones(name, kind, generator):
+    """A checkpointed layer runs again when an objective is differentiated, which evaluates the loss at many points."""
+
+    class Net(nn.Module):
+        def __init__(self, around):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.c, self.around = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 3), around
+            self.act = nn.ReLU() if kind == "exact" else nn.Tanh()
+
+        def last(self, h):
+            return self.c(h.sin() if kind == "mini-batch" else h.relu())
+
+        def forward(self, x):
+            return self.around(self.last, self.b(self.act(self.a(x))))
+
+    x, y = (torch.randn(6, n, generator=generator, dtype=DOUBLE) for n in (5, 3))
+    found = []
+    for around in (lambda f, h: f(h), lambda f, h: checkpoint(f, h, use_reentrant=False)):
+        model = Net(around).double()
+        symmetry = tl.minibatch_symmetries(model, x) if kind == "mini-batch" else tl.find_symmetries(model, x)
+        report = tl.teleport(
+            model, lambda net: F.mse_loss(net(x), y), symmetry, objective=OBJECTIVES_OF_LOSSES[name], radius=0.3
+        )
+        assert report.accepted, report.reason
+        found.append((report.objective_before, report.objective_after))
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
 def test_one_by_one_and_all_at_once_agree(setting, generator):
     model, loss_fn, _ = setting
     loss, params, radii = loss_of(model, loss_fn), params_of(model), (0.3, 1.0)

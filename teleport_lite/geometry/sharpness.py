@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from teleport_lite.errors import LossError, TeleportError
-from teleport_lite.functional import Loss, Params, check_scalar, generator_for, loss_of, trainable
+from teleport_lite.functional import Loss, Params, check_scalar, generator_for, loss_of, session, trainable
 from teleport_lite.runtime import check_generator, unfused_attention
 
 RADII = tuple(round(0.001 + 0.01 * k, 3) for k in range(20))  # of arXiv:2305.13404, for MNIST
@@ -139,7 +139,8 @@ def mean_loss_around(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise TeleportError("a positive chunk_size", repr(chunk_size), "leave it out to evaluate all at once")
     if one_by_one is None:
-        one_by_one = goes_one_by_one(loss, params, radii, chunk_size)
+        slopes = torch.is_grad_enabled() and any(p.requires_grad for p in params.values())
+        one_by_one = goes_one_by_one(loss, params, radii, chunk_size, slopes=slopes)
     count = len(directions) if isinstance(directions, Directions) else len(next(iter(directions.values())))
     size = 1 if one_by_one else chunk_size or count
 
@@ -157,10 +158,12 @@ def mean_loss_around(
     return torch.stack(parts).sum() / (count * len(radii))
 
 
-def goes_one_by_one(loss: Loss, params: Params, radii: Sequence[float], chunk_size: int | None = None) -> bool:
+def goes_one_by_one(
+    loss: Loss, params: Params, radii: Sequence[float], chunk_size: int | None = None, *, slopes: bool = False
+) -> bool:
     """Whether points are evaluated one after the other: as asked for by chunks of 1, or because `vmap` cannot run it.
 
-    It is tried at two points, and has to give what single evaluations give.
+    It is tried at two points, and has to give what single evaluations give; with `slopes`, finite gradients as well.
 
     Raises:
         LossError: when the loss changes from call to call.
@@ -171,19 +174,22 @@ def goes_one_by_one(loss: Loss, params: Params, radii: Sequence[float], chunk_si
         a, b, again = (
             check_scalar(loss(_moved(params, {n: x[0] for n, x in d.items()}, t))) for t in (radius, radius / 2, radius)
         )
-        rtol = min(1e4 * torch.finfo(a.dtype).eps, 1e-2)
-        if not torch.allclose(a, again, rtol=rtol, equal_nan=True):
-            got, remedy = f"{float(a):.6g} and {float(again):.6g} at the same parameters", "fix its random numbers"
-            raise LossError("a deterministic loss", got, remedy)
-        if chunk_size == 1:
-            return True
-        try:
-            with warnings.catch_warnings():  # of operations that vmap runs one by one
-                warnings.simplefilter("ignore", UserWarning)
-                found = losses_around(loss, params, d, _on(params, (radius, radius / 2)))[0]
-        except Exception:  # of many kinds; an error that does not come from vmap comes again without it
-            return True
-        return not torch.allclose(found, torch.stack([a, b]), rtol=rtol, equal_nan=True)
+    rtol = min(1e4 * torch.finfo(a.dtype).eps, 1e-2)
+    if not torch.allclose(a, again, rtol=rtol, equal_nan=True):
+        got, remedy = f"{float(a):.6g} and {float(again):.6g} at the same parameters", "fix its random numbers"
+        raise LossError("a deterministic loss", got, remedy)
+    if chunk_size == 1:
+        return True
+    points = {name: p.clone().requires_grad_() for name, p in params.items()} if slopes else params
+    try:
+        with warnings.catch_warnings(), torch.set_grad_enabled(slopes), session(loss):
+            warnings.simplefilter("ignore", UserWarning)  # of operations that vmap runs one by one
+            found = losses_around(loss, points, d, _on(params, (radius, radius / 2)))[0]
+            grads = torch.autograd.grad(found.sum(), [*points.values()], allow_unused=True) if slopes else ()
+    except Exception:  # of many kinds; an error that does not come from vmap comes again without it
+        return True
+    agree = torch.allclose(found.detach(), torch.stack([a, b]), rtol=rtol, equal_nan=True)
+    return not agree or not all(g is None or bool(g.isfinite().all()) for g in grads)
 
 
 def _moved(params: Params, direction: Params, t: float) -> Params:
