@@ -4,9 +4,9 @@ A chapter has to read well in Colab and on GitHub too, so its captions are ordin
 
     **Figure.** What the figure says, with $mathematics$.
 
-Where the cell above plots, the paragraph becomes the caption of its plot; where the line above is one of the book's
-diagrams, `![alt](https://.../_static/diagrams/name.svg)`, the caption of that, and the drawing becomes part of the page,
-so that it has the colours of its theme.
+Where the cell above plots, the paragraph becomes the caption of its plot. Where the line above is one of the book's
+diagrams, `![alt](https://.../_static/diagrams/name.svg)`, it becomes the caption of that, and the drawing a part of the
+page, so that it has the colours of its theme.
 """
 
 from __future__ import annotations

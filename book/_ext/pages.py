@@ -8,21 +8,13 @@ def on_page(app, pagename: str, templatename: str, context: dict, doctree) -> No
 
     And the text of the badge from the description of a chapter.
     """
-    context["metatags"] = context.get("metatags", "").replace(
-        'content="Open in Colab ', 'content="'
-    )
-    context.setdefault(
-        "default_mode", "auto"
-    )  # light or dark as the reader's system says
+    context["metatags"] = context.get("metatags", "").replace('content="Open in Colab ', 'content="')
+    context.setdefault("default_mode", "auto")  # light or dark as the reader's system says
 
     def is_thebe(script) -> bool:
-        return (
-            "thebe" in f"{script.filename} {script.attributes.get('body', '')}".lower()
-        )
+        return "thebe" in f"{script.filename} {script.attributes.get('body', '')}".lower()
 
-    context["script_files"] = [
-        script for script in context.get("script_files", []) if not is_thebe(script)
-    ]
+    context["script_files"] = [script for script in context.get("script_files", []) if not is_thebe(script)]
 
 
 def setup(app) -> dict:
