@@ -65,27 +65,48 @@ def ends(data: str, optimizer: str, arm: str, key: str) -> np.ndarray:
 
     def cells(arm: str) -> dict[tuple[int, float], float | None]:
         mine = (r for r in runs if r["arm"] == arm)
-        return {(r["seed"], rate): c[-1] for r in mine for rate, c in zip(r["rates"], r[key], strict=True)}
+        return {
+            (r["seed"], rate): c[-1]
+            for r in mine
+            for rate, c in zip(r["rates"], r[key], strict=True)
+        }
 
     found, plain = cells(arm), cells("plain")
     grid = [sorted({pair[k] for pair in plain}) for k in (0, 1)]
     rows = [[found[seed, rate] for rate in grid[1]] for seed in grid[0]]
-    return np.array([[np.inf if value is None else value for value in row] for row in rows])
+    return np.array(
+        [[np.inf if value is None else value for value in row] for row in rows]
+    )
 
 
-def optimizer_effect(optimizer: str, arm: str, data: str = "optimizers") -> evidence.Comparison:
+def optimizer_effect(
+    optimizer: str, arm: str, data: str = "optimizers"
+) -> evidence.Comparison:
     """Final test loss of an arm against that without a teleport, by the rule of Chapter 9."""
-    tables = {key: [ends(data, optimizer, a, key) for a in (arm, "plain")] for key in ("test_loss", "validation_loss")}
-    valid = dict(zip(("arm_validation", "base_validation"), tables["validation_loss"], strict=True))
+    tables = {
+        key: [ends(data, optimizer, a, key) for a in (arm, "plain")]
+        for key in ("test_loss", "validation_loss")
+    }
+    valid = dict(
+        zip(
+            ("arm_validation", "base_validation"),
+            tables["validation_loss"],
+            strict=True,
+        )
+    )
     return evidence.compare(*tables["test_loss"], **valid, ceiling=np.log(10))
 
 
-def optimizer_gain(optimizer: str, arm: str, data: str = "optimizers") -> tuple[float, float]:
+def optimizer_gain(
+    optimizer: str, arm: str, data: str = "optimizers"
+) -> tuple[float, float]:
     """The same, each at its best rate."""
     return optimizer_effect(optimizer, arm, data).at_best[:2]
 
 
-def optimizer_over_rates(optimizer: str, arm: str, data: str = "optimizers") -> tuple[float, float]:
+def optimizer_over_rates(
+    optimizer: str, arm: str, data: str = "optimizers"
+) -> tuple[float, float]:
     """The same, over all rates."""
     return optimizer_effect(optimizer, arm, data).over_rates[:2]
 
@@ -194,11 +215,18 @@ for measure in MEASURES:
     NUMBERS[f"r {measure} gap"] = partial(signed, correlation, measure, "gap")
 for family in ("scaling", "mixing"):
     for goal in GOALS:
-        NUMBERS[f"minimum {family}, {goal}"] = partial(plus_minus, minimum, f"{family}, {goal}")
-for data, title in {"optimizers": "", "optimizers-fashion_mnist": "Fashion-MNIST "}.items():
+        NUMBERS[f"minimum {family}, {goal}"] = partial(
+            plus_minus, minimum, f"{family}, {goal}"
+        )
+for data, title in {
+    "optimizers": "",
+    "optimizers-fashion_mnist": "Fashion-MNIST ",
+}.items():
     for optimizer in ("sgd", "momentum", "adagrad", "rmsprop", "adam"):
         for arm in ("teleport", "reset", "random", "paper"):
-            NUMBERS[f"{title}{optimizer} {arm}"] = partial(plus_minus, optimizer_gain, optimizer, arm, data)
+            NUMBERS[f"{title}{optimizer} {arm}"] = partial(
+                plus_minus, optimizer_gain, optimizer, arm, data
+            )
             over = partial(plus_minus, optimizer_over_rates, optimizer, arm, data)
             NUMBERS[f"{title}{optimizer} {arm}, all rates"] = over
 for arm, base in LEARNED.items():
