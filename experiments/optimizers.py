@@ -52,6 +52,7 @@ class Job(NamedTuple):
     symmetry: tl.Product
     radius: float
     corner: tuple[Tensor, ...]  # a sign for each neuron, held over all teleports of a training
+    draw: torch.Generator
     optimizer: str
 
 
@@ -67,6 +68,11 @@ def at_random(net: nn.Module, loss_fn, job: Job) -> bool:
     for name, p in net.named_parameters():
         p.data.copy_(moved[name])
     return True
+
+
+def redrawn(net: nn.Module, loss_fn, job: Job) -> bool:
+    """To a random point, drawn anew each time: eight of these walk about a fifth as far as eight to the same corner."""
+    return tl.teleport(net, loss_fn, job.symmetry, radius=job.radius, search="random", generator=job.draw).accepted
 
 
 def paper(net: nn.Module, loss_fn, job: Job) -> bool:
@@ -92,6 +98,7 @@ ARMS = {
     "teleport, reset": Arm(exact, "reset"),
     "paper": Arm(paper, "reset"),
     "paper, transport": Arm(paper),
+    "random, redrawn": Arm(redrawn),
     "start": Arm(exact, times=1, radius=TIMES * RADIUS),  # another initialisation, and then plain
 }
 
@@ -220,6 +227,7 @@ def run(setting: Setting, optimizer: str, work: list[tuple[str, list[float]]], s
     params = {name: p.detach() for name, p in start.named_parameters()}
     corner = symmetry.sample(params, generator=torch.Generator().manual_seed(2000 + seed))
     signs = tuple(xi.sign() for xi in corner)
+    jumps = [torch.Generator().manual_seed(3000 + seed) for _ in members]  # a training does not depend on the others
     for epoch in tqdm(range(epochs), desc=f"{optimizer} {'+'.join(arm for arm, _ in work)} seed {seed}", leave=False):
         for step, (x, y) in enumerate(train.batches(BATCH, generator=order)):
             if epoch == min(when, epochs - 1) and step < TIMES:
@@ -229,7 +237,7 @@ def run(setting: Setting, optimizer: str, work: list[tuple[str, list[float]]], s
                     if step < arm.times:
                         if arm.state == "reset":
                             ensemble.reset(slice(m, m + 1))
-                        job = Job(symmetry, arm.radius, signs, optimizer)
+                        job = Job(symmetry, arm.radius, signs, jumps[m], optimizer)
                         moves[m].append(teleport(ensemble, m, arm, job, *batch))
             ensemble.step(x, y)
         record(weights)
@@ -304,7 +312,7 @@ def seconds(widths, data, turns: int) -> dict[str, dict[str, float]]:
     tx, ty = train.batch(TELEPORT_BATCH, generator=torch.Generator().manual_seed(0))
     draw, symmetry = torch.Generator().manual_seed(0), scalings(widths)
     corner = symmetry.sample({name: p.detach() for name, p in mlp(widths, 0).named_parameters()}, generator=draw)
-    job = Job(symmetry, RADIUS, corner, "adam")
+    job = Job(symmetry, RADIUS, corner, draw, "adam")
     steps: dict[str, list[float]] = {name: [] for name in loops}
     teleports: dict[str, list[float]] = {name: [] for name in ("random", "teleport", "paper")}
     for _ in tqdm(range(turns), desc="times", leave=False):
