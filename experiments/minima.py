@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from datasets import REMARKS, SETTINGS, Setting, split
 from ensemble import SLOPE, Ensemble, evaluate, forward, gradients, widths_of
-from generalization import around, published_curvature, unit
+from generalization import around, hessian_trace, published_curvature, unit
 from mnist_teleport import alone, command_line, mlp, provenance, resumed, save, scalings
 from torch import Tensor
 from torch.func import jvp
@@ -59,26 +59,6 @@ PUBLISHED = {  # arms: objective, rounds, steps a round, signed ascent rate; or 
 }
 ROUNDS, CAP, DIRECTIONS = 10, 2.0, 4  # published: 100 directions a step; from one orthant, they are nearly parallel
 ARMS = ["plain", *(f"scaling, {goal}" for goal in SCALINGS), *(f"published, {goal}" for goal in PUBLISHED)]
-
-
-def hessian_trace(weights: list[Tensor], x: Tensor) -> Tensor:
-    r"""The trace of the Hessian of the mean cross-entropy, exactly, [members]; differentiable.
-
-    The outputs z are linear in each single weight, but for kinks, so $\partial^2 L$ is that of the loss along
-    $\partial z$. For a layer with inputs a and $J_c$ the derivative of $z_c$ at its outputs, the second derivatives sum
-    to $\|a\|^2$ times the variance of $J_c$ under the predicted probabilities.
-    """
-    *states, logits = forward(weights, x)
-    p = logits.softmax(-1)[..., None]  # [members, batch, classes, 1]
-    jacobian = torch.eye(logits.shape[-1]).to(x).expand(*p.shape[:2], -1, -1)
-    total = torch.zeros(len(logits)).to(x)
-    for k in range(len(weights) - 1, -1, -1):
-        variance = (p * jacobian.square()).sum((2, 3)) - (p * jacobian).sum(2).square().sum(2)
-        total = total + (states[k].square().sum(-1) * variance).mean(1)
-        if k:
-            slope = torch.ones_like(states[k]).where(states[k] > 0, SLOPE)
-            jacobian = (jacobian @ weights[k][:, None]) * slope[:, :, None]
-    return total
 
 
 def measures(weights: list[Tensor], x: Tensor, y: Tensor, data, radii: Sequence[float], draws: int) -> dict:

@@ -181,7 +181,7 @@ def one_loss(vector, weights, x, y):
 
 def test_the_exact_trace_is_that_of_the_whole_hessian(three_networks):
     weights, x, y = three_networks
-    found = importlib.import_module("minima").hessian_trace(weights, x)
+    found = importlib.import_module("generalization").hessian_trace(weights, x)
     for m in range(3):
         vector = torch.cat([w[m].flatten() for w in weights])
         dense = torch.autograd.functional.hessian(lambda v: one_loss(v, weights, x, y), vector)

@@ -31,11 +31,20 @@ def record(name: str) -> dict[str, Any]:
 # --- do sharpness and curvature predict? ------------------------------------------------------------------------------
 
 
-def correlation(measure: str, against: str = "validation_loss") -> float:
-    """Pearson's, over the hundred networks of `generalization`; "gap" is validation loss minus training loss."""
-    networks = {k: np.array(v) for k, v in record("generalization")["networks"].items()}
+PLACES = {"": "generalization", "fashion": "generalization-fashion_mnist", "cifar": "generalization-cifar10"}
+
+
+def correlation(measure: str, against: str = "validation_loss", data: str = "") -> float:
+    """Pearson's, over the hundred networks of a data set; "gap" is validation loss minus training loss."""
+    networks = {k: np.array(v) for k, v in record(PLACES[data])["networks"].items()}
     networks["gap"] = networks["validation_loss"] - networks["train_loss"]
     return float(np.corrcoef(networks[measure], networks[against])[0, 1])
+
+
+def fisher(measure: str, against: str = "validation_loss", data: str = "") -> tuple[float, float, float]:
+    """The same with its 95% interval by Fisher's transformation."""
+    r, half = correlation(measure, against, data), 1.96 / (len(record(PLACES[data])["networks"][measure]) - 3) ** 0.5
+    return r, float(np.tanh(np.arctanh(r) - half)), float(np.tanh(np.arctanh(r) + half))
 
 
 # --- arms, paired by seed ---------------------------------------------------------------------------------------------
@@ -59,9 +68,32 @@ def minimum(arm: str) -> tuple[float, float]:
     return interval(np.array([runs[seed, arm] - runs[seed, "plain"] for seed in seeds]))
 
 
+<<<<<<< HEAD
 def ends(data: str, optimizer: str, arm: str, key: str) -> np.ndarray:
     """After the last epoch, [seeds, rates]: the seeds and rates of plain training; infinite where it diverged."""
     runs = [r for r in record(data)["runs"] if r["optimizer"] == optimizer]
+=======
+def cifar_minimum(arm: str) -> str:
+    """Final test loss of an arm of `minima-cifar10` minus that without a teleport, each at its best rate, and n."""
+    runs = {(run["seed"], run["arm"]): run for run in record("minima-cifar10")["runs"]}
+    seeds = sorted({seed for seed, _ in runs})
+    if len(seeds) < 2:
+        return f"{len(seeds)} of 10 seeds recorded"
+
+    def last(name: str, key: str) -> np.ndarray:
+        curves = [[curve[-1] for curve in runs[seed, name][key]] for seed in seeds]
+        return np.array([[np.inf if v is None else v for v in row] for row in curves])
+
+    best = {name: last(name, "validation_loss").mean(0).argmin() for name in (arm, "plain")}
+    ends = {name: last(name, "test_loss")[:, k] for name, k in best.items()}
+    mean, half = interval(ends[arm] - ends["plain"])
+    return f"{mean:+.3f} ± {half:.3f} ({len(seeds)} of 10 seeds)".replace("-", "−")
+
+
+def final(optimizer: str, arm: str, key: str = "test_loss") -> np.ndarray:
+    """By seed, at the rate that is best on the held-out images after the last epoch."""
+    runs = [r for r in record("optimizers")["runs"] if (r["optimizer"], r["arm"]) == (optimizer, arm)]
+>>>>>>> gen-runs
 
     def cells(arm: str) -> dict[tuple[int, float], float | None]:
         mine = (r for r in runs if r["arm"] == arm)
@@ -130,9 +162,23 @@ def learned_ratio(arm: str, base: str) -> tuple[float, float, float]:
     return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half))
 
 
+<<<<<<< HEAD
 def gain(
     network: str, radius: float = 1.0, key: str = "squared_gradient_gain"
 ) -> float:
+=======
+def learned_along(arm: str, base: str, step: int) -> tuple[float, float, float]:
+    """The same after some steps, of the geometric means over problems."""
+    logs = []
+    for name in (arm, base):
+        runs = sorted((r for r in record("learned")["runs"] if r["arm"] == name), key=lambda r: r["seed"])
+        logs.append(np.log([r["test"]["as trained"]["loss"][step] for r in runs]))
+    mean, half = interval(logs[0] - logs[1])
+    return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half))
+
+
+def gain(network: str, radius: float = 1.0, key: str = "squared_gradient_gain") -> float:
+>>>>>>> gen-runs
     """What the steepest teleport of `mnist_teleport` multiplies, median over seeds."""
     moves = record("mnist_teleport")[network]["moves"]
     return float(
@@ -205,14 +251,33 @@ def plus_minus(function: Callable[..., tuple[float, float]], *arguments: str) ->
     return "{:+.3f} ± {:.3f}".format(*function(*arguments)).replace("-", "−")
 
 
-def ratio(function: Callable[..., tuple[float, float, float]], *arguments: str) -> str:
+def ratio(function: Callable[..., tuple[float, float, float]], *arguments: Any) -> str:
     """A ratio and its interval, two digits."""
     return "{:.2f} [{:.2f}, {:.2f}]".format(*function(*arguments))
+
+
+def so_far(show: Callable[..., str], *arguments: Any) -> str:
+    """What `show` gives, or that there is nothing in the record yet."""
+    try:
+        return show(*arguments).replace("-", "−")
+    except (FileNotFoundError, KeyError):
+        return "not recorded yet"
 
 
 for measure in MEASURES:
     NUMBERS[f"r {measure}"] = partial(signed, correlation, measure)
     NUMBERS[f"r {measure} gap"] = partial(signed, correlation, measure, "gap")
+for data in PLACES:
+    for measure in (*MEASURES, "curvature_published"):
+        name = f"{data} {measure}".strip()
+        NUMBERS[f"interval {name}"] = partial(so_far, ratio, fisher, measure, "validation_loss", data)
+        NUMBERS[f"interval {name} gap"] = partial(so_far, ratio, fisher, measure, "gap", data)
+for goal in ("flatter", "sharper", "more curved", "less curved"):
+    for family in ("scaling", "published"):
+        NUMBERS[f"cifar {family}, {goal}"] = partial(so_far, cifar_minimum, f"{family}, {goal}")
+for step in (10, 30, 100):
+    for arm, base in LEARNED.items():
+        NUMBERS[f"{arm} at {step}"] = partial(ratio, learned_along, arm, base, step)
 for family in ("scaling", "mixing"):
     for goal in GOALS:
         NUMBERS[f"minimum {family}, {goal}"] = partial(
