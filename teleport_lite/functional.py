@@ -21,7 +21,7 @@ from teleport_lite.evaluation import Evaluation as Evaluation  # the functions t
 from teleport_lite.evaluation import Loss as Loss
 from teleport_lite.evaluation import Params as Params
 from teleport_lite.evaluation import loss_of as loss_of
-from teleport_lite.evaluation import session
+from teleport_lite.evaluation import session as session
 from teleport_lite.runtime import (
     check_generator,
     unfused_attention,

@@ -53,26 +53,16 @@ def fisher(measure: str, against: str = "validation_loss", data: str = "") -> tu
 def interval(differences: np.ndarray) -> tuple[float, float]:
     """Mean, and half the width of its 95% interval from Student's t."""
     n = len(differences)
-    return float(differences.mean()), float(
-        stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5
-    )
+    return float(differences.mean()), float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5)
 
 
 def minimum(arm: str) -> tuple[float, float]:
     """Final test loss of an arm of `minima`, minus that without a teleport."""
-    runs = {
-        (run["seed"], run["arm"]): run["test_loss"][-1]
-        for run in record("minima")["runs"]
-    }
+    runs = {(run["seed"], run["arm"]): run["test_loss"][-1] for run in record("minima")["runs"]}
     seeds = sorted(seed for seed, name in runs if name == arm)
     return interval(np.array([runs[seed, arm] - runs[seed, "plain"] for seed in seeds]))
 
 
-<<<<<<< HEAD
-def ends(data: str, optimizer: str, arm: str, key: str) -> np.ndarray:
-    """After the last epoch, [seeds, rates]: the seeds and rates of plain training; infinite where it diverged."""
-    runs = [r for r in record(data)["runs"] if r["optimizer"] == optimizer]
-=======
 def cifar_minimum(arm: str) -> str:
     """Final test loss of an arm of `minima-cifar10` minus that without a teleport, each at its best rate, and n."""
     runs = {(run["seed"], run["arm"]): run for run in record("minima-cifar10")["runs"]}
@@ -90,35 +80,23 @@ def cifar_minimum(arm: str) -> str:
     return f"{mean:+.3f} ± {half:.3f} ({len(seeds)} of 10 seeds)".replace("-", "−")
 
 
-def final(optimizer: str, arm: str, key: str = "test_loss") -> np.ndarray:
-    """By seed, at the rate that is best on the held-out images after the last epoch."""
-    runs = [r for r in record("optimizers")["runs"] if (r["optimizer"], r["arm"]) == (optimizer, arm)]
->>>>>>> gen-runs
+def ends(data: str, optimizer: str, arm: str, key: str) -> np.ndarray:
+    """After the last epoch, [seeds, rates]: the seeds and rates of plain training; infinite where it diverged."""
+    runs = [r for r in record(data)["runs"] if r["optimizer"] == optimizer]
 
     def cells(arm: str) -> dict[tuple[int, float], float | None]:
         mine = (r for r in runs if r["arm"] == arm)
-        return {
-            (r["seed"], rate): c[-1]
-            for r in mine
-            for rate, c in zip(r["rates"], r[key], strict=True)
-        }
+        return {(r["seed"], rate): c[-1] for r in mine for rate, c in zip(r["rates"], r[key], strict=True)}
 
     found, plain = cells(arm), cells("plain")
     grid = [sorted({pair[k] for pair in plain}) for k in (0, 1)]
     rows = [[found[seed, rate] for rate in grid[1]] for seed in grid[0]]
-    return np.array(
-        [[np.inf if value is None else value for value in row] for row in rows]
-    )
+    return np.array([[np.inf if value is None else value for value in row] for row in rows])
 
 
-def optimizer_effect(
-    optimizer: str, arm: str, data: str = "optimizers"
-) -> evidence.Comparison:
+def optimizer_effect(optimizer: str, arm: str, data: str = "optimizers") -> evidence.Comparison:
     """Final test loss of an arm against that without a teleport, by the rule of Chapter 9."""
-    tables = {
-        key: [ends(data, optimizer, a, key) for a in (arm, "plain")]
-        for key in ("test_loss", "validation_loss")
-    }
+    tables = {key: [ends(data, optimizer, a, key) for a in (arm, "plain")] for key in ("test_loss", "validation_loss")}
     valid = dict(
         zip(
             ("arm_validation", "base_validation"),
@@ -129,16 +107,12 @@ def optimizer_effect(
     return evidence.compare(*tables["test_loss"], **valid, ceiling=np.log(10))
 
 
-def optimizer_gain(
-    optimizer: str, arm: str, data: str = "optimizers"
-) -> tuple[float, float]:
+def optimizer_gain(optimizer: str, arm: str, data: str = "optimizers") -> tuple[float, float]:
     """The same, each at its best rate."""
     return optimizer_effect(optimizer, arm, data).at_best[:2]
 
 
-def optimizer_over_rates(
-    optimizer: str, arm: str, data: str = "optimizers"
-) -> tuple[float, float]:
+def optimizer_over_rates(optimizer: str, arm: str, data: str = "optimizers") -> tuple[float, float]:
     """The same, over all rates."""
     return optimizer_effect(optimizer, arm, data).over_rates[:2]
 
@@ -151,22 +125,12 @@ def learned_ratio(arm: str, base: str) -> tuple[float, float, float]:
             (r for r in record("learned")["runs"] if r["arm"] == name),
             key=lambda r: r["seed"],
         )
-        final = (
-            [np.inf if x is None else x for x in r["test"]["as trained"]["final"]]
-            for r in runs
-        )
-        ends[name] = [
-            float(np.quantile(values, 0.5, method="higher")) for values in final
-        ]
+        final = ([np.inf if x is None else x for x in r["test"]["as trained"]["final"]] for r in runs)
+        ends[name] = [float(np.quantile(values, 0.5, method="higher")) for values in final]
     mean, half = interval(np.log(ends[arm]) - np.log(ends[base]))
     return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half))
 
 
-<<<<<<< HEAD
-def gain(
-    network: str, radius: float = 1.0, key: str = "squared_gradient_gain"
-) -> float:
-=======
 def learned_along(arm: str, base: str, step: int) -> tuple[float, float, float]:
     """The same after some steps, of the geometric means over problems."""
     logs = []
@@ -178,23 +142,15 @@ def learned_along(arm: str, base: str, step: int) -> tuple[float, float, float]:
 
 
 def gain(network: str, radius: float = 1.0, key: str = "squared_gradient_gain") -> float:
->>>>>>> gen-runs
     """What the steepest teleport of `mnist_teleport` multiplies, median over seeds."""
     moves = record("mnist_teleport")[network]["moves"]
-    return float(
-        np.median(
-            [m[key] for m in moves if m["arm"] == "teleport" and m["radius"] == radius]
-        )
-    )
+    return float(np.median([m[key] for m in moves if m["arm"] == "teleport" and m["radius"] == radius]))
 
 
 def mnist(network: str, key: str) -> tuple[list[str], np.ndarray]:
     """The arms of one network of `mnist_teleport`, and [seeds, arms, rates, epochs + 1]."""
     entry = record("mnist_teleport")[network]
-    runs = [
-        [[[np.inf if v is None else v for v in c] for c in arm] for arm in run[key]]
-        for run in entry["runs"]
-    ]
+    runs = [[[[np.inf if v is None else v for v in c] for c in arm] for arm in run[key]] for run in entry["runs"]]
     return list(entry["config"]["arms"]), np.array(runs)
 
 
@@ -202,10 +158,7 @@ def mnist_gain(network: str, arm: str, epoch: int) -> tuple[float, float]:
     """Test loss minus that of the plain arm, each at the rate that is best on the held-out images at that epoch."""
     arms, validation = mnist(network, "validation_loss")
     _, test = mnist(network, "test_loss")
-    ends = {
-        name: test[:, k, validation[:, k, :, epoch].mean(0).argmin(), epoch]
-        for k, name in enumerate(arms)
-    }
+    ends = {name: test[:, k, validation[:, k, :, epoch].mean(0).argmin(), epoch] for k, name in enumerate(arms)}
     return interval(ends[arm] - ends["plain"])
 
 
@@ -280,18 +233,14 @@ for step in (10, 30, 100):
         NUMBERS[f"{arm} at {step}"] = partial(ratio, learned_along, arm, base, step)
 for family in ("scaling", "mixing"):
     for goal in GOALS:
-        NUMBERS[f"minimum {family}, {goal}"] = partial(
-            plus_minus, minimum, f"{family}, {goal}"
-        )
+        NUMBERS[f"minimum {family}, {goal}"] = partial(plus_minus, minimum, f"{family}, {goal}")
 for data, title in {
     "optimizers": "",
     "optimizers-fashion_mnist": "Fashion-MNIST ",
 }.items():
     for optimizer in ("sgd", "momentum", "adagrad", "rmsprop", "adam"):
         for arm in ("teleport", "reset", "random", "paper"):
-            NUMBERS[f"{title}{optimizer} {arm}"] = partial(
-                plus_minus, optimizer_gain, optimizer, arm, data
-            )
+            NUMBERS[f"{title}{optimizer} {arm}"] = partial(plus_minus, optimizer_gain, optimizer, arm, data)
             over = partial(plus_minus, optimizer_over_rates, optimizer, arm, data)
             NUMBERS[f"{title}{optimizer} {arm}, all rates"] = over
 for arm, base in LEARNED.items():
@@ -303,9 +252,7 @@ for network in ("784-16-10-10", "784-512-512-10"):
 LARGE = "784-512-512-10"
 for arm in ("teleport", "random"):
     for epoch in (1, 10):
-        NUMBERS[f"mnist {arm}, epoch {epoch}"] = partial(
-            plus_minus, mnist_gain, LARGE, arm, epoch
-        )
+        NUMBERS[f"mnist {arm}, epoch {epoch}"] = partial(plus_minus, mnist_gain, LARGE, arm, epoch)
 NUMBERS["mnist slow"] = lambda: f"{mnist_slow(LARGE):.2f}"
 NUMBERS["mnist change"] = lambda: f"{mnist_change():.0e}".replace("e-0", "e-")
 
