@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-
 from teleport_lite.book import evidence
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
