@@ -24,9 +24,12 @@ from nbformat.validator import iter_validate
 
 BOOK = Path(__file__).resolve().parent
 sys.path.insert(0, str(BOOK / "_ext"))
+from figures import CAPTION, DIAGRAM
 from theorems import HEAD, KINDS, anchor, outside_code
 
-ADDRESS = "https://colab.research.google.com/github/teleport-lite/teleport-lite/blob/main/"
+ADDRESS = (
+    "https://colab.research.google.com/github/teleport-lite/teleport-lite/blob/main/"
+)
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 SETUP = """\
 try:
@@ -44,8 +47,17 @@ generator = torch.Generator().manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 print(f"teleport_lite {tl.__version__}, torch {torch.__version__}, {device}")
 """
-SECTIONS = ["What you will learn", "When it does not help", "Exercises", "Summary", "What to read next"]
+STUB = "# your turn"
+SECTIONS = [
+    "What you will learn",
+    "When it does not help",
+    "Exercises",
+    "Summary",
+    "What to read next",
+]
 LIMIT = 2_000_000  # bytes
+COLUMNS = 88  # of a line of code
+LONG = 14  # lines of a cell that plots, before it is collapsed
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 KIND = "|".join(KINDS)
@@ -53,7 +65,9 @@ LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 CODE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)")
 DISPLAY = re.compile(r"\$\$([^$]+)\$\$")
 MATH = re.compile(r"\$\$[^$]+\$\$|\$[^$]+\$")
-ENVIRONMENT = re.compile(r"\\begin\{([\w*]+)\}.*?\\end\{\1\}|\\substack\{(?:[^{}]|\{[^{}]*\})*\}", re.S)
+ENVIRONMENT = re.compile(
+    r"\\begin\{([\w*]+)\}.*?\\end\{\1\}|\\substack\{(?:[^{}]|\{[^{}]*\})*\}", re.S
+)
 PARAGRAPH = re.compile(r"\n[>\s]*\n")
 HOLE = "\0"  # where inline code or mathematics was
 
@@ -77,7 +91,11 @@ def without_code(text: str) -> list[str]:
 def statements(lines: Iterable[str]) -> dict[str, tuple[str, str]]:
     """By anchor, the kind and the number of each statement."""
     heads = filter(None, map(HEAD.fullmatch, lines))
-    return {anchor(h["kind"], h["number"]): (h["kind"], h["number"]) for h in heads if h["kind"]}
+    return {
+        anchor(h["kind"], h["number"]): (h["kind"], h["number"])
+        for h in heads
+        if h["kind"]
+    }
 
 
 @dataclass(frozen=True)
@@ -89,7 +107,9 @@ class Notebook:
     @cached_property
     def root(self) -> Path | None:
         """The folder of the table of contents that is nearest above it."""
-        return next((p for p in self.path.resolve().parents if (p / "_toc.yml").is_file()), None)
+        return next(
+            (p for p in self.path.resolve().parents if (p / "_toc.yml").is_file()), None
+        )
 
     @cached_property
     def name(self) -> str:
@@ -116,7 +136,9 @@ class Notebook:
 
     @cached_property
     def markdown(self) -> list[str]:
-        return [source(c) for c in self.content["cells"] if c["cell_type"] == "markdown"]
+        return [
+            source(c) for c in self.content["cells"] if c["cell_type"] == "markdown"
+        ]
 
     @cached_property
     def lines(self) -> list[str]:
@@ -159,9 +181,19 @@ def where(cell: dict) -> str:
     return f"In [{cell['execution_count'] or ' '}] ({first[:30]})"
 
 
+def collapsed(cell: dict) -> bool:
+    """Whether the site hides the code until it is asked for."""
+    tags = cell["metadata"].get("tags", [])
+    return "hide-input" in tags or "hide-cell" in tags
+
+
 def pictures(cell: dict) -> list[dict]:
     """The outputs of a code cell that are pictures."""
-    return [o for o in cell["outputs"] if any(mime.startswith("image/") for mime in o.get("data", {}))]
+    return [
+        o
+        for o in cell["outputs"]
+        if any(mime.startswith("image/") for mime in o.get("data", {}))
+    ]
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -173,9 +205,13 @@ FOREIGN = {
     "a comment": re.compile(r"^%.*|^\+\+\+.*", re.M),
     "a footnote": re.compile(r"\[\^[\w-]+\]"),
     "a link without text": re.compile(r"(?<!!)\[\]\([^)]*\)"),
-    "a picture beside the notebook": re.compile(r"!\[[^\]]*\]\((?!https?:|data:|attachment:)[^)]*\)"),
+    "a picture beside the notebook": re.compile(
+        r"!\[[^\]]*\]\((?!https?:|data:|attachment:)[^)]*\)"
+    ),
 }
-FOREIGN_MATH = re.compile(r"\\(?:(?:re)?newcommand|def|let|DeclareMathOperator|label|ref|eqref)\b")
+FOREIGN_MATH = re.compile(
+    r"\\(?:(?:re)?newcommand|def|let|DeclareMathOperator|label|ref|eqref)\b"
+)
 
 
 @rule
@@ -203,7 +239,9 @@ def mathematics_is_whole(nb: Notebook) -> Iterator[str]:
 @rule
 def statements_are_boxes(nb: Notebook) -> Iterator[str]:
     """What looks like a statement or a proof is one, and each of its lines starts with >."""
-    looks = re.compile(rf"[>\s]*\*\*(?:{KIND}) \d|>[>\s]*\*\*(?:[A-Z]\w+ \d|(?:{KIND}|Proof)\b)")
+    looks = re.compile(
+        rf"[>\s]*\*\*(?:{KIND}) \d|>[>\s]*\*\*(?:[A-Z]\w+ \d|(?:{KIND}|Proof)\b)"
+    )
     for line in nb.lines:
         if looks.match(line) and not HEAD.fullmatch(line):
             yield f"neither '> **Theorem 1.2 (Title).** …' nor '> **Proof.** …': {line[:60]!r}"
@@ -218,7 +256,11 @@ def statements_are_numbered(nb: Notebook) -> Iterator[str]:
     found = [h["number"] for h in map(HEAD.fullmatch, nb.lines) if h and h["kind"]]
     expected = [f"{nb.number}.{k}" for k in range(1, 1 + len(found))]
     if nb.number and found != expected:
-        k = next(k for k, pair in enumerate(zip(found, expected, strict=True)) if len(set(pair)) > 1)
+        k = next(
+            k
+            for k, pair in enumerate(zip(found, expected, strict=True))
+            if len(set(pair)) > 1
+        )
         yield f"statement {found[k]} where {expected[k]} is expected"
 
 
@@ -227,8 +269,14 @@ def equations_are_numbered(nb: Notebook) -> Iterator[str]:
     r"""Each \tag starts with the number of the chapter and is its only one."""
     tags = re.findall(r"\\tag\*?\{([^}]*)\}", nb.prose)
     if nb.number:
-        yield from (f"\\tag{{{t}}} in chapter {nb.number}" for t in tags if not re.fullmatch(rf"{nb.number}\.\d+", t))
-    yield from (f"\\tag{{{t}}} stands {n} times" for t, n in Counter(tags).items() if n > 1)
+        yield from (
+            f"\\tag{{{t}}} in chapter {nb.number}"
+            for t in tags
+            if not re.fullmatch(rf"{nb.number}\.\d+", t)
+        )
+    yield from (
+        f"\\tag{{{t}}} stands {n} times" for t, n in Counter(tags).items() if n > 1
+    )
 
 
 @rule
@@ -247,7 +295,11 @@ def links_lead_somewhere(nb: Notebook) -> Iterator[str]:
             if numbers and kinds:
                 yield f"[{text}] leads to no statement, but to {target}"
             continue
-        lines = Notebook(goal).lines if goal.suffix == ".ipynb" else without_code(goal.read_text("utf8"))
+        lines = (
+            Notebook(goal).lines
+            if goal.suffix == ".ipynb"
+            else without_code(goal.read_text("utf8"))
+        )
         if fragment not in (found := statements(lines)):
             yield f"no statement {fragment} in {page or 'this notebook'}"
             continue
@@ -262,7 +314,10 @@ def links_lead_somewhere(nb: Notebook) -> Iterator[str]:
 @rule
 def is_listed(nb: Notebook) -> Iterator[str]:
     """The table of contents names it."""
-    listed = [nb.toc["root"], *(c["file"] for part in nb.toc["parts"] for c in part["chapters"])]
+    listed = [
+        nb.toc["root"],
+        *(c["file"] for part in nb.toc["parts"] for c in part["chapters"]),
+    ]
     if nb.name.removesuffix(".ipynb") not in listed:
         yield "not in _toc.yml"
 
@@ -294,7 +349,9 @@ def keeps_the_template(nb: Notebook) -> Iterator[str]:
     headings = [h for text in nb.markdown for h in sections(text) if h in SECTIONS]
     if headings != SECTIONS:
         yield f"sections {headings}, expected {SECTIONS}"
-    if not any("html" in mime and "tl-player" in "".join(html) for mime, html in outputs(nb)):
+    if not any(
+        "html" in mime and "tl-player" in "".join(html) for mime, html in outputs(nb)
+    ):
         yield "no explorer"
     if not any(c["cell_type"] == "code" for c in nb.section("When it does not help")):
         yield "'When it does not help' measures nothing: it has no code cell"
@@ -304,8 +361,26 @@ def keeps_the_template(nb: Notebook) -> Iterator[str]:
     solved = len(re.findall(r"<summary>[^<]*[Ss]olution", text))
     if asked < 3 or solved < asked:
         yield f"{asked} exercises ('**Exercise 1') and {solved} solutions, expected at least 3, and a solution for each"
-    if not any(c["cell_type"] == "code" and "assert " in source(c) for c in exercises):
-        yield "the exercises have no cell that checks an answer"
+    stubs = solutions = 0
+    for cell in exercises:
+        if cell["cell_type"] != "code":
+            continue
+        if source(cell).startswith("# Solution"):
+            solutions += 1
+            if "hide-cell" not in cell["metadata"].get("tags", []):
+                yield f"{where(cell)} shows the solution: tag it hide-cell"
+        elif STUB in source(cell) and "assert " in source(cell):
+            stubs += 1
+        else:
+            yield (
+                f"{where(cell)} is neither a stub, with '{STUB}' and asserts that run once it is written, "
+                "nor a '# Solution'"
+            )
+    if not stubs or not solutions:
+        yield f"the exercises have {stubs} stubs to fill in and {solutions} cells with solutions"
+    wanted = len(re.findall(r"^(?:#+ |\*\*)Exercise \d[^.\n]*\bcode\b", text, re.M))
+    if stubs < wanted:
+        yield f"{wanted} exercises ask for code, {stubs} have a stub"
 
 
 @rule
@@ -316,7 +391,9 @@ def solutions_open(nb: Notebook) -> Iterator[str]:
         if not len(parts) == text.count("<details") == text.count("</details>"):
             yield "a <details> is not closed in its own cell"
         for part in parts:
-            if not re.fullmatch(r"\s*<summary>[^\n]+</summary>[ \t]*\n[ \t]*\n.*\n[ \t]*\n", part, re.S):
+            if not re.fullmatch(
+                r"\s*<summary>[^\n]+</summary>[ \t]*\n[ \t]*\n.*\n[ \t]*\n", part, re.S
+            ):
                 yield f"no blank line after </summary> or before </details>: {part.strip()[:60]!r}"
             if any(re.match("#+ ", line) for line in without_code(part)):
                 yield f"a heading inside <details>: {part.strip()[:60]!r}"
@@ -329,7 +406,9 @@ def outputs(nb: Notebook) -> Iterator[tuple[str, str | list[str]]]:
     """All stored outputs, as pairs of a type and a text."""
     for cell in nb.code:
         for output in cell["outputs"]:
-            yield from output.get("data", {"text/plain": output.get("text", "")}).items()
+            yield from output.get(
+                "data", {"text/plain": output.get("text", "")}
+            ).items()
 
 
 @rule
@@ -339,14 +418,21 @@ def was_run(nb: Notebook) -> Iterator[str]:
     if counts != list(range(1, 1 + len(counts))):
         yield f"not run from top to bottom in a fresh kernel: {counts}"
     for cell in nb.code:
-        if any(o["output_type"] == "error" or o.get("name") == "stderr" for o in cell["outputs"]):
+        if any(
+            o["output_type"] == "error" or o.get("name") == "stderr"
+            for o in cell["outputs"]
+        ):
             yield f"{where(cell)} shows an error or a warning"
 
 
 @rule
 def figures_speak(nb: Notebook) -> Iterator[str]:
-    """A figure has a cell of its own that ends with plt.show(), a name, a caption and alt text."""
+    """A figure has a cell of its own that ends with plt.show(), a name, alt text, and a caption in the text below."""
     names: Counter[str] = Counter()
+    cells = nb.content["cells"]
+    below = {
+        id(c): source(d) for c, d in pairwise(cells) if d["cell_type"] == "markdown"
+    }
     for cell in nb.code:
         last = source(cell).rstrip().rpartition("\n")[2]
         if last.endswith(";"):
@@ -362,14 +448,45 @@ def figures_speak(nb: Notebook) -> Iterator[str]:
             yield f"{where(cell)} plots and does not end with plt.show()"
         if not name.startswith("fig-") or names[name] > 1:
             yield f"{where(cell)} needs a figure name of its own, 'fig-…', not {name!r}"
-        if not meta.get("figure", {}).get("caption", "").strip():
-            yield f"{where(cell)} shows a figure without a caption"
+        if "caption" in meta.get("figure", {}):
+            yield f"{where(cell)} has its caption in its metadata: '**Figure.** ...' below it is read everywhere"
+        elif not CAPTION.match(below.get(id(cell), "")):
+            yield f"{where(cell)} shows a figure and no '**Figure.** ...' stands below it"
         if not meta.get("image", {}).get("alt", "").strip():
             yield f"{where(cell)} shows a figure without alt text"
 
 
+@rule
+def diagrams_are_there(nb: Notebook) -> Iterator[str]:
+    """A diagram is one that book/diagrams.py draws, says in words what it shows, and has a caption."""
+    for text in nb.markdown:
+        for match in DIAGRAM.finditer(text):
+            name = match["name"]
+            if not (BOOK / "_static" / "diagrams" / f"{name}.svg").is_file():
+                yield f"no diagram {name}: add it to book/diagrams.py"
+            if not match["alt"].strip():
+                yield f"the diagram {name} does not say in words what it shows"
+            if not match["text"]:
+                yield f"no '**Figure.** ...' stands below the diagram {name}"
+
+
+@rule
+def code_is_narrow(nb: Notebook) -> Iterator[str]:
+    """Code fits the column of the site, and a long cell that only plots or plays is collapsed there."""
+    for cell in nb.code:
+        lines = source(cell).split("\n")
+        for line in lines:
+            if len(line) > COLUMNS and "%pip" not in line:
+                yield f"{where(cell)} has a line of {len(line)} columns, more than {COLUMNS}: {line.strip()[:40]}"
+        plots = pictures(cell) or "plot.explorer(" in source(cell)
+        if plots and len(lines) > LONG and not collapsed(cell):
+            yield f"{where(cell)} plots in {len(lines)} lines and has no tag hide-input"
+
+
 COLOUR = re.compile(r"[ef]?c|m[ef]c|\w*colors?")
-FORMAT = re.compile(r"[-:.,o^v<>1-4sPp*hH+xXDd|_]*(?:[bgrcmykw]|C\d)[-:.,o^v<>1-4sPp*hH+xXDd|_]*")
+FORMAT = re.compile(
+    r"[-:.,o^v<>1-4sPp*hH+xXDd|_]*(?:[bgrcmykw]|C\d)[-:.,o^v<>1-4sPp*hH+xXDd|_]*"
+)
 NEUTRAL = {"none", "white"}
 
 
@@ -379,22 +496,40 @@ def raw_colours(code: str) -> Iterator[str]:
     places: list[ast.AST] = []
     for node in ast.walk(tree):
         match node:
-            case ast.Constant(value=str(text)) if re.fullmatch("#(?:[0-9A-Fa-f]{3,4}){1,2}", text):
+            case ast.Constant(value=str(text)) if re.fullmatch(
+                "#(?:[0-9A-Fa-f]{3,4}){1,2}", text
+            ):
                 yield text
-            case ast.Call(func=ast.Attribute(attr=method), args=arguments, keywords=keywords):
-                places += [k.value for k in keywords if k.arg and COLOUR.fullmatch(k.arg)]
+            case ast.Call(
+                func=ast.Attribute(attr=method), args=arguments, keywords=keywords
+            ):
+                places += [
+                    k.value for k in keywords if k.arg and COLOUR.fullmatch(k.arg)
+                ]
                 places += arguments if re.fullmatch(r"set_\w*color", method) else []
                 if re.fullmatch("plot|semilog[xy]|loglog|errorbar|step|stem", method):
-                    texts = [a.value for a in arguments if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+                    texts = [
+                        a.value
+                        for a in arguments
+                        if isinstance(a, ast.Constant) and isinstance(a.value, str)
+                    ]
                     yield from filter(FORMAT.fullmatch, texts)
             case ast.Call(keywords=keywords):
-                places += [k.value for k in keywords if k.arg and COLOUR.fullmatch(k.arg)]
+                places += [
+                    k.value for k in keywords if k.arg and COLOUR.fullmatch(k.arg)
+                ]
             case ast.Dict(keys=keys, values=values):
                 pairs = zip(keys, values, strict=True)
-                places += [v for k, v in pairs if isinstance(k, ast.Constant) and str(k.value).endswith("color")]
+                places += [
+                    v
+                    for k, v in pairs
+                    if isinstance(k, ast.Constant) and str(k.value).endswith("color")
+                ]
     for node in (inner for place in places for inner in ast.walk(place)):
         match node:
-            case ast.Constant(value=str(text)) if text[:1] != "#" and text not in NEUTRAL and is_color_like(text):
+            case ast.Constant(value=str(text)) if (
+                text[:1] != "#" and text not in NEUTRAL and is_color_like(text)
+            ):
                 yield text
 
 
@@ -403,13 +538,19 @@ def colours_are_the_palette(nb: Notebook) -> Iterator[str]:
     """Colours come from plot.COLOURS, so that one arm looks the same everywhere."""
     for cell in nb.code:
         try:
-            yield from (f"{where(cell)} uses the colour {c!r}: take plot.COLOURS" for c in raw_colours(source(cell)))
+            yield from (
+                f"{where(cell)} uses the colour {c!r}: take plot.COLOURS"
+                for c in raw_colours(source(cell))
+            )
         except SyntaxError as error:
             yield f"{where(cell)} is not Python: {error.msg}"
 
 
 FLEETING = {
-    "measures time": re.compile(r"\b(?:perf_counter|process_time|timeit|time\.(?:time|monotonic))\b|^%%?time\b", re.M),
+    "measures time": re.compile(
+        r"\b(?:perf_counter|process_time|timeit|time\.(?:time|monotonic))\b|^%%?time\b",
+        re.M,
+    ),
     "shows how long a teleport took": re.compile(r"\.seconds\b"),
     "moves while it runs": re.compile(r"\btqdm\b|\bclear_output\b"),
 }
@@ -419,9 +560,15 @@ FLEETING = {
 def runs_alike(nb: Notebook) -> Iterator[str]:
     """Nothing that differs from run to run: no times, no progress bars, no addresses of objects."""
     for cell in nb.code:
-        yield from (f"{where(cell)} {what}" for what, pattern in FLEETING.items() if pattern.search(source(cell)))
+        yield from (
+            f"{where(cell)} {what}"
+            for what, pattern in FLEETING.items()
+            if pattern.search(source(cell))
+        )
     for mime, text in outputs(nb):
-        if mime == "text/plain" and (match := re.search(r"\S+ (?:object )?at 0x[0-9a-fA-F]+", "".join(text))):
+        if mime == "text/plain" and (
+            match := re.search(r"\S+ (?:object )?at 0x[0-9a-fA-F]+", "".join(text))
+        ):
             yield f"an output shows where an object lies in memory: {match[0]}"
 
 
@@ -438,11 +585,22 @@ def is_clean(nb: Notebook) -> Iterator[str]:
     if meta.get("kernelspec", {}).get("name") != "python3":
         yield "the kernel is not python3"
     left = [k for k in meta if k not in ("kernelspec", "language_info", "widgets")]
-    left += [f"language_info.{k}" for k in meta.get("language_info", {}) if k not in ("name", "pygments_lexer")]
-    left += [k for c in nb.content["cells"] for k in c["metadata"] if k not in ("tags", "mystnb")]
+    left += [
+        f"language_info.{k}"
+        for k in meta.get("language_info", {})
+        if k not in ("name", "pygments_lexer")
+    ]
+    left += [
+        k
+        for c in nb.content["cells"]
+        for k in c["metadata"]
+        if k not in ("tags", "mystnb")
+    ]
     if left:
         yield f"metadata that changes by itself, or that nothing reads: {sorted(set(left))} (make refresh)"
-    views = [o["data"] for c in nb.code for o in c["outputs"] if WIDGET in o.get("data", {})]
+    views = [
+        o["data"] for c in nb.code for o in c["outputs"] if WIDGET in o.get("data", {})
+    ]
     if any("text/html" in data for data in views) or (views and "widgets" not in meta):
         yield "stores a widget that waits for its kernel (make refresh)"
 
@@ -454,23 +612,34 @@ def lint(path: Path) -> list[str]:
     """What is wrong with a notebook, in words; empty when nothing is."""
     nb = Notebook(Path(path))
     try:
-        if invalid := [f"not a valid notebook: {error.message[:200]}" for error in iter_validate(nb.content)]:
+        if invalid := [
+            f"not a valid notebook: {error.message[:200]}"
+            for error in iter_validate(nb.content)
+        ]:
             return invalid
     except ValueError as error:
         return [f"not a notebook: {error}"]
     if nb.root is None:
         return ["in no book: no folder above it has a _toc.yml"]
-    return [f"{finding} [{name}]" for name, check in RULES.items() for finding in check(nb)]
+    return [
+        f"{finding} [{name}]" for name, check in RULES.items() for finding in check(nb)
+    ]
 
 
 def notebooks(folder: Path = BOOK) -> list[Path]:
     """All notebooks of the book."""
-    return sorted(p for p in folder.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    return sorted(
+        p for p in folder.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
+    )
 
 
 def main(arguments: list[str]) -> int:
     """Lint the notebooks named, or all; 1 when there is a finding."""
-    findings = [f"{path}: {finding}" for path in map(Path, arguments or notebooks()) for finding in lint(path)]
+    findings = [
+        f"{path}: {finding}"
+        for path in map(Path, arguments or notebooks())
+        for finding in lint(path)
+    ]
     print("\n".join(findings), end="\n" if findings else "")
     return int(bool(findings))
 

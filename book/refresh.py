@@ -26,7 +26,9 @@ RANDOM_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 
 def joined(outputs: list) -> Iterator[nbformat.NotebookNode]:
     """The outputs, with what was printed in one piece: a busy kernel sends it in several."""
-    for is_stream, group in groupby(outputs, lambda o: o.output_type == "stream" and o.name):
+    for is_stream, group in groupby(
+        outputs, lambda o: o.output_type == "stream" and o.name
+    ):
         first, *rest = group
         if is_stream:
             first.text += "".join(o.text for o in rest)
@@ -40,21 +42,35 @@ def stable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     views = 0
     for output in outputs:
         data = output.get("data", {})
-        if "text/html" in data:  # an explorer's player moves by itself; its widget would wait for a kernel
+        if (
+            "text/html" in data
+        ):  # an explorer's player moves by itself; its widget would wait for a kernel
             data.pop(WIDGET, None)
         views += WIDGET in data
     widgets = notebook.metadata.get("widgets") if views else None
-    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": LANGUAGE})
+    notebook.metadata = nbformat.from_dict(
+        {"kernelspec": KERNEL, "language_info": LANGUAGE}
+    )
     if widgets:
         notebook.metadata["widgets"] = widgets
     for cell in notebook.cells:
         if "outputs" in cell:
             cell.outputs = list(joined(cell.outputs))
-        for key in ("execution", "collapsed", "scrolled", "id", "outputId", "colab", "ExecuteTime"):
+        for key in (
+            "execution",
+            "collapsed",
+            "scrolled",
+            "id",
+            "outputId",
+            "colab",
+            "ExecuteTime",
+        ):
             cell.metadata.pop(key, None)
     found = dict.fromkeys(RANDOM_ID.findall(json.dumps([outputs, widgets])))
     numbered = {old: f"{number:032x}" for number, old in enumerate(found, 1)}
-    text = RANDOM_ID.sub(lambda match: numbered.get(match[0], match[0]), nbformat.writes(notebook))
+    text = RANDOM_ID.sub(
+        lambda match: numbered.get(match[0], match[0]), nbformat.writes(notebook)
+    )
     return nbformat.reads(text, as_version=4)
 
 
@@ -75,7 +91,9 @@ def refresh(path: Path) -> None:
 def main(arguments: list[str]) -> int:
     """Run the chapters named, or all; the number of those that failed."""
     here = Path(__file__).resolve().parent
-    chapters = [Path(a) for a in arguments] or [p for p in sorted(here.rglob("*.ipynb")) if "checkpoint" not in p.name]
+    chapters = [Path(a) for a in arguments] or [
+        p for p in sorted(here.rglob("*.ipynb")) if "checkpoint" not in p.name
+    ]
     failed = 0
     for path in chapters:
         start = time.perf_counter()

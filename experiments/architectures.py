@@ -106,7 +106,9 @@ def run(network: str, arm: str, seed: int, rate: float, radius: float, symmetry:
     teleporter = None
     if options is not None:
         jump = torch.Generator().manual_seed(2000 + seed)
-        teleporter = tl.Teleporter(net, optimizer, symmetry, every=due, radius=radius, generator=jump, **options)
+        teleporter = tl.Teleporter(
+            net, optimizer, symmetry, every=due, radius=TELEPORTS * radius, generator=jump, **options
+        )
     order, draw = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000 + seed)
     train_loss, curves, reports = [], [], []
     clock = {"seconds_training": 0.0, "seconds_teleporting": 0.0}

@@ -6,7 +6,7 @@ a group element on purpose.
 
 from teleport_lite import learned, objectives, symmetries
 from teleport_lite.book import data
-from teleport_lite.discovery import find_symmetries
+from teleport_lite.discovery import find_symmetries, register_rule
 from teleport_lite.errors import TeleportError
 from teleport_lite.geometry import conserved_quantities, curvature, hessian_eigenvalues, hessian_trace, sharpness
 from teleport_lite.level_set import LevelSetReport, level_set_teleport
@@ -14,8 +14,9 @@ from teleport_lite.null_space import null_space_teleport
 from teleport_lite.objectives import Objective, one_step_loss
 from teleport_lite.optim import Teleporter
 from teleport_lite.published import paper_teleport
+from teleport_lite.report import Report
 from teleport_lite.symmetries import Product, Symmetry, minibatch_symmetries
-from teleport_lite.teleport import Report, teleport
+from teleport_lite.teleport import teleport
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "objectives",
     "one_step_loss",
     "paper_teleport",
+    "register_rule",
     "sharpness",
     "symmetries",
     "teleport",

@@ -7,16 +7,30 @@ measured: the loss again, with each weight moved by a few units in its last plac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from teleport_lite.functional import Params
+from teleport_lite.errors import BatchError, LossError, ParameterError
+from teleport_lite.functional import Params, norms, value_and_grad
+from teleport_lite.objectives import Problem
+from teleport_lite.symmetries.minibatch import MiniBatchMixing
+from teleport_lite.symmetries.product import Product
 
 LARGEST = 10  # times the tolerance
 HIDDEN = 1e6  # an entry that did not change is no measure for those that did when it is so many times larger
 ULPS = 4  # units in the last place by which weights are moved to see what rounding does
+MOVED = "the loss moved"
+
+
+class RefusedError(Exception):
+    """Ends a transaction whose result must not stay."""
+
+    def __init__(self, reason: str, moved: bool = False) -> None:
+        self.reason, self.moved = reason, moved
+        super().__init__(reason)
 
 
 def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
@@ -43,9 +57,15 @@ def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
         sizes = torch.where(old.isfinite(), old.abs(), 0.0).float()
         moved = torch.where(same, 0.0, sizes).amax()
         size = torch.where(sizes <= HIDDEN * moved, sizes, 0.0).amax()
-        gap = torch.where(same, 0.0, (new - old).abs().nan_to_num(torch.inf).float()).amax()
+        gap = torch.where(same, 0.0, (new - old).abs().nan_to_num(torch.inf, torch.inf).float()).amax()
         worst = torch.maximum(worst, torch.where(gap > 0, gap / size, 0.0).to(worst.device))
     return worst
+
+
+def relative_gap(found: Tensor, expected: Tensor) -> Tensor:
+    """The distance of two vectors, relative to the longer one."""
+    size = torch.maximum(found.norm(), expected.norm())
+    return torch.where(size > 0, (found - expected).norm() / size, 0.0)
 
 
 def rounded(params: Params, sign: int) -> Params:
@@ -62,3 +82,87 @@ def rounded(params: Params, sign: int) -> Params:
         return p * (1 + sign * ULPS * torch.finfo(p.dtype).eps * signs.to(p.dtype))
 
     return {name: move(p) if p.is_floating_point() else p for name, p in params.items()}
+
+
+def check_deterministic(problem: Problem, value: float, tol: float) -> None:
+    """Evaluate the loss again at the same parameters, to tell a broken symmetry from a loss that changes by itself.
+
+    Raises:
+        LossError: when it does.
+    """
+    again = float(problem.at(problem.params))
+    if not _close(again, value, tol):
+        raise LossError(
+            "a deterministic loss",
+            f"{value:.6g} and {again:.6g} at the same parameters",
+            "fix the batch, and seed what draws from a generator of its own at each call",
+        )
+
+
+def _close(a: float, b: float, tol: float) -> bool:
+    """Whether two losses agree; two that are not finite count as agreeing here, and are refused elsewhere."""
+    return a == b or abs(a - b) <= tol * abs(b) or a - b != a - b
+
+
+def _is_noise(before: float, after: float, problem: Problem, tol: float) -> bool:
+    """Whether rounding the weights moves the loss as far: it does where the loss is small beside its terms.
+
+    Raises:
+        LossError: when it changes by itself.
+    """
+    check_deterministic(problem, after, tol)
+    probes = [float(problem.at(rounded(problem.params, sign))) for sign in (1, -1)]
+    return abs(after - before) <= 2 * max(abs(probe - after) for probe in probes)
+
+
+def _is_noise_of_gradients(gap: float, problem: Problem) -> bool:
+    """Whether rounding the weights changes the lengths of the gradients as much: it does near a minimum."""
+    here, near = (norms(value_and_grad(problem.loss, p)[1]) for p in (problem.params, rounded(problem.params, 1)))
+    return gap <= 4 * float(relative_gap(near, here))
+
+
+def why_refused(
+    numbers: list[float],
+    problem: Problem,
+    product: Product,
+    tol: float,
+    seen: bool,
+    maximize: bool,
+    search: str | None,
+) -> str:
+    """Why the move must not stay, or nothing.
+
+    What all ranks know alike comes first, so that all take part in what is evaluated again.
+
+    Raises:
+        LossError: when the loss changes by itself.
+        ParameterError: when a parameter is not finite.
+    """
+    before, after, old, new, gap, false = numbers
+    finite = torch.tensor([before, after, old, new]).isfinite().tolist()
+    if not finite[0] or not finite[2]:
+        for name, p in problem.params.items():
+            if not p.isfinite().all():
+                raise ParameterError(name, "finite", "NaN or infinity in it", "restore it from a checkpoint")
+    if not all(finite):
+        names = ("loss", "loss after the move", "objective", "objective after the move")
+        return f"the {names[finite.index(False)]} is not finite"
+    if not _close(after, before, tol) and not (_is_noise(before, after, problem, tol) and seen):
+        hint = ""
+        for factor in product:
+            if isinstance(factor, MiniBatchMixing):
+                try:
+                    factor.require_exact(problem.params)
+                except BatchError as error:
+                    hint = f" ({error})"
+        return f"{MOVED} from {before:.6g} to {after:.6g}, beyond the relative tolerance {tol:g}{hint}"
+    if false > math.sqrt(tol) and not _is_noise_of_gradients(false, problem):
+        return (
+            f"the gradient after the move is not the one that was carried along (off by {false:.1e}, relative): the "
+            "backward pass is not the derivative of the forward pass, as with straight-through estimators"
+        )
+    if search != "random" and not (new > old if maximize else new < old):
+        return f"nothing {'larger' if maximize else 'smaller'} was found within the radius"
+    if gap > LARGEST * tol:
+        return f"the outputs moved by {gap:.1e} of the largest, beyond {LARGEST} times the relative tolerance {tol:g}"
+    return ""

@@ -7,30 +7,25 @@ for as long as that takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
-from torch.utils._pytree import tree_leaves
 
 from teleport_lite.distributed import check_whole
-from teleport_lite.errors import EmptyModelError, LossError, ParameterError, ShapeError, TeleportError
+from teleport_lite.errors import EmptyModelError, LossError, ParameterError, ShapeError
+from teleport_lite.evaluation import Evaluation as Evaluation  # the functions that this module is about
+from teleport_lite.evaluation import Loss as Loss
+from teleport_lite.evaluation import Params as Params
+from teleport_lite.evaluation import loss_of as loss_of
+from teleport_lite.evaluation import session as session
 from teleport_lite.runtime import (
-    TOLERANCES,
-    LossFn,
-    RandomState,
-    Stage,
-    coarsest,
-    eager_mode,
-    kept_random_state,
+    check_generator,
+    unfused_attention,
 )
-
-Params = dict[str, Tensor]
-Loss = Callable[[Params], Tensor]
 
 
 def trainable(model: nn.Module) -> Params:
@@ -86,121 +81,6 @@ def _entries(p: Tensor) -> Tensor:
     return places.as_strided(p.shape, p.stride(), p.storage_offset()).flatten() * p.itemsize
 
 
-class Evaluation:
-    """The loss of a model as a function of its parameters: `evaluation(params)` is `loss_fn(model)` at `params`.
-
-    What `loss_fn` receives is the model, with `params` in the places of its parameters and copies of its buffers in
-    theirs. It is run as the caller would run it, under the caller's autocast but not compiled, and always from the same
-    random state. Inside of `with evaluation:` the parameters of the last call stay in place, since a checkpointed layer
-    runs again when it is differentiated; behind it all is as before, whatever happened.
-
-    Args:
-        model: the model.
-        loss_fn: model -> scalar loss.
-
-    Attributes:
-        call: the positional and the keyword arguments of the first call of the model.
-        dtype: the coarsest type that the parameters, the outputs and the loss had so far, autocast included.
-
-    >>> model, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
-    >>> loss = Evaluation(model, lambda net: net(x).sum() + net.weight.square().sum())
-    >>> loss({"weight": torch.tensor([[3.0]])}).item()
-    12.0
-    """
-
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
-        self.model, self.loss_fn = model, loss_fn
-        self.call: tuple[tuple, dict[str, Any]] | None = None
-        first = next((p for p in self.model.parameters() if p.dtype in TOLERANCES), torch.empty(0))
-        self.dtype, self.device = first.dtype, first.device.type
-        self._outputs: list[Tensor] | None = None
-        self._depth = 0
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Evaluation:
-        if not self._depth:
-            with ExitStack() as stack:
-                self._stage: Stage = Stage(self.model)
-                stack.callback(self._stage.put_back)
-                self._random: RandomState = stack.enter_context(kept_random_state(self.model))
-                on = torch.is_autocast_enabled(self.device)
-                self._autocast = torch.get_autocast_dtype(self.device) if on else None
-                stack.enter_context(eager_mode(self.device))
-                note = lambda *call: self._note_call(*call)  # noqa: E731 - a bound method would be copied along with a model
-                stack.callback(self.model.register_forward_hook(note, with_kwargs=True).remove)
-                self._stack = stack.pop_all()
-        self._depth += 1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self._stack.close()
-
-    def __call__(self, params: Params) -> Tensor:
-        with self:
-            self._stage.put(params)
-            self._random.restore()
-            on = self._autocast is not None
-            with torch.autocast(self.device, self._autocast) if on else nullcontext():
-                value = self.loss_fn(self.model)
-            self._note(value)
-            return value
-
-    @contextmanager
-    def observed(self) -> Iterator[list[Tensor]]:
-        """A context with a list that fills with what the model returns."""
-        outputs: list[Tensor] = []
-        self._outputs = outputs
-        try:
-            yield outputs
-        finally:
-            self._outputs = None
-
-    def rest(self) -> None:
-        """Put the model's own parameters and buffers back in their places, until the next call."""
-        self._stage.put_back()
-
-    def _note_call(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        if self.call is None:
-            self.call = args, kwargs
-        if torch.is_autocast_enabled(self.device):
-            self.dtype = coarsest([self.dtype, torch.get_autocast_dtype(self.device)])
-        tensors = self._note(output)
-        if self._outputs is not None:
-            self._outputs += [t.detach().clone() for t in tensors]
-
-    def _note(self, output: object) -> list[Tensor]:
-        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-        self.dtype = coarsest([self.dtype, *(t.dtype for t in tensors if t.dtype in TOLERANCES)])
-        return tensors
-
-    def __repr__(self) -> str:
-        return f"Evaluation({type(self.model).__name__})"
-
-
-def loss_of(model: nn.Module, loss_fn: LossFn) -> Evaluation:
-    """The loss as a function of parameters: params -> loss_fn(model at params).
-
-    Raises:
-        TeleportError: when the model is a `DistributedDataParallel`, of which one process knows a shard of the loss.
-
-    >>> model, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
-    >>> loss = loss_of(model, lambda net: net(x).sum())
-    >>> loss({"weight": torch.tensor([[3.0]])}).item()
-    3.0
-    """
-    if isinstance(model, DistributedDataParallel):
-        remedy = "pass model.module for the loss of this process alone; teleport takes the loss of all"
-        raise TeleportError("a model of this process", "DistributedDataParallel", remedy)
-    return Evaluation(model, loss_fn)
-
-
-def session(loss: Loss) -> AbstractContextManager:
-    """A context in which the parameters of the last evaluation stay in place until it is differentiated."""
-    return loss if isinstance(loss, Evaluation) else nullcontext()
-
-
 def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) -> tuple[Tensor, Params]:
     """The loss at `params` and its gradient, one reverse pass.
 
@@ -212,7 +92,7 @@ def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) ->
     >>> value_and_grad(lambda p: (p["w"] ** 2).sum(), {"w": torch.tensor([1.0, 2.0])})
     (tensor(5.), {'w': tensor([2., 4.])})
     """
-    with session(loss), torch.enable_grad():
+    with session(loss), unfused_attention() if create_graph else nullcontext(), torch.enable_grad():
         points = {  # views, because one parameter may have been computed from another
             name: p.view_as(p) if create_graph and p.requires_grad else p.detach().requires_grad_()
             for name, p in params.items()
@@ -224,7 +104,7 @@ def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) ->
                 "one without a gradient",
                 "call the given net inside loss_fn, and do not detach its output",
             )
-        grads = _gradients(value, points, create_graph)
+        grads = gradients(value, [*points.values()], create_graph=create_graph)
     if all(g is None for g in grads):
         raise LossError(
             "a loss that depends on the parameters",
@@ -235,21 +115,60 @@ def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) ->
     return (value if create_graph else value.detach()), filled
 
 
-def _gradients(value: Tensor, points: Params, create_graph: bool) -> list[Tensor | None]:
-    """The derivatives of `value` by `points`, dense.
+HINDRANCES = (  # what torch says, what it means, what helps
+    ("use_reentrant", "a reentrant checkpoint", "pass use_reentrant=False to torch.utils.checkpoint.checkpoint"),
+    (
+        "compatible with .grad()",
+        "a reentrant checkpoint",
+        "pass use_reentrant=False to torch.utils.checkpoint.checkpoint",
+    ),
+    ("sparse tensors", "sparse gradients", "pass sparse=False to the embedding"),
+    ("is not implemented", "{}", "replace that operation, or use what needs fewer derivatives, as gradient_norm does"),
+    (
+        "once_differentiable",
+        "{}",
+        "drop the mark from its backward, or use what needs one derivative, as gradient_norm",
+    ),
+)
+
+
+def gradients(
+    value: Tensor, points: Sequence[Tensor], *, along: Tensor | None = None, create_graph: bool = False
+) -> list[Tensor | None]:
+    """The derivatives of `value` by `points`, dense: `torch.autograd.grad` with errors that say what to do.
 
     Raises:
-        LossError: when a reentrant checkpoint stands in the way.
+        LossError: when something stands in the way that a user can change.
         RuntimeError: whatever else torch has to say.
     """
     try:
-        grads = torch.autograd.grad(value, list(points.values()), create_graph=create_graph, allow_unused=True)
+        grads = torch.autograd.grad(value, [*points], along, create_graph=create_graph, allow_unused=True)
     except RuntimeError as error:
-        if "use_reentrant" not in str(error) and "not compatible with .grad()" not in str(error):
-            raise
-        remedy = "pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
-        raise LossError("a loss that torch.autograd.grad differentiates", "a reentrant checkpoint", remedy) from error
+        for said, meant, remedy in HINDRANCES:
+            if said in str(error):
+                got = meant.format(str(error).split(". ")[0].rstrip("."))
+                raise LossError("a loss that torch differentiates as often as is needed", got, remedy) from error
+        raise
     return [g.to_dense() if g is not None and g.is_sparse else g for g in grads]
+
+
+def check_complete(grads: Iterable[Tensor]) -> None:
+    """Refuse gradients that torch differentiates only in part, without a word: past a @once_differentiable backward.
+
+    Raises:
+        LossError: when there is one.
+    """
+    nodes, seen = [g.grad_fn for g in grads], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            if node.name().endswith("Error"):
+                remedy = (
+                    "let its backward be differentiable, or use what needs fewer derivatives, as gradient_norm does"
+                )
+                raise LossError("a loss with second derivatives", "a function marked @once_differentiable", remedy)
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
 
 
 def check_scalar(value: object) -> Tensor:
@@ -278,12 +197,13 @@ def hvp(loss: Loss, params: Params, vector: Params) -> Params:
             got = tuple(vector[name].shape) if name in vector else None
             raise ShapeError(f"vector[{name!r}]", tuple(p.shape), got, "pass a vector that is shaped like params")
     points = {name: p.detach().requires_grad_() for name, p in params.items()}
-    with session(loss), torch.enable_grad():
+    with session(loss), unfused_attention(), torch.enable_grad():
         _, grads = value_and_grad(loss, points, create_graph=True)
         slope = dot(grads, vector)
         if not slope.requires_grad:  # a linear loss
             return {name: torch.zeros_like(p) for name, p in params.items()}
-        rows = _gradients(slope, points, create_graph=False)
+        check_complete(grads.values())
+        rows = gradients(slope, [*points.values()])
     return {n: torch.zeros_like(p) if row is None else row for (n, p), row in zip(points.items(), rows, strict=True)}
 
 
@@ -305,9 +225,16 @@ def norm(params: Params) -> Tensor:
     return norms(params).norm()
 
 
+def generator_for(params: Params, generator: torch.Generator | None) -> torch.Generator:
+    """`generator`, or one where `params` are, begun at random: evaluations put the global random state back."""
+    if generator := check_generator(generator):
+        return generator
+    return torch.Generator(next(iter(params.values())).device).manual_seed(int(torch.randint(2**62, ())))
+
+
 def normal_like(params: Params, count: int, generator: torch.Generator | None) -> Params:
     """Normal random numbers [count, ...] for each parameter, drawn where the generator lives."""
-    drawn = {}
+    drawn, generator = {}, check_generator(generator)
     for name, p in params.items():
         device = p.device if generator is None else generator.device
         drawn[name] = torch.randn(count, *p.shape, generator=generator, dtype=p.dtype, device=device).to(p.device)

@@ -28,8 +28,9 @@ from teleport_lite.errors import DivergenceError, NoSymmetryError, TeleportError
 from teleport_lite.functional import Params, norm
 from teleport_lite.groups import Group, PositiveScaling
 from teleport_lite.runtime import as_inputs
-from teleport_lite.symmetries.base import Product, Symmetry, check_radius
+from teleport_lite.symmetries.base import Symmetry, check_radius
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
+from teleport_lite.symmetries.product import Product
 
 EMITS = ("fixed", "rate", "update")
 TELEPORTS = ("none", "learned", "random")

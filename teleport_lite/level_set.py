@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport_lite.errors import LossError, ParameterError, TeleportError
-from teleport_lite.functional import Params, check_scalar, loss_of, trainable, value_and_grad
-from teleport_lite.runtime import TOLERANCES, LossFn, eager_mode, kept_random_state, unwrap_compiled
-from teleport_lite.teleport import Report
+from teleport_lite.exactness import LARGEST, largest_change
+from teleport_lite.functional import Params, check_complete, gradients, loss_of, norm, trainable, value_and_grad
+from teleport_lite.report import Report
+from teleport_lite.runtime import TOLERANCES, LossFn, eager_mode, unfused_attention, unwrap_compiled
 from teleport_lite.transaction import commit
 
 HALVINGS = 30  # of a step that does not improve
@@ -55,6 +56,10 @@ class _NotFiniteError(Exception):
     """The loss or its gradient is NaN, or infinite at the start."""
 
 
+class _RefusedError(Exception):
+    """Undoes the move that was just written."""
+
+
 @dataclass
 class Point:
     """A place, its loss and its gradient `g`, which keeps its graph: the Hessian costs one reverse pass more."""
@@ -66,7 +71,11 @@ class Point:
 
 
 class Walk:
-    """A loss as a function of one vector of all trainable parameters, with its cost counted."""
+    """A loss as a function of one vector of all trainable parameters, with its cost counted.
+
+    A product belongs to the point that was evaluated last, whose parameters are still in the model: layers that are
+    checkpointed run again for it.
+    """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, steps: int, tol: float | None, kkt_tol: float) -> None:
         if steps < 1 or not kkt_tol > 0 or not (tol is None or tol > 0):
@@ -84,6 +93,7 @@ class Walk:
         self.x = torch.cat([p.reshape(-1).to(first.device) for p in self.params.values()])
         self.gradients = self.products = 0
         self.start: Point | None = None
+        self.outputs: list[Tensor] = []  # of the model at the start, where they have to stay
 
     def split(self, x: Tensor) -> Params:
         """The parameters that a vector holds."""
@@ -110,18 +120,21 @@ class Walk:
         """Hessian times gradient: the gradient of half the squared gradient norm.
 
         Raises:
+            LossError: when torch cannot differentiate the gradient.
             _NotFiniteError: when it is not finite.
         """
         self.products += 1
-        h = torch.autograd.grad(p.g, p.x, p.g.detach(), allow_unused=True)[0] if p.g.requires_grad else None
+        check_complete([p.g])
+        h = gradients(p.g, [p.x], along=p.g.detach())[0] if p.g.requires_grad else None
         if h is not None and not h.isfinite().all():
             raise _NotFiniteError
         return torch.zeros_like(p.x) if h is None else h  # zero for a loss that is linear
 
-    def value(self, p: Point) -> float:
-        """The loss, evaluated afresh."""
-        with torch.no_grad():
-            return float(check_scalar(self.loss(self.split(p.x))))
+    def now(self) -> tuple[float, float]:
+        """The loss of the model as it is, and the length of its gradient."""
+        value, grads = value_and_grad(self.loss, {name: p.detach() for name, p in trainable(self.model).items()})
+        self.loss.rest()
+        return float(value), float(norm({name: g.double() for name, g in grads.items()}))
 
 
 def dots(*pairs: tuple[Tensor, Tensor]) -> list[float]:
@@ -157,7 +170,7 @@ def level_set_teleport(
         steps: at most so many. A maximum need not exist: then the steps or the radius decide how far to go.
         sublevel: allow smaller losses too, $c \le 0$.
         radius: bound on the Euclidean distance that the parameters move.
-        tol: relative tolerance for the loss; rounding noise of 8 machine epsilons is always allowed.
+        tol: relative tolerance for the loss; 8 machine epsilons more are always allowed.
         kkt_tol: stop when the sine of the angle between $Hg$ and $g$ is no larger. It is
             $\lVert H g - \lambda g \rVert / \lVert H g \rVert$, zero where $g$ is an eigenvector of the Hessian.
 
@@ -188,7 +201,7 @@ def level_set_teleport(
 
     def search(walk: Walk) -> tuple[Point, float, dict]:
         p = start = walk.at(walk.x)
-        near = 0.5 * (tol * abs(start.loss) + walk.noise)
+        near = 0.5 * (tol + walk.noise) * abs(start.loss)
         c, gamma, rho, share, taken, stopped = 0.0, 0.0, 0.0, 1.0, 0, SPENT
 
         def excess(c: float) -> float:
@@ -258,27 +271,45 @@ def carry_out(
     p: Point | None = None
     facts: dict[str, Any] = {"stopped": "a number was not finite"}
     residual = after = new = math.nan
-    eager = eager_mode(walk.x.device.type)  # neither compiled code nor fused attention has a second derivative
-    with kept_random_state(walk.model), eager, sdpa_kernel(SDPBackend.MATH):
-        try:
+    reason = "the loss or its gradient is not finite"
+
+    def verify() -> None:
+        """Compare the model, which has moved, with what it was.
+
+        Raises:
+            LossError: when the loss changes by itself.
+            _RefusedError: when it must not stay there.
+        """
+        nonlocal after, new
+        with walk.loss.observed() as outputs:
+            after, new = walk.now()
+        if p is not None and abs(after - p.loss) > allowed and abs((again := walk.now()[0]) - after) > allowed:
+            got = f"{after:.6g} and {again:.6g} at the same parameters"
+            remedy = "fix the batch, and seed what draws from a generator of its own at each call"
+            raise LossError("a deterministic loss", got, remedy)
+        if not math.isfinite(after) or not math.isfinite(new):
+            raise _RefusedError(reason)
+        if (after - before if sublevel else abs(after - before)) > allowed:
+            raise _RefusedError(
+                f"the loss moved from {before:.6g} to {after:.6g}, beyond the relative tolerance {walk.tol:g}"
+            )
+        if walk.outputs and (gap := float(largest_change(walk.outputs, outputs))) > LARGEST * walk.tol:
+            raise _RefusedError(f"the outputs moved by {gap:.1e} of the largest, beyond {LARGEST} times {walk.tol:g}")
+        if not new > old:
+            raise _RefusedError(f"nothing steeper was found: {facts['stopped']}")
+
+    with eager_mode(walk.x.device.type), walk.loss, unfused_attention():
+        with suppress(_NotFiniteError):
             p, residual, facts = search(walk)
-            after, new = walk.value(p), p.norm
-        except _NotFiniteError:
-            pass
-    before, old = (walk.start.loss, walk.start.norm) if walk.start else (math.nan, math.nan)
-    allowed = walk.tol * abs(before) + walk.noise
-    if p is not None and abs(after - p.loss) > allowed:
-        remedy = "fix the batch and the random numbers, and put dropout in evaluation mode (model.eval())"
-        raise LossError("a deterministic loss", f"{p.loss:.6g} and {after:.6g} at the same parameters", remedy)
-    reason = ""
-    if not math.isfinite(after) or not math.isfinite(new):
-        reason = "the loss or its gradient is not finite"
-    elif (after - before if sublevel else abs(after - before)) > allowed:
-        reason = f"the loss moved from {before:.6g} to {after:.6g}, beyond the relative tolerance {walk.tol:g}"
-    elif not new > old:
-        reason = f"nothing steeper was found: {facts['stopped']}"
-    if p is not None and not reason:
-        commit(walk.model, walk.split(p.x.detach()))
+        before, old = (walk.start.loss, walk.start.norm) if walk.start else (math.nan, math.nan)
+        allowed = (walk.tol + walk.noise) * abs(before)
+        if p is not None:
+            walk.loss.rest()
+            try:
+                commit(walk.model, walk.split(p.x.detach()), verify)
+                reason = ""
+            except _RefusedError as refusal:
+                reason = str(refusal)
     error = abs(after - before) / abs(before) if after != before else 0.0
     return LevelSetReport(
         "gradient_norm",

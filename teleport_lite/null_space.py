@@ -74,7 +74,7 @@ def null_space_teleport(
         raise TeleportError("a positive radius", radius, "pass radius=0.5")
 
     def search(walk: Walk) -> tuple[Point, float, dict]:
-        with _inputs(walk) as inputs:
+        with _inputs(walk) as inputs, walk.loss.observed() as walk.outputs:
             p = start = walk.at(walk.x)
         spaces = [_NullSpace(walk, key, samples, rcond) for key, samples in inputs.items()]
         if not spaces:

@@ -17,8 +17,26 @@ from torch import Tensor
 
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import LossError, TeleportError, UnknownNameError
-from teleport_lite.functional import Loss, Params, check_scalar, dot, hvp, norm, value_and_grad
-from teleport_lite.geometry import RADII, mean_kappa, mean_loss_around, sample_curves, sign_probes, unit_directions
+from teleport_lite.functional import (
+    Loss,
+    Params,
+    check_complete,
+    check_scalar,
+    dot,
+    gradients,
+    hvp,
+    norm,
+    value_and_grad,
+)
+from teleport_lite.geometry import (
+    RADII,
+    Directions,
+    goes_one_by_one,
+    mean_kappa,
+    mean_loss_around,
+    sample_curves,
+    sign_probes,
+)
 from teleport_lite.symmetries.base import Symmetry
 
 AlongOrbit = Callable[[Any], Tensor]  # the objective as a function of the coordinates xi
@@ -166,8 +184,14 @@ def sharpness(
     """
 
     def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
-        around = unit_directions(problem.params, directions, generator=_seeded(generator))
-        mean = problem.mean(lambda p: mean_loss_around(problem.local, p, around, radii, chunk_size=chunk_size))
+        drawn = Directions(problem.params, directions, generator=_seeded(generator))
+        around = drawn if chunk_size else drawn[:]
+        one_by_one = goes_one_by_one(problem.local, problem.params, radii, chunk_size, slopes=True)
+
+        def local(params: Params) -> Tensor:
+            return mean_loss_around(problem.local, params, around, radii, chunk_size=chunk_size, one_by_one=one_by_one)
+
+        mean = problem.mean(local)
         return lambda xi: mean(symmetry.act(problem.params, xi))
 
     return Objective("sharpness", bind, maximize=False)
@@ -220,14 +244,20 @@ def hessian_trace(samples: int = 10, *, generator: torch.Generator | None = None
             point = symmetry.act(problem.params, xi)
             point = {n: p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for n, p in point.items()}
             _, grads = value_and_grad(problem.loss, point, create_graph=True)
-            found = [torch.autograd.grad(dot(grads, z), [*point.values()], create_graph=True) for z in probes]
-            return torch.stack(
-                [dot(z, dict(zip(point, h, strict=True))) for z, h in zip(probes, found, strict=True)]
-            ).mean()
+            return torch.stack([_quadratic(grads, point, z) for z in probes]).mean()
 
         return pulled if symmetry.exact and symmetry.linear else moved
 
     return Objective("hessian_trace", bind, maximize=False, transports=True)
+
+
+def _quadratic(grads: Params, point: Params, z: Params) -> Tensor:
+    """z.Hz, differentiable, from the gradient at a point."""
+    slope = dot(grads, z)
+    check_complete(grads.values())
+    rows = gradients(slope, [*point.values()], create_graph=True) if slope.requires_grad else [None] * len(point)
+    terms = [(z[name] * row).sum() for name, row in zip(point, rows, strict=True) if row is not None]
+    return torch.stack(terms).sum() if terms else torch.zeros_like(slope)
 
 
 def _seeded(generator: torch.Generator | None) -> torch.Generator:

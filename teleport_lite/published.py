@@ -23,10 +23,11 @@ from teleport_lite.errors import LossError, NoSymmetryError, TeleportError, Unkn
 from teleport_lite.functional import Loss, Params, loss_of, norm, trainable, value_and_grad
 from teleport_lite.groups import GeneralLinear
 from teleport_lite.layers import Hidden, trace
+from teleport_lite.report import Report
 from teleport_lite.runtime import TOLERANCES, LossFn, copy_of, double, unwrap_compiled
-from teleport_lite.symmetries.base import Product
 from teleport_lite.symmetries.minibatch import OutgoingMixing
-from teleport_lite.teleport import Report, check_movable
+from teleport_lite.symmetries.product import Product
+from teleport_lite.teleport import check_movable
 from teleport_lite.transaction import commit
 
 
@@ -104,7 +105,7 @@ def paper_teleport(
         if loss.call is None:
             raise LossError("a loss_fn that calls the given net", "one that does not", "call net(x) inside loss_fn")
         loss.rest()
-        factors = chain(model, loss.call[0], params)
+        factors = chain(model, loss.call.args, params)
         check_movable(model, Product(factors))
         try:
             moved = None if hidden == "carried" else by_outputs(model, factors, loss, params, steps, lr, stop)

@@ -6,11 +6,12 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
@@ -20,6 +21,13 @@ from teleport_lite.errors import ParameterError, TeleportError
 LossFn = Callable[[Any], Tensor]  # of the model
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 Inputs = tuple  # the positional arguments of one call of the model
+
+
+class Call(NamedTuple):
+    """The arguments of one call of a model."""
+
+    args: tuple
+    kwargs: dict[str, Any]
 
 
 class Stage:
@@ -55,10 +63,13 @@ class Stage:
             (module._buffers, key, b) for module in modules for key, b in module._buffers.items() if b is not None
         ]
         self._attributes = [(vars(module), dict(vars(module))) for module in modules]
+        self._sparse = [vars(module) for module in modules if getattr(module, "sparse", False) is True]
 
     def put(self, params: dict[str, Tensor]) -> None:
         """Let `params` stand in their places, the model's own parameters in all others, and buffers be as at first."""
         self._restore_attributes()
+        for attributes in self._sparse:  # sparse gradients cannot be carried through what made the parameters
+            attributes["sparse"] = False
         copies = {id(b): b.clone() for _, _, b in self._buffers}
         for places, key, p, name in self._parameters:
             places[key] = params.get(name, p)
@@ -148,6 +159,11 @@ def eager_mode(device: str) -> Iterator[None]:
         yield
 
 
+def unfused_attention() -> AbstractContextManager:
+    """A context in which attention is computed by its parts: the fused kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 class _Detached(TorchFunctionMode):
     """Lets `deepcopy` copy tensors that were computed: kept activations, pruned or normalised weights."""
 
@@ -174,7 +190,11 @@ def copy_of(model: nn.Module) -> nn.Module:
             raise ParameterError(name, "initialised", "a lazy parameter without a shape", remedy)
     try:
         with _Detached():
-            return copy.deepcopy(inner).eval()._apply(_plain_float64)
+            copied = copy.deepcopy(inner)
+        for p in copied.parameters():  # TorchScript has copied them by an operation
+            if not p.is_leaf:
+                p.detach_().requires_grad_()
+        return copied.eval()._apply(_plain_float64)
     except Exception as error:
         remedy = "pass symmetry=... built by hand from teleport_lite.symmetries"
         got = f"{type(error).__name__}: {error}"
@@ -195,3 +215,15 @@ def as_inputs(example_inputs: object) -> Inputs:
 def double(inputs: Inputs) -> Inputs:
     """`inputs` with floating-point tensors as float64."""
     return tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def check_generator(generator: object) -> torch.Generator | None:
+    """`generator` when it is one, or None.
+
+    Raises:
+        TeleportError: otherwise.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    seed = generator if isinstance(generator, int) else 0
+    raise TeleportError("a torch.Generator", repr(generator), f"pass torch.Generator().manual_seed({seed})")

@@ -2,82 +2,42 @@
 
 from __future__ import annotations
 
-import math
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from teleport_lite.discovery import Call, find_symmetries
+from teleport_lite.discovery import find_symmetries
 from teleport_lite.distributed import Ranks
-from teleport_lite.errors import BatchError, LossError, NoSymmetryError, ParameterError, TeleportError
-from teleport_lite.exactness import LARGEST, largest_change, rounded
+from teleport_lite.errors import LossError, NoSymmetryError, ParameterError, TeleportError
+from teleport_lite.exactness import (
+    MOVED,
+    RefusedError,
+    check_deterministic,
+    largest_change,
+    relative_gap,
+    why_refused,
+)
 from teleport_lite.functional import Evaluation, Params, norms, trainable
 from teleport_lite.objectives import Objective, Problem, as_objective
+from teleport_lite.report import Report
 from teleport_lite.runtime import (
     TOLERANCES,
     LossFn,
+    check_generator,
     coarsest,
     unwrap_compiled,
 )
 from teleport_lite.search import search as find
-from teleport_lite.symmetries.base import Product, Symmetry, check_radius
+from teleport_lite.symmetries.base import Symmetry, check_radius
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
+from teleport_lite.symmetries.product import Product, check_symmetry
 from teleport_lite.transaction import commit
 
-MOVED = "the loss moved"
 Commit = Callable[[nn.Module, Product, Any, Params, Callable[[], None]], None]  # model, symmetry, xi, moved, finish
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a teleport did; prints as a short table.
-
-    Attributes:
-        objective: name of the objective.
-        loss_before: the loss at the old parameters.
-        loss_after: the loss at the proposed parameters, which are the new ones when `accepted`.
-        objective_before: the objective at the old parameters.
-        objective_after: the objective at the proposed parameters.
-        invariance_error: |loss_after - loss_before| / |loss_before|.
-        seconds: wall time of the whole teleport.
-        accepted: whether the model was moved; otherwise it is bit for bit as before.
-        reason: why it was not moved; empty when it was.
-        symmetry: along which it moved, or would have.
-        xi: by which element: `symmetry.act(params, xi)` moves a copy of the old parameters along.
-    """
-
-    objective: str
-    loss_before: float
-    loss_after: float
-    objective_before: float
-    objective_after: float
-    invariance_error: float
-    seconds: float
-    accepted: bool
-    reason: str = ""
-    symmetry: Symmetry | None = field(default=None, repr=False)
-    xi: Any = field(default=None, repr=False)
-
-    def __str__(self) -> str:
-        head = "Teleported" if self.accepted else f"Not teleported: {self.reason}"
-        width = max(len(self.objective), len("invariance error"))
-        ratio = self.objective_after / self.objective_before if self.objective_before else float("nan")
-        return "\n".join(
-            [
-                head,
-                f"  {'':<{width}}  {'before':>10}  {'after':>10}",
-                f"  {'loss':<{width}}  {self.loss_before:>10.5g}  {self.loss_after:>10.5g}",
-                f"  {self.objective:<{width}}  {self.objective_before:>10.5g}  {self.objective_after:>10.5g}"
-                f"  x{ratio:.4g}",
-                f"  {'invariance error':<{width}}  {'':>10}  {self.invariance_error:>10.1e}",
-                f"  {'seconds':<{width}}  {'':>10}  {self.seconds:>10.2g}",
-            ]
-        )
 
 
 def teleport(
@@ -161,14 +121,6 @@ def teleport(
         )
 
 
-class _RefusedError(Exception):
-    """Ends a transaction whose result must not stay."""
-
-    def __init__(self, reason: str, moved: bool = False) -> None:
-        self.reason, self.moved = reason, moved
-        super().__init__(reason)
-
-
 def carry_out(
     ranks: Ranks,
     loss_fn: LossFn,
@@ -197,19 +149,19 @@ def carry_out(
     goal = as_objective(objective)
     maximize = goal.maximize if maximize is None else maximize
     check_radius(radius)
-    if tol is not None and not tol > 0:
+    check_generator(generator)
+    if tol is not None and not (isinstance(tol, (int, float)) and tol > 0):
         raise TeleportError("a positive tol", tol, "leave it out for the default of the dtype")
     if search == "random" and generator is None:
         remedy = "pass generator=torch.Generator().manual_seed(0)"
         raise TeleportError("a generator for a random teleport", None, remedy)
-    if symmetry is None:
-        symmetry = symmetries_of(ranks.model, loss_fn)
-    model = unwrap_compiled(ranks.model, symmetry.names)
+    symmetry = symmetries_of(ranks.model, loss_fn) if symmetry is None else symmetry
+    product = check_symmetry(symmetry)
+    model = unwrap_compiled(ranks.model, product.names)
     parameters = trainable(model)
     params = {name: p.detach() for name, p in parameters.items()}  # in the same memory
 
     with Evaluation(model, loss_fn) as loss:
-        product = symmetry if isinstance(symmetry, Product) else Product([symmetry])
         if not len(product):
             raise NoSymmetryError(product.reasons)
         check_movable(model, product)
@@ -248,7 +200,7 @@ def carry_out(
             """Compare the real model, which has moved, with what it was.
 
             Raises:
-                _RefusedError: when it must not stay there.
+                RefusedError: when it must not stay there.
             """
             now = Problem(loss, {name: p.detach() for name, p in parameters.items()}, ranks)
             with loss.observed() as new_outputs:
@@ -258,7 +210,11 @@ def carry_out(
             found = norms(now.gradient) if told or steep else None
             if steep and found is not None:
                 scores[1] = found.norm()
-            false = _gap(found, expected) if found is not None and expected is not None else loss_after.new_zeros(())
+            false = (
+                relative_gap(found, expected)
+                if found is not None and expected is not None
+                else loss_after.new_zeros(())
+            )
             gap = largest_change(outputs, new_outputs) if product.exact else loss_after.new_zeros(())
             now.forget()
             loss.rest()
@@ -266,19 +222,19 @@ def carry_out(
             numbers[:] = torch.stack([t.double() for t in measured]).tolist()  # the one time that the host waits
             allowed = _tolerance(tol, loss, product, params)
             ranks.check_same(tolerance=allowed)
-            reason = _reason(numbers, now, product, allowed, bool(new_outputs), maximize, search)
+            reason = why_refused(numbers, now, product, allowed, bool(new_outputs), maximize, search)
             if refused := ranks.ask(bool(reason)):
-                raise _RefusedError(reason or f"refused on rank {refused[0]}", moved=reason.startswith(MOVED))
+                raise RefusedError(reason or f"refused on rank {refused[0]}", moved=reason.startswith(MOVED))
             ranks.join()
 
         loss.rest()
         reason = ""
         try:
             (commit or _move)(model, product, xi, moved, verify)
-        except _RefusedError as refusal:
+        except RefusedError as refusal:
             reason = refusal.reason
             if refusal.moved:
-                _check_deterministic(problem, numbers[0], _tolerance(tol, loss, product, params))
+                check_deterministic(problem, numbers[0], _tolerance(tol, loss, product, params))
         if told and not reason:
             _remember(symmetry, model)
     before, after, old, new = numbers[:4]
@@ -306,7 +262,7 @@ def symmetries_of(model: nn.Module, loss_fn: LossFn) -> Product:
     if loss.call is None:
         remedy = "call net(x) inside loss_fn, or pass symmetry=find_symmetries(model, x)"
         raise LossError("a loss_fn that calls the given net", "one that does not", remedy)
-    return find_symmetries(loss.model, Call(*loss.call))
+    return find_symmetries(loss.model, loss.call)
 
 
 def check_movable(model: nn.Module, symmetry: Symmetry) -> None:
@@ -325,93 +281,9 @@ def check_movable(model: nn.Module, symmetry: Symmetry) -> None:
             raise ParameterError(name, "trainable", "requires_grad=False", remedy)
 
 
-def _check_deterministic(problem: Problem, value: float, tol: float) -> None:
-    """Evaluate the loss again at the same parameters, to tell a broken symmetry from a loss that changes by itself.
-
-    Raises:
-        LossError: when it does.
-    """
-    again = float(problem.at(problem.params))
-    if not _close(again, value, tol):
-        raise LossError(
-            "a deterministic loss",
-            f"{value:.6g} and {again:.6g} at the same parameters",
-            "fix the batch, and seed what draws from a generator of its own at each call",
-        )
-
-
-def _close(a: float, b: float, tol: float) -> bool:
-    """Whether two losses agree; two that are not finite count as agreeing here, and are refused elsewhere."""
-    return a == b or abs(a - b) <= tol * abs(b) or a - b != a - b
-
-
 def _tolerance(tol: float | None, loss: Evaluation, product: Product, params: Params) -> float:
     dtype = coarsest([loss.dtype, *(params[name].dtype for name in product.names)])
     return TOLERANCES[dtype] if tol is None else tol
-
-
-def _is_noise(before: float, after: float, problem: Problem, tol: float) -> bool:
-    """Whether rounding the weights moves the loss as far: it does where the loss is small beside its terms.
-
-    Raises:
-        LossError: when it changes by itself.
-    """
-    _check_deterministic(problem, after, tol)
-    probes = [float(problem.at(rounded(problem.params, sign))) for sign in (1, -1)]
-    return abs(after - before) <= 2 * max(abs(probe - after) for probe in probes)
-
-
-def _reason(
-    numbers: list[float],
-    problem: Problem,
-    product: Product,
-    tol: float,
-    seen: bool,
-    maximize: bool,
-    search: str | None,
-) -> str:
-    """Why the move must not stay, or nothing.
-
-    What all ranks know alike comes first, so that all take part in what is evaluated again.
-
-    Raises:
-        LossError: when the loss changes by itself.
-        ParameterError: when a parameter is not finite.
-    """
-    before, after, old, new, gap, false = numbers
-    finite = torch.tensor([before, after, old, new]).isfinite().tolist()
-    if not finite[0] or not finite[2]:
-        for name, p in problem.params.items():
-            if not p.isfinite().all():
-                raise ParameterError(name, "finite", "NaN or infinity in it", "restore it from a checkpoint")
-    if not all(finite):
-        names = ("loss", "loss after the move", "objective", "objective after the move")
-        return f"the {names[finite.index(False)]} is not finite"
-    if not _close(after, before, tol) and not (_is_noise(before, after, problem, tol) and seen):
-        hint = ""
-        for factor in product:
-            if isinstance(factor, MiniBatchMixing):
-                try:
-                    factor.require_exact(problem.params)
-                except BatchError as error:
-                    hint = f" ({error})"
-        return f"{MOVED} from {before:.6g} to {after:.6g}, beyond the relative tolerance {tol:g}{hint}"
-    if false > math.sqrt(tol):
-        return (
-            f"the gradient after the move is not the one that was carried along (off by {false:.1e}, relative): the "
-            "backward pass is not the derivative of the forward pass, as with straight-through estimators"
-        )
-    if search != "random" and not (new > old if maximize else new < old):
-        return f"nothing {'larger' if maximize else 'smaller'} was found within the radius"
-    if gap > LARGEST * tol:
-        return f"the outputs moved by {gap:.1e} of the largest, beyond {LARGEST} times the relative tolerance {tol:g}"
-    return ""
-
-
-def _gap(found: Tensor, expected: Tensor) -> Tensor:
-    """The distance of two vectors, relative to the longer one."""
-    size = torch.maximum(found.norm(), expected.norm())
-    return torch.where(size > 0, (found - expected).norm() / size, 0.0)
 
 
 def _is_unchecked(symmetry: Symmetry, model: nn.Module) -> bool:

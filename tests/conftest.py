@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import random
+from collections.abc import Mapping
 from itertools import pairwise
 
 import pytest
@@ -44,6 +48,49 @@ def relative(after: torch.Tensor, before: torch.Tensor) -> float:
 def largest_gap(a: Params, b: Params) -> float:
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def tensors_in(output: object) -> list[torch.Tensor]:
+    """Tensors in containers and dataclasses."""
+    if dataclasses.is_dataclass(output):
+        output = [getattr(output, f.name) for f in dataclasses.fields(output)]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, (list, tuple)):
+        return [t for part in output for t in tensors_in(part)]
+    return [output] if isinstance(output, torch.Tensor) else []
+
+
+def worst_change(model: nn.Module, symmetry, use, *, training: bool = False, elements: int = 5) -> float:
+    """The largest change of what `use(model)` gives under random elements, each relative to its largest finite entry.
+
+    Tried on a copy in float64, off its initial values, parameters written in place.
+    """
+    model = copy.deepcopy(model).double().train(training)
+    generator, found = torch.Generator().manual_seed(0), 0.0
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        values = {name: p.clone() for name, p in model.named_parameters()}
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+
+        def at(params) -> list[torch.Tensor]:
+            for name, p in model.named_parameters():
+                p.copy_(params[name])
+            for name, b in model.named_buffers():
+                b.copy_(buffers[name])
+            torch.manual_seed(0)
+            random.seed(0)
+            return [t.clone() for t in tensors_in(use(model))]
+
+        before = at(values)
+        for _ in range(elements if symmetry.names else 0):
+            xi = symmetry.sample(values, radius=0.5, generator=generator)
+            moved = at(symmetry.act(values, xi))
+            for a, b in zip(moved, before, strict=True):
+                real = b.isfinite() & (b.abs() < 1e30)
+                found = max(found, float((a - b)[real].abs().max() / b[real].abs().max()))
+    return found
 
 
 @pytest.fixture

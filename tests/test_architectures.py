@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import teleport_lite as tl
-from teleport_lite.discovery.propagate import InFloat64
+from teleport_lite.discovery.float64 import Float64
 from teleport_lite.errors import TeleportError
 from teleport_lite.functional import Params
 
@@ -20,7 +20,7 @@ from teleport_lite.functional import Params
 def outputs(model: nn.Module, params: Params, inputs: object) -> Tensor:
     torch.manual_seed(0)
     args = inputs if isinstance(inputs, tuple) else (inputs,)
-    with torch.no_grad(), InFloat64():  # some models compute in float32 whatever they are given
+    with torch.no_grad(), Float64():  # some models compute in float32 whatever they are given
         return functional_call(model, params, args)
 
 
@@ -161,7 +161,7 @@ TRICKS = {  # and the dimension of the group that is found
     "positions": 8,
     "noise": 4,
     "buffer": 4,  # what it keeps may be anything, so it stays and so does what is added to it
-    "written into a constant": 4,
+    "written into a constant": 6,  # of the first layer, neurons 0 and 3 go together, and 1 and 2
     "detached": 4,
     "data in numpy": 4,
     "custom function": 4,

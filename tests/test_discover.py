@@ -118,7 +118,8 @@ def test_a_custom_model_that_calls_its_modules_in_turn():
         ("skip the last", ["PositiveScaling", "Permutation"] * 2, None),  # of the neurons that are not skipped
         ("twice", ["PositiveScaling", "Permutation"], None),
         ("tied", [], "rows of first.weight: what they are multiplied with is fixed"),
-        ("reads the weight", ["Permutation", "Permutation"], None),
+        # the norm of the weight goes down by a factor with it, and the last layer's rows go up
+        ("reads the weight", ["PositiveScaling", "Permutation", "Permutation"], None),
         ("zero", ["PositiveScaling", "Permutation"] * 2, None),
     ],
 )

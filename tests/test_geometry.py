@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import subprocess
 import sys
@@ -11,16 +12,18 @@ import pytest
 import torch
 from conftest import hidden_product, mlp, params_of
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import teleport_lite as tl
 from teleport_lite import geometry, objectives
 from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.functional import loss_of
-from teleport_lite.groups import PositiveScaling
+from teleport_lite.groups import GeneralLinear, PositiveScaling
 from teleport_lite.objectives import Problem
 from teleport_lite.symmetries import TestFunction, mixing, scaling
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
@@ -291,6 +294,47 @@ def test_the_sharpness_of_such_models_is_differentiable(name, generator):
         assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-14) for a, b in zip(*grads, strict=True))
 
 
+OBJECTIVES_OF_LOSSES = {
+    "one_step_loss": objectives.one_step_loss(0.3),
+    "sharpness": objectives.sharpness((0.5, 1.0), 3),
+    "sharpness in chunks": objectives.sharpness((0.5, 1.0), 4, chunk_size=2),
+    "sharpness one by one": objectives.sharpness((0.5, 1.0), 4, chunk_size=1),
+    "hessian_trace": objectives.hessian_trace(2),
+    "gradient_norm": objectives.as_objective("gradient_norm"),
+}
+
+
+@pytest.mark.parametrize("kind", ["exact", "mini-batch"])
+@pytest.mark.parametrize("name", OBJECTIVES_OF_LOSSES)
+def test_objectives_of_checkpointed_models_are_those_of_plain_ones(name, kind, generator):
+    """A checkpointed layer runs again when an objective is differentiated, which evaluates the loss at many points."""
+
+    class Net(nn.Module):
+        def __init__(self, around):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.c, self.around = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 3), around
+            self.act = nn.ReLU() if kind == "exact" else nn.Tanh()
+
+        def last(self, h):
+            return self.c(h.sin() if kind == "mini-batch" else h.relu())
+
+        def forward(self, x):
+            return self.around(self.last, self.b(self.act(self.a(x))))
+
+    x, y = (torch.randn(6, n, generator=generator, dtype=DOUBLE) for n in (5, 3))
+    found = []
+    for around in (lambda f, h: f(h), lambda f, h: checkpoint(f, h, use_reentrant=False)):
+        model = Net(around).double()
+        symmetry = tl.minibatch_symmetries(model, x) if kind == "mini-batch" else tl.find_symmetries(model, x)
+        report = tl.teleport(
+            model, lambda net: F.mse_loss(net(x), y), symmetry, objective=OBJECTIVES_OF_LOSSES[name], radius=0.3
+        )
+        assert report.accepted, report.reason
+        found.append((report.objective_before, report.objective_after))
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
 def test_one_by_one_and_all_at_once_agree(setting, generator):
     model, loss_fn, _ = setting
     loss, params, radii = loss_of(model, loss_fn), params_of(model), (0.3, 1.0)
@@ -391,7 +435,14 @@ def test_directions_are_isotropic_and_seeded():
     assert (flat.T @ flat / 20000 * 17 - torch.eye(17)).abs().max() < 0.06
 
 
-@pytest.mark.parametrize("wrong", [{"radii": []}, {"directions": 0}, {"chunk_size": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"radii": []}, {"radii": 0.1}, {"directions": 0}, {"directions": 2.5}),
+        *({"chunk_size": 0}, {"chunk_size": 1.5}, {"generator": 0}),
+    ],
+    ids=str,
+)
 def test_sharpness_refuses(wrong):
     model = nn.Linear(2, 1)
     with pytest.raises(TeleportError):
@@ -604,8 +655,35 @@ def test_curvature_of_the_level_curves_of_the_plane(name):
 
 def test_curvature_needs_a_continuous_symmetry():
     model = mlp([4, 5, 2], nn.GELU())
-    with pytest.raises(TeleportError, match="continuous"):
-        tl.curvature(model, tl.find_symmetries(model, torch.zeros(1, 4, dtype=DOUBLE)))
+    finite = tl.find_symmetries(model, torch.zeros(1, 4, dtype=DOUBLE))
+    for wrong, message in [
+        (finite, "continuous factors.*finite ones only"),
+        (tl.Product([]), "continuous factors.*got none"),
+        ("gradient_norm", "a symmetry, got 'gradient_norm'"),
+        ([finite], r"pass tl\.Product"),
+        (scaling(5, "0.weight", "no.weight"), "'0.weight'"),
+    ]:
+        with pytest.raises(TeleportError, match=message):
+            tl.curvature(model, wrong)
+    for options in ({"samples": 0}, {"samples": 2.5}, {"generator": 0}):
+        with pytest.raises(TeleportError, match="samples=100|torch.Generator"):
+            tl.curvature(model, scaling(5, "0.weight", "2.weight", bias="0.bias"), **options)
+
+
+def test_curvature_along_one_sided_factors(generator):
+    """The scale that a normalisation undoes: its curves are exponentials in the rows, whose curvature is known."""
+    model = nn.Sequential(nn.Linear(4, 1, bias=False), nn.Linear(1, 2)).double()
+    for factor in (NeuronSymmetry(PositiveScaling(1), [Leg("0.weight", 0)]), mixing_of_rows()):
+        xi = factor.sample(params_of(model), generator=generator)
+        first, second = finite_differences(factor, params_of(model), xi)
+        curve = (xi[None],)
+        found = geometry.mean_kappa(params_of(model), factor, curve)
+        assert float(found) == pytest.approx(float(geometry.kappa(first, second)), rel=1e-5, abs=1e-6)
+
+
+def mixing_of_rows():
+    """Two outputs of the last layer, mixed, as they are in front of something that does not look at them."""
+    return NeuronSymmetry(GeneralLinear(2), [Leg("1.weight", 0), Leg("1.bias", 0)])
 
 
 # --- conserved quantities ---------------------------------------------------------------------------------------------
@@ -624,6 +702,16 @@ def test_conserved_quantities_stand_still_along_the_flow_and_move_with_teleports
     moved = symmetry.act(params, symmetry.sample(params, generator=generator))
     pairs = zip(tl.conserved_quantities(moved, symmetry), along[0], strict=True)
     assert all((a - b).abs().max() > 1e-2 for a, b in pairs)
+
+
+def test_conserved_quantities_want_parameters_and_a_symmetry():
+    model = mlp([5, 6, 3], nn.ReLU())
+    symmetry = hidden_product(scaling, model)
+    with pytest.raises(TeleportError, match=r"dict\(model\.named_parameters\(\)\)"):
+        tl.conserved_quantities(model, symmetry)
+    for wrong in ("scaling", None, [symmetry], model):
+        with pytest.raises(TeleportError, match="a symmetry"):
+            tl.conserved_quantities(params_of(model), wrong)
 
 
 # --- the Hessian ------------------------------------------------------------------------------------------------------
@@ -692,6 +780,106 @@ def test_the_hessian_needs_no_scipy():
     code += "print(tl.hessian_eigenvalues(m, lambda net: net(torch.eye(3)).square().sum()).round(decimals=4).item())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) == 8.0  # of 2 [[I, 1], [1', 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_hessian_through_fused_attention(checkpointed, dtype, generator):
+    """The kernels that torch chooses have a first derivative only; the same by hand has all."""
+
+    class Attention(nn.Module):
+        def __init__(self, fused):
+            super().__init__()
+            self.q, self.o, self.fused = nn.Linear(4, 12), nn.Linear(4, 2), fused
+
+        def attend(self, x):
+            q, k, v = self.q(x).chunk(3, -1)
+            if self.fused:
+                return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+            return (q @ k.mT / 2).softmax(-1) @ v
+
+        def forward(self, x):
+            h = checkpoint(self.attend, x, use_reentrant=False) if checkpointed and self.fused else self.attend(x)
+            return self.o(h).mean(1)
+
+    torch.manual_seed(0)
+    model, plain = Attention(True).to(dtype), Attention(False).to(dtype)
+    plain.load_state_dict(model.state_dict())
+    x, y = torch.randn(6, 5, 4, generator=generator, dtype=dtype), torch.tensor([0, 1, 1, 0, 1, 0])
+    results = []
+    for net in (model, plain):
+
+        def loss_fn(n):
+            return F.cross_entropy(n(x), y)
+
+        point, seed = params_of(net), lambda: torch.Generator().manual_seed(1)
+        moved = copy.deepcopy(net)
+        report = tl.teleport(moved, loss_fn, objective=objectives.hessian_trace(4), maximize=True)
+        assert report.accepted or "larger" in report.reason
+        results.append(
+            [
+                tl.hessian_trace(net, loss_fn, samples=5, generator=seed()),
+                *tl.hessian_eigenvalues(net, loss_fn, 2, generator=seed()),
+                torch.tensor(report.objective_after),
+                tl.sharpness(net, loss_fn, directions=3, radii=(1.0,), generator=seed()),
+            ]
+        )
+        assert all(torch.equal(p, point[n]) for n, p in params_of(net).items())
+    rtol = 1e-3 if dtype == torch.float32 else 1e-9
+    assert all(torch.allclose(a.double(), b.double(), rtol=rtol) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Dropout(0.5), lambda: nn.RReLU()], ids=["dropout", "random slopes"])
+def test_measures_in_training_mode_replay_the_random_state(make, generator):
+    model, x = nn.Sequential(*mlp([6, 8, 3], nn.Tanh()), make()), torch.randn(9, 6, generator=generator, dtype=DOUBLE)
+    torch.manual_seed(4)
+    state, values = torch.get_rng_state(), []
+    for size in (None, 1):
+        phi = tl.sharpness(
+            model, lambda net: net(x).square().mean(), chunk_size=size, generator=torch.Generator().manual_seed(1)
+        )
+        trace = tl.hessian_trace(
+            model, lambda net: net(x).square().mean(), samples=3, generator=torch.Generator().manual_seed(1)
+        )
+        values.append((float(phi), float(trace)))
+        assert torch.equal(state, torch.get_rng_state()) and model.training
+    assert values[0] == pytest.approx(values[1], rel=1e-12)
+    torch.manual_seed(5)
+    again = tl.sharpness(model, lambda net: net(x).square().mean(), generator=torch.Generator().manual_seed(1))
+    assert float(again) != pytest.approx(values[0][0], rel=1e-6)  # another mask
+
+
+def test_without_a_generator_probes_differ():
+    """Evaluations put the global random state back, which must not make all probes one."""
+    model = nn.Linear(8, 1, bias=False, dtype=DOUBLE)
+    matrix = torch.ones(8, 8, dtype=DOUBLE)
+
+    def loss_fn(net):
+        return 0.5 * net.weight[0] @ matrix @ net.weight[0] + 0 * net(torch.ones(1, 8, dtype=DOUBLE)).sum()
+
+    torch.manual_seed(0)
+    found = {float(tl.hessian_trace(model, loss_fn, samples=3)) for _ in range(5)}
+    assert len(found) > 1 and float(tl.hessian_trace(model, loss_fn, samples=3000)) == pytest.approx(8, rel=0.1)
+    assert float(tl.hessian_eigenvalues(model, loss_fn, 1)) == pytest.approx(8.0, rel=1e-9)
+
+
+def test_a_hessian_that_torch_leaves_out_in_silence_is_refused():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.exp()
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, grad):
+            return grad * ctx.saved_tensors[0].exp()
+
+    model = Odd(lambda x, scale: Once.apply(x * scale)).double()
+    x = torch.ones(3, 5, dtype=DOUBLE)
+    for measure in (tl.hessian_trace, tl.hessian_eigenvalues):
+        with pytest.raises(LossError, match="once_differentiable"):
+            measure(model, lambda net: net(x).square().mean())
 
 
 # --- objectives -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import mlp, params_of, relative
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import teleport_lite as tl
 from teleport_lite.errors import BatchError, EmptyModelError, LossError, NoSymmetryError, ParameterError, TeleportError
@@ -569,3 +571,156 @@ def test_ambient_autocast_is_left_out(teleport):
         report = teleport(model, lambda net: F.mse_loss(net(x), y), steps=3)
         assert torch.is_autocast_enabled("cpu")
     assert report.accepted and report.invariance_error < 2e-6
+
+
+# --- gradients that are not what they seem ----------------------------------------------------------------------------
+
+
+def reentrant(layer, h):
+    return checkpoint(layer, h, use_reentrant=True)
+
+
+def recomputed(layer, h):
+    return checkpoint(layer, h, use_reentrant=False)
+
+
+class Wrapped(nn.Module):
+    """A network with something around its middle layer, through which another way leads past."""
+
+    def __init__(self, around=None, middle: nn.Module | None = None) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(9, 8).double(), nn.Linear(8, 3).double()
+            self.middle = (middle or nn.Sequential(nn.SiLU(), nn.Linear(8, 8), nn.Dropout(0.2), nn.Tanh())).double()
+        self.around = around or (lambda layer, h: layer(h))
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(self.around(self.middle, h) + h.sin())
+
+
+def twice(layer, h):
+    return recomputed(layer, recomputed(layer, h))
+
+
+@pytest.mark.parametrize("teleport", BOTH)
+@pytest.mark.parametrize(("around", "plain"), [(recomputed, None), (twice, lambda layer, h: layer(layer(h)))])
+def test_checkpointed_layers_give_what_plain_ones_give(teleport, around, plain):
+    """Layers run again while the loss is differentiated, at the parameters of the point in question."""
+    model, twin = Wrapped(around), Wrapped(plain)
+    report, expected = (teleport(m.train(), loss_fn, steps=10) for m in (model, twin))
+    assert report.accepted and report.objective_after > 1.05 * report.objective_before
+    assert report.objective_after == pytest.approx(expected.objective_after, rel=1e-9)
+    assert relative(flat(model), flat(twin)) < 1e-9
+    torch.manual_seed(3)  # the masks of the dropout are those that followed
+    state = torch.get_rng_state()
+    report = teleport(model, loss_fn, steps=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    loss_fn(model).backward()
+    real = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert report.accepted and float(real) == pytest.approx(report.objective_after, rel=1e-9)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].exp()
+
+
+@pytest.mark.parametrize("teleport", BOTH)
+def test_what_cannot_be_differentiated_twice_is_named_with_what_helps(teleport):
+    y = torch.arange(7) % 3
+    cases = [
+        (Wrapped(reentrant), loss_fn, "use_reentrant=False"),
+        (
+            Wrapped(lambda _, h: Once.apply(h.tanh())),
+            loss_fn,
+            "once_differentiable.*gradient_norm",
+        ),
+        (Wrapped(), lambda net: F.multi_margin_loss(net(X), y), "multi_margin_loss.*gradient_norm"),
+    ]
+    for model, loss, message in cases:
+        before = bits(model)
+        with pytest.raises(LossError, match=message):
+            teleport(model, loss, steps=3)
+        assert same(model, before)
+    lazy = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 3)).double()
+    with pytest.raises(ParameterError, match=r"0\.weight.*lazy.*run the model on an input once"):
+        teleport(lazy, loss_fn)
+    lazy(X)
+    assert teleport(lazy, loss_fn, steps=2).accepted
+
+
+@pytest.mark.parametrize("teleport", BOTH)
+def test_sparse_gradients_of_embeddings_are_those_of_dense_ones(teleport):
+    tokens = torch.tensor([3, 3, 7, 1])
+    reports = []
+    for sparse in (False, True):
+        model = nn.Sequential(nn.Embedding(12, 9, sparse=sparse, dtype=torch.float64), *mlp([9, 16, 3], nn.Tanh()))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.randn(12, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+        reports.append(teleport(model, lambda net: F.mse_loss(net(tokens), Y[:4]), steps=5))
+    assert reports[1].accepted
+    assert reports[1].objective_after == pytest.approx(reports[0].objective_after, rel=1e-9)
+
+
+@pytest.mark.parametrize("teleport", BOTH)
+def test_fused_attention_has_second_derivatives(teleport):
+    class Attention(nn.Module):
+        def forward(self, x):
+            q, k, v = x.view(1, 2, 6, 3, 4).unbind(3)
+            return F.scaled_dot_product_attention(q, k, v).flatten(1)
+
+    model = nn.Sequential(nn.Linear(5, 12), Attention(), nn.Linear(48, 2))
+    x, y = torch.randn(12, 5), torch.randn(1, 2)
+    report = teleport(model, lambda net: F.mse_loss(net(x), y), steps=5)
+    F.mse_loss(model(x), y).backward()
+    real = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert report.accepted and float(real) == pytest.approx(report.objective_after, rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-9])
+def test_a_small_loss_is_kept_as_precisely_as_a_large_one(scale):
+    model = mlp([9, 12, 3], nn.Tanh(), dtype=torch.float32)
+    x, y = X.float(), Y.float()
+    before = float(F.mse_loss(model(x), y).detach())
+    report = tl.level_set_teleport(model, lambda net: scale * F.mse_loss(net(x), y), steps=10)
+    assert abs(float(F.mse_loss(model(x), y).detach()) - before) <= 3e-6 * before
+    assert report.accepted and report.objective_after > 2 * report.objective_before
+
+
+@pytest.mark.parametrize("teleport", BOTH)
+def test_the_penalty_of_a_loss_that_reads_the_model_is_part_of_it(teleport):
+    model = mlp([9, 16, 3], nn.Tanh())
+
+    def loss(net):
+        return loss_fn(net) + 1e-2 * sum(p.square().sum() for p in model.parameters())
+
+    before, old = float(loss(model).detach()), bits(model)
+    report = teleport(model, loss, steps=5)
+    assert float(loss(model).detach()) == pytest.approx(before, rel=1e-6)
+    assert report.accepted or same(model, old)
+
+
+def test_outputs_of_a_null_space_teleport_are_compared():
+    """A loss that is blind to the part of the outputs that moves."""
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp([9, 16, 3], nn.Tanh())
+
+        def forward(self, x):
+            return self.net(x), self.net[2].weight.square().sum()
+
+    model = Reads()
+    before = bits(model)
+    report = tl.null_space_teleport(model, lambda net: F.mse_loss(net(X)[0], Y), radius=0.5)
+    assert not report.accepted and "the outputs moved" in report.reason and same(model, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 import teleport_lite as tl
+from teleport_lite.discovery.outputs import tensors_of
 from teleport_lite.errors import ActivationError, BatchError, NoSymmetryError, TeleportError, UnknownNameError
 from teleport_lite.functional import loss_of, norm, value_and_grad
 from teleport_lite.objectives import Problem, as_objective
@@ -161,3 +163,86 @@ def test_the_gradient_norm_along_the_orbit_is_that_at_the_moved_parameters(kind,
     points = tuple(x.clone().requires_grad_() for x in xi)  # as a search does
     found = as_objective("gradient_norm").along(Problem(loss, params), symmetry)(points)
     assert float(found.detach()) == pytest.approx(float(expected), rel=1e-10)
+
+
+class Net(nn.Module):
+    """Three linear layers, put together by `run(net, x)`; `last` is read in the usual way."""
+
+    def __init__(self, run) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.act, self.drop, self.run = nn.Tanh(), nn.Dropout(0.5), run
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+@dataclass
+class Out:
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+READ_ELSEWHERE = {  # what runs, and whether the layer between a and b, and the one between b and c, are free
+    "plain": (lambda n, x: n.c(n.act(n.b(n.act(n.a(x))))), True, True),
+    "residual": (lambda n, x: (h := n.act(n.a(x)), n.c(n.act(n.b(h) + h)))[1], False, None),
+    "residual at the end": (lambda n, x: (h := n.act(n.a(x)), n.c(n.act(n.b(h))) + h[:, :3])[1], False, True),
+    "twice": (lambda n, x: n.c(n.act(n.b(n.act(n.b(n.act(n.a(x))))))), False, False),
+    "an output too": (lambda n, x: (n.c(n.act(n.b(h := n.act(n.a(x))))), h), False, True),
+    "an output in an object": (lambda n, x: (h := n.act(n.a(x)), Out(n.c(n.act(n.b(h))), h))[1], False, True),
+    "a gate": (lambda n, x: (h := n.act(n.a(x)), n.c(n.act(n.b(h))) * h.sum(1, keepdim=True))[1], False, True),
+    "in training only": (
+        lambda n, x: (h := n.act(n.a(x)), n.c(n.act(n.b(h))) + n.training * h[:, :3])[1],
+        False,
+        True,
+    ),
+    "weights of its own": (lambda n, x: n.c(n.act(n.b(n.act(n.a(x))))) + n.b.weight.square().sum(), False, False),
+    "transposed": (lambda n, x: n.c(n.act(n.b(n.act(n.a(x))))) @ n.c.weight, True, False),
+}
+
+
+@pytest.mark.parametrize("kind", ["outgoing", "incoming"])
+@pytest.mark.parametrize("name", READ_ELSEWHERE)
+def test_hidden_layers_that_are_read_elsewhere_are_left_out(name, kind, generator):
+    run, first, second = READ_ELSEWHERE[name]
+    torch.manual_seed(0)
+    model, x = Net(run).double().eval(), 0.1 * batch(4, 5)
+    if not first and not second:
+        with pytest.raises(NoSymmetryError, match=r"a -> b: .*(another way|called 2 times)"):
+            tl.minibatch_symmetries(model, x, compensate=kind)
+        return
+    symmetry = tl.minibatch_symmetries(model, x, compensate=kind)
+    found = {str(factor) for factor in symmetry}
+    assert found == {
+        text
+        for free, text in ((first, "a.weight, a.bias -> b.weight"), (second, "b.weight, b.bias -> c.weight"))
+        if free
+    }
+    assert len(symmetry.reasons) == 2 - len(found)
+    params, before = params_of(model), tensors_of(model(x))
+    for training in (False, True):
+        moved = symmetry.act(params, symmetry.sample(params, radius=0.05, generator=generator))
+        assert largest_gap(moved, params) > 1e-3
+        before = tensors_of(model.train(training)(x))
+        after = tensors_of(functional_call(model, moved, x))
+        assert max(relative(a, b) for a, b in zip(after, before, strict=True)) < 1e-9
+
+
+def test_dropout_between_the_maps_is_none_in_evaluation_mode_only():
+    model, x = Net(lambda n, x: n.c(n.drop(n.act(n.b(n.act(n.a(x))))))).double(), batch(4, 5)
+    found = tl.minibatch_symmetries(model, x)
+    assert [str(f) for f in found] == ["a.weight, a.bias -> b.weight"] and "model.eval()" in found.reasons[0]
+    assert len(tl.minibatch_symmetries(model.eval(), x)) == 2
+
+
+def test_what_is_looked_at_is_left_as_it_was():
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    state = torch.get_rng_state()
+    with pytest.raises(ActivationError):
+        tl.minibatch_symmetries(model, batch(1, 5).float())
+    model = mlp([5, 8, 3], nn.Tanh(), dtype=torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    assert len(tl.minibatch_symmetries(model, batch(1, 5).float())) == 1
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())

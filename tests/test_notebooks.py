@@ -20,7 +20,9 @@ parts:
     chapters: [{file: book/notation}, {file: book/page}]
 """
 NAME = "book/01-one/second.ipynb"
-FIGURE = {"mystnb": {"figure": {"caption": "It rises.", "name": "fig-rise"}, "image": {"alt": "a line that rises"}}}
+FIGURE = {"mystnb": {"figure": {"name": "fig-rise"}, "image": {"alt": "a line that rises"}}}
+DIAGRAM = "https://teleport-lite.github.io/teleport-lite/_static/diagrams/two-layers.svg"
+STUB = "def answer():\n    return None  # your turn\n\n\nif answer() is not None:\n    assert answer() == 2"
 SOLUTION = "<details>\n<summary>Solution</summary>\n\n```python\n# code\n## more\n```\n\nBecause $1 = 1$.\n\n</details>"
 STATEMENTS = r"""
 By `{a}` and `b`, $\lbrace x \rbrace$, \$5, as in [Theorem 1.1](first.ipynb#theorem-1-1):
@@ -72,6 +74,7 @@ def good():
         code(lint.SETUP.strip(), v4.new_output("stream", name="stdout", text="0.1"), tags=["nbval-ignore-output"]),
         markdown(STATEMENTS),
         code(PLOT, show("image/png", "iVBORw=="), **FIGURE),
+        markdown(f"**Figure.** It\nrises.\n\nThen:\n\n![two boxes]({DIAGRAM})\n\n**Figure.** Two boxes."),
         code("plot.explorer(draw, alt='x', t=[1, 2])", show("text/html", '<div class="tl-player">')),
         markdown("## When it does not help"),
         code("print(round(0.123, 2))", v4.new_output("stream", name="stdout", text="0.12\n")),
@@ -79,7 +82,8 @@ def good():
             f"## Exercises\n\n**Exercise 1.** Why?\n\n{SOLUTION}\n\n**Exercise 2.** How?\n\n{SOLUTION}\n\n"
             f"**Exercise 3.** Who knows?\n\n{SOLUTION}"
         ),
-        code("answer = 2\nassert answer == 2"),
+        code(STUB),
+        code("# Solution\nprint(2)", v4.new_output("stream", name="stdout", text="2\n"), tags=["hide-cell"]),
         markdown("## Summary\n\nSo it is.\n\n## What to read next\n\n[A paper](https://arxiv.org/abs/2305.13404)."),
     ]
     notebook = v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
@@ -145,6 +149,16 @@ def replaced(old, new):
     return change
 
 
+def both(first, second, end):
+    """Two exercises that ask for code."""
+
+    def change(notebook):
+        for old in (first, second):
+            replaced(old, old.removesuffix(".**") + end)(notebook)
+
+    return change
+
+
 def without(words):
     """No cell that has these words."""
 
@@ -172,6 +186,16 @@ def meta(**metadata):
     return lambda notebook: notebook.metadata.update(metadata)
 
 
+def draws(text, *outputs, caption="**Figure.** It falls.", **metadata):
+    """A code cell more, and what stands below it."""
+
+    def change(notebook):
+        runs(text, *outputs, **metadata)(notebook)
+        notebook.cells.append(v4.new_markdown_cell(caption, id="below"))
+
+    return change
+
+
 def plots(argument):
     return runs(f"ax.plot([1, 2], {argument})")
 
@@ -179,7 +203,7 @@ def plots(argument):
 WARNING = v4.new_output("stream", name="stderr", text="UserWarning")
 ERROR = v4.new_output("error", ename="ValueError", evalue="", traceback=[])
 PICTURE = show("image/png", "iVBORw==")
-OTHER = {"mystnb": {"figure": {"caption": "It falls.", "name": "fig-fall"}, "image": {"alt": "a line that falls"}}}
+OTHER = {"mystnb": {"figure": {"name": "fig-fall"}, "image": {"alt": "a line that falls"}}}
 
 
 def figure(**changes):
@@ -234,7 +258,11 @@ FAULTS = [
     ("keeps_the_template", "measures nothing", without("round(0.123")),
     ("keeps_the_template", "2 exercises", replaced("**Exercise 3.**", "And:")),
     ("keeps_the_template", "4 exercises", replaced("**Exercise 3.**", "**Exercise 3.** What?\n\n**Exercise 4.**")),
-    ("keeps_the_template", "no cell that checks", without("assert answer")),
+    ("keeps_the_template", "0 stubs", without("# your turn")),
+    ("keeps_the_template", "0 cells with solutions", without("# Solution")),
+    ("keeps_the_template", "neither a stub", replaced("return None  # your turn", "return 2")),
+    ("keeps_the_template", "shows the solution", cell_with("# Solution", metadata={})),
+    ("keeps_the_template", "2 exercises ask for code", both("Exercise 1.**", "Exercise 2.**", " (code).**")),
     ("solutions_open", "not closed", says("<details>\n<summary>Hint</summary>\n\nLook.")),
     ("solutions_open", "no blank line", says("<details>\n<summary>Hint</summary>\nLook.\n\n</details>")),
     ("solutions_open", "no blank line", says("<details>\n<summary>Hint</summary>\n\nLook.\n</details>")),
@@ -244,12 +272,19 @@ FAULTS = [
     ("was_run", "an error or a warning", runs("warn()", WARNING)),
     ("was_run", "an error or a warning", runs("fail()", ERROR)),
     ("figures_speak", "hides nothing", runs("ax.grid();")),
-    ("figures_speak", "plt.show()", runs("fig", PICTURE, **OTHER)),
-    ("figures_speak", "2 figures", runs("plt.show()", PICTURE, PICTURE, **OTHER)),
-    ("figures_speak", "caption", runs("plt.show()", PICTURE, **figure(figure={"caption": " "}))),
-    ("figures_speak", "alt text", runs("plt.show()", PICTURE, **figure(image={"alt": ""}))),
-    ("figures_speak", "name of its own", runs("plt.show()", PICTURE, **figure(figure={"name": "fall"}))),
-    ("figures_speak", "name of its own", runs("plt.show()", PICTURE, **figure(figure={"name": "fig-rise"}))),
+    ("figures_speak", "plt.show()", draws("fig", PICTURE, **OTHER)),
+    ("figures_speak", "2 figures", draws("plt.show()", PICTURE, PICTURE, **OTHER)),
+    ("figures_speak", "in its metadata", draws("plt.show()", PICTURE, **figure(figure={"caption": "Low."}))),
+    ("figures_speak", "stands below", runs("plt.show()", PICTURE, **OTHER)),
+    ("figures_speak", "stands below", draws("plt.show()", PICTURE, caption="It falls.", **OTHER)),
+    ("figures_speak", "alt text", draws("plt.show()", PICTURE, **figure(image={"alt": ""}))),
+    ("figures_speak", "name of its own", draws("plt.show()", PICTURE, **figure(figure={"name": "fall"}))),
+    ("figures_speak", "name of its own", draws("plt.show()", PICTURE, **figure(figure={"name": "fig-rise"}))),
+    ("diagrams_are_there", "no diagram nowhere", replaced("/two-layers.svg", "/nowhere.svg")),
+    ("diagrams_are_there", "in words", replaced("![two boxes]", "![]")),
+    ("diagrams_are_there", "below the diagram", replaced("**Figure.** Two boxes.", "Two boxes.")),
+    ("code_is_narrow", "89 columns", runs("x = " + "1" * 85)),
+    ("code_is_narrow", "hide-input", draws("x = 1\n" * 14 + "plt.show()", PICTURE, **OTHER)),
     ("colours_are_the_palette", "'#0072B2'", runs("blue = '#0072B2'")),
     ("colours_are_the_palette", "'red'", plots("color='red'")),
     ("colours_are_the_palette", "'C1'", plots("mfc=plot.COLOURS['plain'] if x else 'C1'")),
@@ -323,3 +358,17 @@ def test_the_command_names_file_and_fault(findings, tmp_path, capsys):
 @pytest.mark.parametrize("path", lint.notebooks(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_the_chapter_keeps_the_rules(path):
     assert lint.lint(path) == []
+
+
+def test_the_diagrams_are_those_that_the_script_draws():
+    diagrams = importlib.import_module("diagrams")
+    drawn = {f"{name}.svg": diagrams.picture(name) for name in diagrams.DIAGRAMS}
+    stored = {path.name: path.read_text("utf8") for path in diagrams.FOLDER.iterdir()}
+    assert stored == drawn, "python book/diagrams.py draws them again"
+
+
+def test_the_readme_says_what_the_first_page_says():
+    recorded = importlib.import_module("recorded")
+    readme = (ROOT / "README.md").read_text("utf8")
+    assert recorded.FOUND.search(readme)[0] == recorded.findings(), "python book/_ext/recorded.py copies it"
+    assert not recorded.ROLE.search(readme)

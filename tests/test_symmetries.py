@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from conftest import hidden_product, largest_gap, mlp, params_of, relative
@@ -247,3 +249,54 @@ def test_product_is_a_sequence_and_prints_as_a_table():
     assert lines[0] == "Product of 2 symmetries, dim 3"
     assert lines[2].split() == ["a", "->", "b", "(R>0)^3", "3", "all", "inputs"]
     assert lines[-1] == "  left out: c is frozen"
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def product():
+    """Factors that do not commute: mixings, scalings and a permutation of the same neurons."""
+    names = "0.weight", "1.weight", "0.bias"
+    return tl.Product([mixing(5, *names), scaling(5, *names), permutation(5, *names), mixing(5, *names)])
+
+
+def test_the_inverse_of_a_product_undoes_it(product, generator):
+    model = mlp([4, 5, 3], nn.Identity())
+    model = nn.Sequential(model[0], model[2])
+    params, xi = params_of(model), product.sample(params_of(model), generator=generator)
+    back, moved = product.inverse(xi), product.act(params, xi)
+    assert largest_gap(product.act(moved, back), params) < 1e-12
+    assert largest_gap(product.act(params, product.inverse(back)), moved) < 1e-14
+    naive = tuple(f.inverse(x) for f, x in zip(product, xi, strict=True))  # in the wrong order
+    assert largest_gap(product.act(moved, naive), params) > 1e-2
+
+
+def test_gradients_go_back_by_the_inverse_of_a_product(product, generator):
+    model = mlp([4, 5, 3], nn.Identity())
+    params = params_of(nn.Sequential(model[0], model[2]))
+    xi = product.sample(params, generator=generator)
+    grads = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in params.items()}
+    assert largest_gap(product.transport(product.transport(grads, xi), product.inverse(xi)), grads) < 1e-12
+
+
+def test_products_are_saved_as_json(product, generator):
+    heads = NeuronSymmetry(GeneralLinear(2, 3), [Leg("q", 0, each=2), Leg("k", 1, True, start=4)])
+    whole = tl.Product([*product, sign(4, "a", "b"), heads], ["left out"])
+    again = tl.Product.from_dict(json.loads(json.dumps(whole.to_dict())))
+    assert again == whole and again.reasons == whole.reasons and repr(again) == repr(whole)
+    batch = torch.randn(3, 4, dtype=torch.float64)
+    with pytest.raises(TeleportError, match="a symmetry that can be saved, got OutgoingMixing"):
+        tl.minibatch_symmetries(mlp([4, 5, 3], nn.Tanh()), batch).to_dict()
+    for wrong in ({}, {"factors": [{}], "reasons": []}, {"factors": [{"symmetry": "clocks"}], "reasons": []}):
+        with pytest.raises(TeleportError, match="a saved product"):
+            tl.Product.from_dict(wrong)
+
+
+def test_selecting_from_a_product(product):
+    assert [f.group.kind for f in product] == ["mixing", "scaling", "permutation", "mixing"]
+    assert product.select(kind="mixing") == tl.Product([product[0], product[3]])
+    assert product.select(name="?.weight") == product and product.select("scaling", "0.*") == product[1:2]
+    assert product.select("sign").reasons == ("no factor of kind 'sign'",)
+    with pytest.raises(UnknownNameError, match="'scaling', 'mixing', .*got 'scalings'"):
+        product.select("scalings")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
+from teleport_lite.book import evidence
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 ROLE = re.compile(r"\{recorded\}`([^`]+)`")
@@ -78,27 +79,51 @@ def cifar_minimum(arm: str) -> str:
     return f"{mean:+.3f} ± {half:.3f} ({len(seeds)} of 10 seeds)".replace("-", "−")
 
 
-def final(optimizer: str, arm: str, key: str = "test_loss") -> np.ndarray:
-    """By seed, at the rate that is best on the held-out images after the last epoch."""
-    runs = [r for r in record("optimizers")["runs"] if (r["optimizer"], r["arm"]) == (optimizer, arm)]
+def ends(data: str, optimizer: str, arm: str, key: str) -> np.ndarray:
+    """After the last epoch, [seeds, rates]: the seeds and rates of plain training; infinite where it diverged."""
+    runs = [r for r in record(data)["runs"] if r["optimizer"] == optimizer]
 
-    def last(key: str) -> np.ndarray:
-        curves = [[curve[-1] for curve in run[key]] for run in sorted(runs, key=lambda r: r["seed"])]
-        return np.array([[np.inf if value is None else value for value in row] for row in curves])
+    def cells(arm: str) -> dict[tuple[int, float], float | None]:
+        mine = (r for r in runs if r["arm"] == arm)
+        return {(r["seed"], rate): c[-1] for r in mine for rate, c in zip(r["rates"], r[key], strict=True)}
 
-    return last(key)[:, last("validation_loss").mean(0).argmin()]
+    found, plain = cells(arm), cells("plain")
+    grid = [sorted({pair[k] for pair in plain}) for k in (0, 1)]
+    rows = [[found[seed, rate] for rate in grid[1]] for seed in grid[0]]
+    return np.array([[np.inf if value is None else value for value in row] for row in rows])
 
 
-def optimizer_gain(optimizer: str, arm: str) -> tuple[float, float]:
-    """Final test loss of an arm of `optimizers`, minus that without a teleport, each at its best rate."""
-    return interval(final(optimizer, arm) - final(optimizer, "plain"))
+def optimizer_effect(optimizer: str, arm: str, data: str = "optimizers") -> evidence.Comparison:
+    """Final test loss of an arm against that without a teleport, by the rule of Chapter 9."""
+    tables = {key: [ends(data, optimizer, a, key) for a in (arm, "plain")] for key in ("test_loss", "validation_loss")}
+    valid = dict(
+        zip(
+            ("arm_validation", "base_validation"),
+            tables["validation_loss"],
+            strict=True,
+        )
+    )
+    return evidence.compare(*tables["test_loss"], **valid, ceiling=np.log(10))
+
+
+def optimizer_gain(optimizer: str, arm: str, data: str = "optimizers") -> tuple[float, float]:
+    """The same, each at its best rate."""
+    return optimizer_effect(optimizer, arm, data).at_best[:2]
+
+
+def optimizer_over_rates(optimizer: str, arm: str, data: str = "optimizers") -> tuple[float, float]:
+    """The same, over all rates."""
+    return optimizer_effect(optimizer, arm, data).over_rates[:2]
 
 
 def learned_ratio(arm: str, base: str) -> tuple[float, float, float]:
     """Final loss of an arm of `learned` over that of its base: geometric mean over seeds, and its 95% interval."""
     ends: dict[str, list[float]] = {}
     for name in (arm, base):
-        runs = sorted((r for r in record("learned")["runs"] if r["arm"] == name), key=lambda r: r["seed"])
+        runs = sorted(
+            (r for r in record("learned")["runs"] if r["arm"] == name),
+            key=lambda r: r["seed"],
+        )
         final = ([np.inf if x is None else x for x in r["test"]["as trained"]["final"]] for r in runs)
         ends[name] = [float(np.quantile(values, 0.5, method="higher")) for values in final]
     mean, half = interval(np.log(ends[arm]) - np.log(ends[base]))
@@ -121,9 +146,44 @@ def gain(network: str, radius: float = 1.0, key: str = "squared_gradient_gain") 
     return float(np.median([m[key] for m in moves if m["arm"] == "teleport" and m["radius"] == radius]))
 
 
+def mnist(network: str, key: str) -> tuple[list[str], np.ndarray]:
+    """The arms of one network of `mnist_teleport`, and [seeds, arms, rates, epochs + 1]."""
+    entry = record("mnist_teleport")[network]
+    runs = [[[[np.inf if v is None else v for v in c] for c in arm] for arm in run[key]] for run in entry["runs"]]
+    return list(entry["config"]["arms"]), np.array(runs)
+
+
+def mnist_gain(network: str, arm: str, epoch: int) -> tuple[float, float]:
+    """Test loss minus that of the plain arm, each at the rate that is best on the held-out images at that epoch."""
+    arms, validation = mnist(network, "validation_loss")
+    _, test = mnist(network, "test_loss")
+    ends = {name: test[:, k, validation[:, k, :, epoch].mean(0).argmin(), epoch] for k, name in enumerate(arms)}
+    return interval(ends[arm] - ends["plain"])
+
+
+def mnist_slow(network: str) -> float:
+    """At the smallest rate and the last epoch: test loss with a teleport over that without, median over seeds."""
+    arms, test = mnist(network, "test_loss")
+    last = test[:, :, 0, -1]
+    ratios = last[:, arms.index("teleport")] / last[:, arms.index("plain")]
+    return float(np.median(ratios))
+
+
+def mnist_change() -> float:
+    """The largest relative change of any held-out output by any teleport of `mnist_teleport`."""
+    networks = record("mnist_teleport").values()
+    return max(move["held_out_output_change"] for e in networks for move in e["moves"])
+
+
 # --- by name, as text -------------------------------------------------------------------------------------------------
 
-MEASURES = ("sharpness_isotropic", "sharpness_positive", "curvature_scaling", "curvature_mixing", "train_loss")
+MEASURES = (
+    "sharpness_isotropic",
+    "sharpness_positive",
+    "curvature_scaling",
+    "curvature_mixing",
+    "train_loss",
+)
 LEARNED = {  # arms with a teleport, and without
     "LSTM(lr, tele)": "LSTM(lr)",
     "LSTM(update, tele)": "LSTM(update)",
@@ -173,18 +233,43 @@ for step in (10, 30, 100):
 for family in ("scaling", "mixing"):
     for goal in GOALS:
         NUMBERS[f"minimum {family}, {goal}"] = partial(plus_minus, minimum, f"{family}, {goal}")
-for optimizer in ("sgd", "momentum", "adagrad", "rmsprop", "adam"):
-    for arm in ("teleport", "reset", "random", "paper"):
-        NUMBERS[f"{optimizer} {arm}"] = partial(plus_minus, optimizer_gain, optimizer, arm)
+for data, title in {
+    "optimizers": "",
+    "optimizers-fashion_mnist": "Fashion-MNIST ",
+}.items():
+    for optimizer in ("sgd", "momentum", "adagrad", "rmsprop", "adam"):
+        for arm in ("teleport", "reset", "random", "paper"):
+            NUMBERS[f"{title}{optimizer} {arm}"] = partial(plus_minus, optimizer_gain, optimizer, arm, data)
+            over = partial(plus_minus, optimizer_over_rates, optimizer, arm, data)
+            NUMBERS[f"{title}{optimizer} {arm}, all rates"] = over
 for arm, base in LEARNED.items():
     NUMBERS[arm] = partial(ratio, learned_ratio, arm, base)
 for network in ("784-16-10-10", "784-512-512-10"):
     NUMBERS[f"gain {network}"] = lambda network=network: f"{gain(network):.1f}"
 
 
+LARGE = "784-512-512-10"
+for arm in ("teleport", "random"):
+    for epoch in (1, 10):
+        NUMBERS[f"mnist {arm}, epoch {epoch}"] = partial(plus_minus, mnist_gain, LARGE, arm, epoch)
+NUMBERS["mnist slow"] = lambda: f"{mnist_slow(LARGE):.2f}"
+NUMBERS["mnist change"] = lambda: f"{mnist_change():.0e}".replace("e-0", "e-")
+
+
 def fill_in(markdown: str) -> str:
     """A page with its numbers."""
     return ROLE.sub(lambda match: NUMBERS[match[1]](), markdown)
+
+
+README = RESULTS.parent.parent / "README.md"
+FOUND = re.compile(r"(?<=<!-- found -->\n).*?(?=<!-- end -->)", re.S)
+
+
+def findings() -> str:
+    """What the first page says was found, for the README: the numbers filled in, the links from there."""
+    page = (RESULTS.parent / "intro.md").read_text("utf8")
+    text = fill_in(FOUND.search(page)[0])
+    return re.sub(r"\]\((?!https?:)([^()]+)\)", r"](book/\1)", text)
 
 
 def on_source_read(app, docname: str, source: list[str]) -> None:
@@ -200,3 +285,7 @@ def setup(app) -> dict:
     """Connect to Sphinx."""
     app.connect("source-read", on_source_read, priority=400)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
+
+
+if __name__ == "__main__":  # the README says what the first page says
+    README.write_text(FOUND.sub(lambda _: findings(), README.read_text("utf8")), "utf8")

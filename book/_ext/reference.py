@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 from docutils import nodes
 from sphinx.addnodes import pending_xref
+from sphinx.domains.python import PyObject
 from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxRole
 
@@ -181,7 +182,10 @@ def uses(root: Path, folder: Path) -> dict[str, list[Place]]:
                 mentions = []
                 for part in re.split(r"^(?=#)", text, flags=re.M):
                     if heading := HEADING.match(part):
-                        title, section = title or heading[1], heading[1] if title else ""
+                        title, section = (
+                            title or heading[1],
+                            heading[1] if title else "",
+                        )
                     mentions += [(section, p) for p in names_in_text(part)]
             for where, used in mentions:
                 name = described(used, index)
@@ -256,7 +260,7 @@ def expand(markdown: str, places: dict[str, list[Place]]) -> str:
         for name in (f"{module}.{name}" for name in names):
             if (thing := resolve(name)) is None:
                 raise ValueError(f"the reference names {name}, which does not exist")
-            where = ", ".join(str(place.number) for place in places.get(name, []))
+            where = ", ".join(f"{{tl-section}}`{p.page}¦{p.number}¦{p.section}`" for p in places.get(name, []))
             label = f"{{py:obj}}`{name.removeprefix(PACKAGE + '.')} <{name}>`"
             rows.append(f"| {label} | {summary(thing)} | {where} |")
             body += block(name, thing)
@@ -266,11 +270,11 @@ def expand(markdown: str, places: dict[str, list[Place]]) -> str:
 
 
 class SectionOfTheBook(SphinxRole):
-    """A place in a chapter: `page|text|section`."""
+    """A place in a chapter: `page¦text¦section`."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         """A link whose address is filled in when all pages are known."""
-        page, text, section = self.text.split("|")
+        page, text, section = self.text.split("¦")
         return [nodes.reference("", text, internal=True, tl_page=page, tl_section=section)], []
 
 
@@ -291,7 +295,12 @@ class LinksToTheReference(SphinxTransform):
             for path in names_in_text(f"`{node.astext()}`"):
                 if (name := described(path, index)) and name not in seen:
                     seen.add(name)
-                    facts = {"refdomain": "py", "reftype": "obj", "reftarget": name, "refdoc": self.env.docname}
+                    facts = {
+                        "refdomain": "py",
+                        "reftype": "obj",
+                        "reftarget": name,
+                        "refdoc": self.env.docname,
+                    }
                     node.replace_self(pending_xref("", node.deepcopy(), refexplicit=True, refwarn=True, **facts))
 
 
@@ -312,7 +321,10 @@ def start(app, config) -> None:
     folder = reference_folder(app)
     app.tl_links = link_names(folder)
     app.tl_uses = uses(Path(app.srcdir), folder)
-    config.nitpick_ignore_regex = [*config.nitpick_ignore_regex, (r"py:.*", r".*")]  # types of other libraries
+    config.nitpick_ignore_regex = [
+        *config.nitpick_ignore_regex,
+        (r"py:.*", r".*"),
+    ]  # types of other libraries
 
 
 def on_source_read(app, docname: str, source: list[str]) -> None:
@@ -331,7 +343,7 @@ def on_docstring(app, what: str, name: str, obj: Any, options: Any, lines: list[
 def after_docstring(app, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """A field that names the sections of the book."""
     if places := app.tl_uses.get(name):
-        links = [f":tl-section:`{p.page}|{p.number} {p.title}|{p.section}`" for p in places]
+        links = [f":tl-section:`{p.page}¦{p.number} {p.title}¦{p.section}`" for p in places]
         lines += ["", f":In the book: {' · '.join(links)}", ""]
 
 
@@ -352,6 +364,9 @@ def setup(app) -> dict:
     app.setup_extension("sphinx.ext.napoleon")
     app.add_role("tl-section", SectionOfTheBook())
     app.add_transform(LinksToTheReference)
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     app.connect("config-inited", start)
     app.connect("source-read", on_source_read)
     app.connect("autodoc-process-docstring", on_docstring, priority=100)

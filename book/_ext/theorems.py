@@ -18,7 +18,16 @@ from docutils import nodes
 from sphinx.transforms import SphinxTransform
 from sphinx_proof.nodes import proof_node, unenumerable_node
 
-KINDS = ("Definition", "Theorem", "Proposition", "Lemma", "Corollary", "Example", "Remark", "Algorithm")
+KINDS = (
+    "Definition",
+    "Theorem",
+    "Proposition",
+    "Lemma",
+    "Corollary",
+    "Example",
+    "Remark",
+    "Algorithm",
+)
 HEAD = re.compile(
     rf"> \*\*(?P<name>(?P<kind>{'|'.join(KINDS)}) (?P<number>\d+\.\d+)(?: \(.+?\))?|Proof(?: .+?)?)\.\*\*(?P<rest>.*)"
 )
@@ -55,9 +64,20 @@ def box(head: re.Match, body: list[str]) -> list[str]:
     """The sphinx-proof directive of one statement or proof, its fence longer than any inside."""
     fence = "~" * max([3, *(1 + len(run) for line in body for run in re.findall("~+", line))])
     if not head["kind"]:
-        return [fence + "{prf:proof}", f"**{head['name']}.**{head['rest']}", *body, fence]
+        return [
+            fence + "{prf:proof}",
+            f"**{head['name']}.**{head['rest']}",
+            *body,
+            fence,
+        ]
     options = [f":label: {anchor(head['kind'], head['number'])}", ":nonumber:", ""]
-    return [f"{fence}{{prf:{head['kind'].lower()}}} {head['name']}", *options, head["rest"].strip(), *body, fence]
+    return [
+        f"{fence}{{prf:{head['kind'].lower()}}} {head['name']}",
+        *options,
+        head["rest"].strip(),
+        *body,
+        fence,
+    ]
 
 
 def transform(markdown: str) -> str:

@@ -32,6 +32,7 @@ class Constraints:
         count: number of variables; the first one is zero.
         equalities: labels that are equal, pair by pair, and in which systems.
         sums: labels a, b, o with $s_o = s_a + s_b$.
+        crossings: labels a, b, o of the entries of one tensor, which are permuted as those of a, or as those of b.
         fixed: labels that do not move, in which systems, and why.
         colors: labels, a colour for each, and in which systems different colours are told apart.
     """
@@ -39,6 +40,7 @@ class Constraints:
     count: int = 1
     equalities: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
     sums: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    crossings: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     fixed: list[tuple[Tensor, int, str]] = field(default_factory=list)
     colors: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
 
@@ -47,6 +49,10 @@ class Constraints:
         size = torch.Size(shape).numel()
         self.count += size
         return 2 * torch.arange(self.count - size, self.count).reshape(shape)
+
+    def fresh_axes(self, shape: Sequence[int]) -> list[Tensor]:
+        """New labels for each axis of a tensor of that shape."""
+        return [self.fresh(*(n if d == i else 1 for i, n in enumerate(shape))) for d in range(len(shape))]
 
     def equate(self, a: Tensor, b: Tensor, systems: int = ALL) -> None:
         """Entries with these labels move in the same way."""
@@ -58,13 +64,23 @@ class Constraints:
         """Entries with these labels are not multiplied by anything; with PERM, they also keep their places."""
         self.fixed.append((labels.reshape(-1), systems, why))
 
-    def sum_of(self, a: Tensor, b: Tensor) -> Tensor:
-        """New labels, of products: $s_a + s_b$; the three are permuted together."""
+    def sum_of(self, a: Tensor, b: Tensor, crossing: bool = False) -> Tensor:
+        """New labels, $s_a + s_b$.
+
+        Args:
+            a: labels.
+            b: labels.
+            crossing: whether both are of one tensor, whose entries are permuted along one of two axes; by default they
+                are of the factors of a product, and all three are permuted together.
+        """
         a, b = torch.broadcast_tensors(a, b)
         out = self.fresh(*a.shape)
         self.sums.append((a.reshape(-1), b.reshape(-1), out.reshape(-1)))
-        self.equate(a, out, PERM)
-        self.equate(b, out, PERM)
+        if crossing:
+            self.crossings.append(self.sums[-1])
+        else:
+            self.equate(a, out, PERM)
+            self.equate(b, out, PERM)
         return out
 
     def distinguish(self, labels: Tensor, colors: Tensor | None = None, systems: int = PERM | MIX) -> None:
@@ -76,12 +92,12 @@ class Constraints:
         self.colors.append((labels.reshape(-1), colors.reshape(-1), systems))
 
     def sum_labels(self, labels: Sequence[Tensor]) -> Tensor | None:
-        """Labels that vary along the same dimensions, as one: their sum; None when there is none."""
+        """The labels of one tensor as one, their sum; None when there is none."""
         if not labels:
             return None
         first, *rest = labels
         for a in rest:
-            first = self.sum_of(first, a)
+            first = self.sum_of(first, a, crossing=True)
         return first
 
     def tie_along(self, labels: Tensor, dims: Sequence[int], systems: int = ALL) -> Tensor:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import cycle
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+
+from teleport_lite.discovery.dispatch import DispatchMode
 
 LOW, HIGH = 1e-6, 1 - 1e-6
 PATTERNS = ((LOW,), (HIGH,), (LOW, HIGH), (HIGH, LOW))
@@ -26,8 +25,18 @@ SAMPLERS = UNIFORM | {
     "cauchy_", "log_normal_",
 }  # fmt: skip
 
+DROPOUTS = {
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "alpha_dropout",
+    "feature_dropout",
+    "feature_alpha_dropout",
+}
 
-class Draws(TorchDispatchMode):
+
+class Draws(DispatchMode):
     """Decides how random numbers are drawn.
 
     Args:
@@ -38,12 +47,13 @@ class Draws(TorchDispatchMode):
     Attributes:
         single: whether there were draws of single numbers.
         many: whether there were draws of several numbers at once.
+        outside: whether Python or NumPy has drawn, whose draws cannot be set.
     """
 
     def __init__(self, even: bool = False, keep: bool = True, pattern: tuple[float, ...] = ()) -> None:
         super().__init__()
         self.even, self.keep, self.pattern = even, keep, cycle(pattern) if pattern else None
-        self.single = self.many = False
+        self.single = self.many = self.outside = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -114,17 +124,13 @@ class Draws(TorchDispatchMode):
         return out
 
 
-@contextmanager
-def kept_seeds() -> Iterator[None]:
-    """Leave the random states of Python and NumPy as they were."""
-    numpy: Any = sys.modules.get("numpy")
-    own, other = random.getstate(), numpy.random.get_state() if numpy else None
-    try:
-        yield
-    finally:
-        random.setstate(own)
-        if numpy:
-            numpy.random.set_state(other)
+class WithoutDropout(TorchFunctionMode):
+    """Leaves dropout away: masks that differ from entry to entry would seem to tell the neurons apart."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in DROPOUTS and args:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def seed_everything(seed: int) -> None:
@@ -133,3 +139,14 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)
+
+
+def drawn_outside(seed: int) -> bool:
+    """Whether Python or NumPy has drawn anything since `seed_everything(seed)`."""
+    if random.getstate() != random.Random(seed).getstate():
+        return True
+    if "numpy" not in sys.modules:
+        return False
+    numpy = sys.modules["numpy"].random
+    now, then = numpy.get_state(), numpy.RandomState(seed).get_state()
+    return now[2:] != then[2:] or bool((now[1] != then[1]).any())

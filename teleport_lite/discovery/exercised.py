@@ -1,4 +1,4 @@
-"""Which parameters a set of runs did not use, or used without effect: nothing can be known of those."""
+"""What a set of runs did not use, or used without effect: nothing can be known of that."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from teleport_lite.functional import Params
 Run = Callable[[], list[Tensor]]
 
 
-def unexercised(params: Params, runs: Iterable[Run], same: Callable[[list[str]], bool]) -> list[str]:
-    """The names of parameters that change no output of any run.
+def exercised(params: Params, runs: Iterable[Run]) -> Params:
+    """For each parameter which of its entries have a gradient in some run, of random sums of the outputs.
 
-    First by one gradient of random sums of the outputs; where that is zero throughout, as before an argmax, by trying.
+    The runs end when every parameter has such an entry. An entry without may still matter, as before an argmax.
 
     Args:
         params: the parameters, as the runs read them.
         runs: each gives the outputs.
-        same: whether all outputs stay, bit for bit, when the parameters of these names are changed.
     """
-    left = [name for name, p in params.items() if p.is_floating_point() or p.is_complex()]
-    asked = {name: params[name].requires_grad for name in left}
+    found = {
+        n: torch.zeros_like(p, dtype=torch.bool) for n, p in params.items() if p.is_floating_point() or p.is_complex()
+    }
+    asked = {name: params[name].requires_grad for name in found}
     generator = torch.Generator().manual_seed(0)
     try:
-        for name in left:
+        for name in found:
             params[name].requires_grad_()
         for run in runs:
-            if left:
-                moved = _with_gradient(run, {name: params[name] for name in left}, generator)
-                left = [name for name in left if name not in moved]
+            for name, g in _gradients(run, {name: params[name] for name in found}, generator).items():
+                found[name] |= g != 0
     finally:
         for name, wanted in asked.items():
             params[name].requires_grad_(wanted)
-    return _without_effect(left, same)
+    return found
 
 
-def _with_gradient(run: Run, params: Params, generator: torch.Generator) -> set[str]:
+def _gradients(run: Run, params: Params, generator: torch.Generator) -> Params:
+    """Those that there are."""
     with torch.enable_grad():
         try:
             outputs = [torch.view_as_real(t) if t.is_complex() else t for t in run() if t.requires_grad]
@@ -48,19 +49,20 @@ def _with_gradient(run: Run, params: Params, generator: torch.Generator) -> set[
                 if t.layout == torch.strided and not t.is_nested
             ]
             if not sums:
-                return set()
+                return {}
             total = torch.stack([s.to(sums[0].device) for s in sums]).sum()
             found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
         except Exception:  # no gradients: then everything is tried
-            return set()
-    return {name for name, g in zip(params, found, strict=True) if g is not None and bool((g != 0).any())}
+            return {}
+    grads = ((name, g) for name, g in zip(params, found, strict=True) if g is not None)
+    return {name: g.to_dense() if g.is_sparse else g for name, g in grads}
 
 
-def _without_effect(names: list[str], same: Callable[[list[str]], bool]) -> list[str]:
-    """By halves."""
+def without_effect(names: list[str], same: Callable[[list[str]], bool]) -> list[str]:
+    """Those among `names` that may be changed: `same` says whether all outputs stay, bit for bit. By halves."""
     if not names or same(names):
         return names
     if len(names) == 1:
         return []
     half = len(names) // 2
-    return _without_effect(names[:half], same) + _without_effect(names[half:], same)
+    return without_effect(names[:half], same) + without_effect(names[half:], same)

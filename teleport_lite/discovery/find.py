@@ -13,18 +13,19 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from teleport_lite.discovery.inputs import Call
+from teleport_lite.discovery.draws import WithoutDropout
+from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.outputs import tensors_of
 from teleport_lite.discovery.probe import Probe, laboratory
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.propose import solve_and_verify
-from teleport_lite.discovery.scenes import Scene
 from teleport_lite.discovery.solve import reasons as reasons_of
+from teleport_lite.discovery.trial import Trial
 from teleport_lite.discovery.verify import Verifier
 from teleport_lite.errors import EmptyModelError
 from teleport_lite.functional import Params
 from teleport_lite.symmetries.axes import NeuronSymmetry
-from teleport_lite.symmetries.base import Product
+from teleport_lite.symmetries.product import Product
 
 RETURNED = "the model returns them"
 
@@ -68,13 +69,13 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
     generator = torch.Generator().manual_seed(0)
     with laboratory(probe.module):
         probe.perturb(generator)
-        check = Verifier(probe, Call.of(example_inputs), generator)
-        seen = propagated(probe, check.stage.informative())
+        check = Verifier(probe, Arguments.of(example_inputs), generator)
+        seen = propagated(probe, check.planned.informative())
         factors, reasons = solve_and_verify(seen, check)
     return Product(factors, [*reasons, *check.notes(), *_unmoved(seen, probe.params, factors)])
 
 
-def propagated(probe: Probe, scenes: Iterable[Scene]) -> Propagation:
+def propagated(probe: Probe, trials: Iterable[Trial]) -> Propagation:
     """The constraints that all these runs put on the parameters together."""
     seen = Propagation(probe.params)
     for name, p in probe.params.items():
@@ -82,8 +83,10 @@ def propagated(probe: Probe, scenes: Iterable[Scene]) -> Propagation:
             seen.freeze(name, f"{name} is frozen")
         elif not p.is_floating_point():
             seen.freeze(name, f"{name} is {'complex' if p.is_complex() else str(p.dtype)}")
-    for scene in scenes:
-        seen.finish(tensors_of(probe.run(scene.call, scene.training, scene.seed, (seen,))))
+    with WithoutDropout():
+        outputs = [tensors_of(probe.run(t.call, t.training, t.seed, (*t.modes(), seen))) for t in trials]
+    seen.finish([tensor for found in outputs for tensor in found])
+    seen.fix_unexercised()
     return seen
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from teleport_lite.discovery.dispatch import DispatchMode
 
 WIDER = {
     torch.float32: torch.float64,
@@ -30,7 +31,7 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(WIDER[tensor.dtype]) if tensor.dtype in WIDER else tensor
 
 
-class Float64(TorchDispatchMode):
+class Float64(DispatchMode):
     """Widens every real or complex tensor, and every type that is asked for.
 
     Attributes:

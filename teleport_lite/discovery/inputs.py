@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from teleport_lite.discovery.float64 import widened
+from teleport_lite.runtime import Call
 
-ROWS = 4  # of the batch on which a symmetry is verified
+ROWS = 3  # of the batch on which a symmetry is verified
 Leaves = list[Any]
 
 
 @dataclass(frozen=True)
-class Call:
+class Arguments:
     """Positional and keyword arguments of a model.
 
-    >>> Call.of({"x": torch.ones(2), "scale": 3}).leaves()
+    >>> Arguments.of({"x": torch.ones(2), "scale": 3}).leaves()
     [tensor([1., 1.]), 3]
     """
 
@@ -33,31 +34,36 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, example_inputs: object) -> Call:
+    def of(cls, example_inputs: object) -> Arguments:
         """A mapping is keyword arguments, a tuple or list positional ones, anything else the only argument."""
         if isinstance(example_inputs, Call):
-            return example_inputs
+            return cls(*example_inputs)
         if isinstance(example_inputs, Mapping):
             return cls((), dict(example_inputs))
         return cls(tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,))
 
-    def map(self, leaf: Callable[[Any], Any]) -> Call:
+    def map(self, leaf: Callable[[Any], Any]) -> Arguments:
         """Each leaf replaced; a tensor that stands in several places stays one."""
         memo: dict[int, Any] = {}
-        return Call(_map(self.args, leaf, memo), _map(self.kwargs, leaf, memo))
+        return Arguments(_map(self.args, leaf, memo), _map(self.kwargs, leaf, memo))
 
     def leaves(self) -> Leaves:
         """Tensors, numbers and whatever else is no container."""
         found: Leaves = []
-        self.map(lambda x: found.append(x) or x)
+
+        def note(x: Any) -> Any:
+            found.append(x)
+            return x
+
+        self.map(note)
         return found
 
-    def with_leaves(self, leaves: Leaves) -> Call:
+    def with_leaves(self, leaves: Leaves) -> Arguments:
         """The same containers around other leaves."""
         parts = iter(leaves)
         return self.map(lambda _: next(parts))
 
-    def fresh(self) -> Call:
+    def fresh(self) -> Arguments:
         """Copies, which a model may write to."""
         return self.map(_copied)
 
@@ -74,18 +80,18 @@ def _map(x: Any, leaf: Callable, memo: dict[int, Any]) -> Any:
         new = {key: _map(value, leaf, memo) for key, value in x.items()}
         if type(x) is dict:
             return new
-        same = copy.copy(x)
+        same: Any = copy.copy(x)
         for key, value in new.items():
-            same[key] = value  # type: ignore[index]
+            same[key] = value
         return same
     if isinstance(x, (tuple, list)) and not isinstance(x, torch.Size):
         parts = [_map(part, leaf, memo) for part in x]
         return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        same = copy.copy(x)
+        again: Any = copy.copy(x)
         for f in dataclasses.fields(x):
-            object.__setattr__(same, f.name, _map(getattr(x, f.name), leaf, memo))
-        return same
+            object.__setattr__(again, f.name, _map(getattr(x, f.name), leaf, memo))
+        return again
     return leaf(x)
 
 
@@ -107,7 +113,7 @@ def _copied(x: Any) -> Any:
     return copy.deepcopy(x)
 
 
-def _vary(call: Call, real: Callable, whole: Callable) -> Call:
+def _vary(call: Arguments, real: Callable, whole: Callable) -> Arguments:
     """Every real tensor and every tensor of integers replaced."""
 
     def leaf(x: Any) -> Any:
@@ -118,7 +124,7 @@ def _vary(call: Call, real: Callable, whole: Callable) -> Call:
     return call.map(leaf)
 
 
-def variations(call: Call, tables: dict[int, int], generator: torch.Generator) -> Iterator[Iterator[Call]]:
+def variations(call: Arguments, tables: dict[int, int], generator: torch.Generator) -> Iterator[Iterator[Arguments]]:
     """Other values of the same shapes: several kinds, and for each the bolder ones first.
 
     Args:
@@ -170,12 +176,12 @@ def _spread(x: Tensor) -> Tensor | float:
     return size or float(x.abs().max()) or 1.0
 
 
-def times(call: Call, size: float) -> Call:
+def times(call: Arguments, size: float) -> Arguments:
     """Real inputs so many times larger."""
     return _vary(call, lambda x: size * x, lambda x: x)
 
 
-def other_numbers(call: Call) -> Iterator[Call]:
+def other_numbers(call: Arguments) -> Iterator[Arguments]:
     """Other values for each Python integer among the arguments."""
     leaves = call.leaves()
     for i, n in enumerate(leaves):
@@ -185,13 +191,17 @@ def other_numbers(call: Call) -> Iterator[Call]:
                     yield call.with_leaves([*leaves[:i], value, *leaves[i + 1 :]])
 
 
-def few_rows(call: Call) -> Call | None:
+def rows(call: Arguments) -> int:
+    """The length of the first axis of the first tensor that has one."""
+    return next((len(x) for x in call.tensors() if x.ndim), ROWS)
+
+
+def few_rows(call: Arguments) -> Arguments | None:
     """The first `ROWS` examples of a batch, or a smaller batch repeated; None when it has that size."""
-    count = next((len(x) for x in call.tensors() if x.ndim), ROWS)
-    return None if count == ROWS else resized(call, count, ROWS, 0)
+    return None if rows(call) == ROWS else resized(call, rows(call), ROWS, 0)
 
 
-def sizes(call: Call) -> Iterator[tuple[int, int | None]]:
+def sizes(call: Arguments) -> Iterator[tuple[int, int | None]]:
     """The lengths of axes: for each length all axes that have it, then those along one dimension."""
     found = {(x.shape[d], d) for x in call.tensors() for d in range(x.ndim)}
     for size in sorted({s for s, _ in found}):
@@ -204,7 +214,7 @@ def longer(size: int) -> list[int]:
     return [2 * size + 1, size + 1, 2 * size] if size <= 8 else [size + 2, 2 * size, size // 2]
 
 
-def resized(call: Call, old: int, new: int, dim: int | None) -> Call:
+def resized(call: Arguments, old: int, new: int, dim: int | None) -> Arguments:
     """Every axis of length `old` (along `dim` alone, where given) made `new` long, by repetition; integers likewise."""
 
     def leaf(x: Any) -> Any:

@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from teleport_lite.discovery.draws import kept_seeds, seed_everything
+from teleport_lite.discovery.draws import seed_everything
 from teleport_lite.discovery.float64 import Float64, float64_default
-from teleport_lite.discovery.inputs import Call
+from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.watch import Watch
 from teleport_lite.functional import Params
 from teleport_lite.runtime import copy_of, eager_mode, kept_random_state
@@ -32,7 +32,6 @@ class Probe:
 
     def __init__(self, model: nn.Module) -> None:
         self.module = copy_of(model)
-        self.called = self.module.module if isinstance(self.module, nn.DataParallel) else self.module
         self.params: Params = dict(self.module.named_parameters())
         self.mode: Float64 | None = Float64()
         self.buffers = {b: b.clone() for b in self.module.buffers()}
@@ -62,7 +61,9 @@ class Probe:
         self.buffers = {b: b.clone() for b in self.buffers}
         self.values = {name: p.detach().clone() for name, p in self.params.items()}
 
-    def run(self, call: Call, training: bool = False, seed: int = 0, modes: tuple[TorchDispatchMode, ...] = ()) -> Any:
+    def run(
+        self, call: Arguments, training: bool = False, seed: int = 0, modes: tuple[TorchDispatchMode, ...] = ()
+    ) -> Any:
         """What the copy returns, from its first state; `modes` see its operators, the last one first."""
         self._restore()
         self.module.train(training)
@@ -73,15 +74,16 @@ class Probe:
                 if isinstance(mode, Watch):
                     mode.look_at(call.tensors())
                 stack.enter_context(mode)
-            return self.called(*call.args, **call.kwargs)
+            return self.module(*call.args, **call.kwargs)
 
     def unsettle(self, generator: torch.Generator) -> bool:
         """Move buffers that the last run has changed off their values, for a state may be anything; whether any is."""
         moved = False
         for module, attributes in self.attributes:
             for name, b in attributes["_buffers"].items():
-                now = module._buffers.get(name)
-                if b is not None and b.is_floating_point() and (now is not b or not torch.equal(b, self.buffers[b])):
+                if b is None or not b.is_floating_point():
+                    continue
+                if id(module._buffers.get(name)) != id(b) or not torch.equal(b, self.buffers[b]):
                     self.buffers[b] += self.buffers[b].abs().mean().clamp(min=1.0) * normal(b, generator)
                     moved = True
         return moved
@@ -132,7 +134,7 @@ def laboratory(module: nn.Module) -> Iterator[None]:
     device = next((p.device.type for p in tree_leaves(list(module.parameters()))), "cpu")
     fast = torch.backends.mha.get_fastpath_enabled()
     with (
-        torch.no_grad(), kept_random_state(module), kept_seeds(), eager_mode(device), float64_default(),
+        torch.no_grad(), kept_random_state(module), eager_mode(device), float64_default(),
         sdpa_kernel(SDPBackend.MATH),
     ):  # fmt: skip
         torch.backends.mha.set_fastpath_enabled(False)

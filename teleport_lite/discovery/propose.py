@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from teleport_lite.discovery.constraints import MIX, PERM
+from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.solve import signatures, solve_permutations, solve_scalings, solve_signs
 from teleport_lite.discovery.verify import TOLERANCE, Verifier, distance
@@ -33,7 +34,12 @@ class _Entry:
 def solve_and_verify(seen: Propagation, check: Verifier) -> tuple[list[NeuronSymmetry], list[str]]:
     """Propose what solves the constraints, and verify it."""
     axes = [a for a in _axes(seen) if a[0] in seen.used]
-    reasons: list[str] = [f"{op} is not understood: what it reads stays as it is" for op in seen.unsupported_ops]
+    reasons: list[str] = [
+        f"{op} is not understood{f' ({why})' if why else ''}: what it reads stays as it is"
+        for op, why in seen.unsupported_ops.items()
+    ]
+    if seen.unexercised:
+        reasons.append(f"{', '.join(seen.unexercised)}: {Operation.NOT_EXERCISED}")
 
     def drop(symmetry: NeuronSymmetry, error: float) -> None:
         reasons.append(f"{symmetry}: {symmetry.group} changes the outputs, by {error:.1e} relative")

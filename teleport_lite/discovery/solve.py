@@ -86,8 +86,20 @@ def _solve(
 
 
 def solve_permutations(constraints: Constraints) -> Tensor:
-    """For each variable the class with which it is permuted, 0 for those that keep their places."""
-    return _variables(constraints, PERM, [(a, torch.zeros_like(a)) for a, s, _ in constraints.fixed if s & PERM])
+    """For each variable the class with which it is permuted, 0 for those that keep their places.
+
+    The entries of a tensor on which two axes cross are permuted along one of them, and the other keeps its places:
+    taken is, one crossing after another, what leaves more classes.
+    """
+    stays = [(a, torch.zeros_like(a)) for a, s, _ in constraints.fixed if s & PERM]
+    classes = _variables(constraints, PERM, stays)
+    for a, b, out in constraints.crossings:
+        options = []
+        for moves, rests in ((b, a), (a, b)):
+            x, y = torch.cat([out, rests]) >> 1, torch.cat([moves, torch.zeros_like(rests)]) >> 1
+            options.append(components(classes, x, y))
+        classes = max(options, key=lambda option: len(option.unique()))
+    return classes
 
 
 def signatures(constraints: Constraints, classes: Tensor, system: int) -> Tensor:

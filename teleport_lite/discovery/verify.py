@@ -1,4 +1,4 @@
-"""Verify proposed symmetries on the whole model, in float64, on all scenes at once; look closer only on failure."""
+"""Verify proposed symmetries on the whole model, in float64, on all trials at once; look closer only on failure."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.exercised import unexercised
-from teleport_lite.discovery.inputs import Call
+from teleport_lite.discovery.exercised import exercised, without_effect
+from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.outputs import distance
 from teleport_lite.discovery.probe import Probe, normal
-from teleport_lite.discovery.scenes import Scene, Stage
+from teleport_lite.discovery.trial import Trial
+from teleport_lite.discovery.trials import Trials
 from teleport_lite.functional import Params
 from teleport_lite.groups import Permutation, Signs
-from teleport_lite.symmetries.axes import NeuronSymmetry
+from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 
 __all__ = ["TOLERANCE", "Verifier", "distance"]
 TOLERANCE = 1e-10  # relative change in float64 beyond which a proposed symmetry is dropped
-DRAWN = 4  # random elements of all finite groups together
+SMALL = 8  # a finite group on fewer axes has few elements
+DRAWN = 2  # random elements of small finite groups
+WIDER = 3  # times that more inputs are tried where some, as experts that tokens pick, were not used
 
 Drop = Callable[[NeuronSymmetry, float], None]
-Failure = tuple[float, Scene, int]  # by how much, where, in which turn
+Failure = tuple[float, Trial, int]  # by how much, where, in which turn
 
 
 class Verifier:
@@ -30,43 +33,66 @@ class Verifier:
 
     Attributes:
         params: where they are tried.
-        untouched: parameters that no scene exercises; they stay, and so does what may share an axis with them.
+        untouched: parameters that no trial exercises; they stay, and so does what may share an axis with them.
         withheld: the symmetries that were not tried for that reason, in words.
     """
 
-    def __init__(self, probe: Probe, example: Call, generator: torch.Generator) -> None:
+    def __init__(self, probe: Probe, example: Arguments, generator: torch.Generator) -> None:
         self.probe, self.generator = probe, generator
-        self.stage = Stage(probe, example, generator)
+        self.planned = Trials(probe, example, generator)
         self.params: Params = probe.values
         self.untouched = self._unexercised()
+        for _ in range(WIDER):
+            stacked = (m for m in self.matters.values() if m.ndim > 2 and not m.flatten(1).any(1).all())
+            if not (self.untouched or any(True for _ in stacked)) or not self.planned.widen():
+                break
+            self.untouched = self._unexercised()
         self.withheld: dict[str, None] = {}
         self.numbers: dict[NeuronSymmetry, int] = {}  # of finite symmetries
 
     def _unexercised(self) -> list[str]:
-        scenes = dict.fromkeys([*self.stage.scenes, *self.stage.even])
-        telling = self.stage.informative()
-        telling += [s for s in scenes if s not in telling]
+        """The parameters of which no entry matters in any trial."""
+        trials = dict.fromkeys([*self.planned.trials, *self.planned.even])
+        telling = self.planned.informative()
+        self.trials = [*telling, *(s for s in trials if s not in telling)]
+        params = self.probe.params
+        self.matters = exercised(params, [s.run for s in telling])
+        for trial in self.trials[len(telling) :]:
+            idle = {n: params[n] for n, m in self.matters.items() if not m.any()}
+            if not idle:
+                return []
+            self.matters |= exercised(idle, [trial.run])
+        rest = [n for n, m in self.matters.items() if not m.any()]
+        return without_effect(rest, lambda names: self._same({n: ~self.matters[n] for n in names}))
 
-        def same(names: list[str]) -> bool:
-            moved = {n: self.params[n] + normal(self.params[n], self.generator) for n in names}
-            with self.probe.at({**self.params, **moved}):
-                return all(_identical(s) for s in telling)
-
-        return unexercised(self.probe.params, [s.run for s in telling], same)
+    def _same(self, entries: Params) -> bool:
+        """Whether all outputs stay, bit for bit, when these entries are changed."""
+        moved = {n: self.params[n] + normal(self.params[n], self.generator) * where for n, where in entries.items()}
+        with self.probe.at({**self.params, **moved}):
+            return all(_identical(s) for s in self.trials)
 
     def allowed(self, symmetry: NeuronSymmetry) -> bool:
         """Whether all that it moves, and all that may have the same axis, was exercised."""
         lengths = {n for name in self.untouched for n in self.params[name].shape} - {1}
         own = {self.params[leg.name].shape[leg.dim] for leg in symmetry.legs} | {symmetry.group.n}
-        if not lengths & own and not {*symmetry.names} & {*self.untouched}:
+        shared = lengths & own or {*symmetry.names} & {*self.untouched}
+        if not shared and not any(self._idle(symmetry, leg) for leg in symmetry.legs):
             return True
         self.withheld[str(symmetry)] = None
         return False
 
+    def _idle(self, symmetry: NeuronSymmetry, leg: Leg) -> bool:
+        """Whether no entry that a leg moves matters, as in rows of a table that nothing reads."""
+        if symmetry.axis(self.matters[leg.name], leg).any():
+            return False
+        where = torch.zeros_like(self.matters[leg.name])
+        symmetry.axis(where, leg).fill_(True)
+        return self._same({leg.name: where})
+
     def notes(self) -> list[str]:
         """What was left out, and why."""
         names = ", ".join(self.untouched)
-        notes = [*self.stage.notes, *([f"not exercised by these inputs: {names}"] if names else [])]
+        notes = [*self.planned.notes, *([f"not exercised by these inputs: {names}"] if names else [])]
         if self.withheld:
             notes.append(f"not exercised by these inputs, as they may share an axis: {'; '.join(self.withheld)}")
         return notes
@@ -83,7 +109,7 @@ class Verifier:
         return [s for kind in kinds for s in self._holding(kind, drop)]
 
     def _holding(self, symmetries: list[NeuronSymmetry], drop: Drop) -> list[NeuronSymmetry]:
-        """All at once; where that fails, by halves on the scene that shows it."""
+        """All at once; where that fails, by halves on the trial that shows it."""
         while symmetries and (failure := self._failure(symmetries)):
             found = self._culprits(symmetries, *failure)
             for symmetry, error in found.items():
@@ -92,88 +118,96 @@ class Verifier:
         return symmetries
 
     def _culprits(
-        self, symmetries: list[NeuronSymmetry], error: float, scene: Scene, turn: int
+        self, symmetries: list[NeuronSymmetry], error: float, trial: Trial, turn: int
     ) -> dict[NeuronSymmetry, float]:
-        """Those among them that change one scene by themselves, where they do so together by `error`."""
+        """Those among them that change one trial by themselves, where they do so together by `error`."""
         if len(symmetries) == 1:
             return {symmetries[0]: error}
         found: dict[NeuronSymmetry, float] = {}
         half = len(symmetries) // 2
         for part in (symmetries[:half], symmetries[half:]):
-            gap = self._gap(part, scene, turn)
-            found |= self._culprits(part, gap, scene, turn) if gap else {}
+            gap = self._gap(part, trial, turn)
+            found |= self._culprits(part, gap, trial, turn) if gap else {}
         if found:
             return found
         return {s: e for s in symmetries if (e := self.error([s]))} or dict.fromkeys(symmetries, error)
 
     def _failure(self, symmetries: list[NeuronSymmetry]) -> Failure | None:
-        """The first scene whose outputs change."""
-        if not self.stage.scenes:
-            return float("inf"), self.stage.calm[0], 0
-        for turn, scenes in self._turns(symmetries):
+        """The first trial whose outputs change."""
+        if not self.planned.trials:
+            return float("inf"), self.planned.calm[0], 0
+        for turn, trials in self._turns(symmetries):
             moved = self._moved(symmetries, turn)
             with self.probe.at(moved):
-                for scene in scenes:
-                    if gap := scene.gap(TOLERANCE):
-                        self._look_here_first(scene)
-                        return gap, scene, turn
+                for trial in trials:
+                    if gap := trial.gap(TOLERANCE):
+                        self._look_here_first(trial)
+                        return gap, trial, turn
         return None
 
-    def _look_here_first(self, scene: Scene) -> None:
-        for scenes in (self.stage.scenes, self.stage.even):
-            if scene in scenes:
-                scenes.insert(0, scenes.pop(scenes.index(scene)))
+    def _look_here_first(self, trial: Trial) -> None:
+        for trials in (self.planned.trials, self.planned.even):
+            if trial in trials:
+                trials.insert(0, trials.pop(trials.index(trial)))
 
-    def _gap(self, symmetries: list[NeuronSymmetry], scene: Scene, turn: int) -> float:
+    def _gap(self, symmetries: list[NeuronSymmetry], trial: Trial, turn: int) -> float:
         with self.probe.at(self._moved(symmetries, turn)):
-            return scene.gap(TOLERANCE)
+            return trial.gap(TOLERANCE)
 
-    def _turns(self, symmetries: list[NeuronSymmetry]) -> Iterator[tuple[int, list[Scene]]]:
-        """Elements to try, by number, and on which scenes.
+    def _turns(self, symmetries: list[NeuronSymmetry]) -> Iterator[tuple[int, list[Trial]]]:
+        """Which elements to try, by number, on which trials.
 
-        Elements of Lie groups undo each other with probability zero. Those of finite groups may, so after generators
-        come, each on one scene, random elements of all, and then of some: two symmetries whose numbers differ in a
-        bit stand apart once.
+        Random elements of several symmetries undo each other with probability zero, but those of small finite groups
+        may. So `DRAWN` more follow, and then some of these symmetries without the others: any two, whose numbers differ
+        in a bit, stand apart once. One trial is enough for that.
         """
         shuffled = any(isinstance(s.group, Permutation) for s in symmetries)
-        scenes = list(self.stage.even if shuffled else self.stage.scenes)
-        yield 0, scenes
+        trials = list(self.planned.even if shuffled else self.planned.trials)
+        yield 0, trials
         if all(not s.dim for s in symmetries):
-            yield 1, scenes
-            for s in symmetries:
+            yield 1, trials[::2]
+            small = [s for s in symmetries if s.group.n < SMALL]
+            for s in small:
                 self.numbers.setdefault(s, len(self.numbers) + 1)
-            bits = max((self.numbers[s] for s in symmetries), default=0).bit_length()
-            for k in range(DRAWN + bits if len(symmetries) > 1 else 0):
-                yield 2 + k, [scenes[k % len(scenes)]]
+            bits = max((self.numbers[s] for s in small), default=0).bit_length()
+            smallest = min(trials, key=lambda t: sum(x.numel() for x in t.call.tensors()))
+            for k in range(DRAWN + bits if len(small) > 1 else 0):
+                yield 2 + k, [smallest]
 
     def _moved(self, symmetries: list[NeuronSymmetry], turn: int) -> Params:
         moved = self.params
         for s in symmetries:
-            if turn < 2 + DRAWN or self.numbers[s] >> (turn - 2 - DRAWN) & 1:
+            if turn < 2 + DRAWN or self.numbers.get(s, 0) >> (turn - 2 - DRAWN) & 1:
                 moved = s.act(moved, self._element(s, turn))
         return moved
 
     def _element(self, symmetry: NeuronSymmetry, turn: int) -> Tensor:
-        """A random element of a Lie group; of a finite group, in two turns, elements that generate it or nearly so.
+        """A random element; of a finite group, in two turns, elements that generate it or nearly so.
 
         The same symmetry has the same element in a turn, whatever stands beside it.
         """
         n, like = symmetry.group.n, self.params[symmetry.names[0]]
-        if isinstance(symmetry.group, Permutation) and turn < 2:  # a cycle, then the exchange of two
+        two = turn if turn < 2 + DRAWN else 0
+        if isinstance(symmetry.group, Permutation) and two < 2:  # a cycle, then the exchange of two
             order = torch.arange(n, device=like.device)
-            return order.roll(1) if turn == 0 else torch.cat([order[:2].flip(0), order[2:]])
-        if isinstance(symmetry.group, Signs) and not 2 <= turn < 2 + DRAWN:  # every second one, then the others
-            return 1 - 2 * ((torch.arange(n, device=like.device) + turn) % min(n, 2) == 0).to(like)
-        seed = zlib.crc32(f"{symmetry.legs} {symmetry.group} {turn}".encode())
-        return symmetry.sample(self.params, generator=torch.Generator().manual_seed(seed))
+            return order.roll(1) if two == 0 else torch.cat([order[:2].flip(0), order[2:]])
+        legs = f"{symmetry.legs} {symmetry.group}"
+        if isinstance(symmetry.group, Signs) and two < 2:  # random ones but the first, then all the others
+            flipped = torch.rand(n, generator=_seeded(legs)) < 0.5
+            flipped[0] = two == 0 or n == 1
+            flipped[1:] ^= two == 1
+            return 1 - 2 * flipped.to(like)
+        return symmetry.sample(self.params, generator=_seeded(f"{legs} {turn}"))
 
 
-def _identical(scene: Scene) -> bool:
+def _seeded(text: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(text.encode()))
+
+
+def _identical(trial: Trial) -> bool:
+    """Whether outputs are those before, bit for bit."""
     try:
-        after = scene.run()
+        after = trial.run()
     except Exception:
         return False
-    return len(after) == len(scene.before) and all(
-        a.shape == b.shape and bool(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)))
-        for a, b in zip(after, scene.before, strict=True)
-    )
+    return len(after) == len(trial.before) and distance(after, trial.before) == 0

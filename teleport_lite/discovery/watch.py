@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from teleport_lite.discovery.dispatch import DispatchMode
 
 TABLES = {"embedding": (0, 1), "embedding_bag": (0, 1), "index_select": (0, 2), "gather": (0, 2)}  # table, indices
 
 
-class Watch(TorchDispatchMode):
+class Watch(DispatchMode):
     """Notes which operators read which parameters, and which inputs are indices.
 
     Args:
@@ -76,4 +77,5 @@ def _from(at: Tensor, x: Tensor) -> bool:
         return False
     if at.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         return True
-    return at.numel() == x.numel() and bool((at.reshape(-1) == x.reshape(-1)).all())
+    telling = at.numel() == x.numel() > 1 and bool(x.reshape(-1).min() < x.reshape(-1).max())
+    return telling and bool((at.reshape(-1) == x.reshape(-1)).all())

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from teleport_lite.functional import Params
 from teleport_lite.symmetries.axes import NeuronSymmetry
-from teleport_lite.symmetries.base import Symmetry, check_symmetry
+from teleport_lite.symmetries.base import Symmetry
+from teleport_lite.symmetries.product import check_symmetry
 
 
 def conserved_quantities(params: Params, symmetry: Symmetry) -> list[Tensor]:

@@ -14,9 +14,11 @@ from torch.func import vmap
 from teleport_lite.errors import TeleportError
 from teleport_lite.functional import Params, dot, trainable
 from teleport_lite.groups import PositiveScaling
+from teleport_lite.runtime import check_generator
 from teleport_lite.symmetries.axes import NeuronSymmetry
-from teleport_lite.symmetries.base import Product, Symmetry
+from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.minibatch import is_chain, jets
+from teleport_lite.symmetries.product import Product, check_symmetry
 
 
 def curvature(
@@ -39,6 +41,7 @@ def curvature(
     tensor(4.5000)
     """
     params = {name: p.detach() for name, p in trainable(model).items()}
+    symmetry = check_symmetry(symmetry)
     with torch.no_grad():
         return mean_kappa(params, symmetry, sample_curves(params, symmetry, samples, generator=generator))
 
@@ -49,11 +52,17 @@ def sample_curves(
     """`count` random elements of the Lie algebra, for each continuous factor its coordinates [count, ...].
 
     Raises:
-        TeleportError: when the symmetry has no continuous factor, or `count` is not positive.
+        TeleportError: when it is no symmetry or has no continuous factor, or `count` is not positive.
     """
-    continuous = Product([symmetry]).continuous
-    if not len(continuous) or count < 1:
-        raise TeleportError("a continuous symmetry, and samples", f"{symmetry!r} and {count}", "pass one of dim > 0")
+    check_generator(generator)
+    continuous = check_symmetry(symmetry).continuous
+    if not len(continuous):
+        got = "finite ones only" if len(check_symmetry(symmetry)) else "none"
+        raise TeleportError("a symmetry with continuous factors, which have curves", got, "pass one of dim > 0")
+    if not isinstance(count, int) or count < 1:
+        raise TeleportError("a positive number of samples", repr(count), "pass samples=100")
+    for factor in continuous:
+        factor.check(params)
     drawn = [continuous.sample(params, generator=generator) for _ in range(count)]
     return tuple(torch.stack(xis) for xis in zip(*drawn, strict=True))
 

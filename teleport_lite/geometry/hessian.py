@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from teleport_lite.errors import LossError, TeleportError
-from teleport_lite.functional import Params, dot, hvp, loss_of, normal_like, trainable
+from teleport_lite.functional import Params, dot, generator_for, hvp, loss_of, normal_like, trainable
+from teleport_lite.runtime import check_generator
 
 CYCLES = 1000  # of the Lanczos method, at most
 
@@ -33,7 +34,9 @@ def hessian_trace(
     """
     loss = loss_of(model, loss_fn)
     params = {name: p.detach() for name, p in trainable(model).items()}
-    return torch.stack([dot(z, hvp(loss, params, z)) for z in sign_probes(params, samples, generator=generator)]).mean()
+    probes = sign_probes(params, samples, generator=generator)
+    with loss:
+        return torch.stack([dot(z, hvp(loss, params, z)) for z in probes]).mean()
 
 
 def sign_probes(params: Params, count: int, *, generator: torch.Generator | None = None) -> Iterator[Params]:
@@ -42,10 +45,11 @@ def sign_probes(params: Params, count: int, *, generator: torch.Generator | None
     Raises:
         TeleportError: when `count` is not positive.
     """
-    if count < 1:
-        raise TeleportError("at least one sample", count, "pass samples=100")
-    for _ in range(count):
-        yield {name: torch.where(d[0] < 0, -1.0, 1.0).to(d) for name, d in normal_like(params, 1, generator).items()}
+    if not isinstance(count, int) or count < 1:
+        raise TeleportError("a positive number of samples", repr(count), "pass samples=100")
+    generator = generator_for(params, check_generator(generator))
+    drawn = (normal_like(params, 1, generator) for _ in range(count))
+    return ({name: torch.where(d[0] < 0, -1.0, 1.0).to(d) for name, d in draw.items()} for draw in drawn)
 
 
 def hessian_eigenvalues(
@@ -69,9 +73,10 @@ def hessian_eigenvalues(
     """
     loss = loss_of(model, loss_fn)
     params = {name: p.detach() for name, p in trainable(model).items()}
+    generator = generator_for(params, check_generator(generator))
     like, sizes = next(iter(params.values())), [p.numel() for p in params.values()]
-    if not 0 < count <= sum(sizes):
-        raise TeleportError(f"a count from 1 to {sum(sizes)}, the number of parameters", count, "ask for fewer")
+    if not isinstance(count, int) or not 0 < count <= sum(sizes):
+        raise TeleportError(f"a count from 1 to {sum(sizes)}, the number of parameters", repr(count), "pass count=1")
     home = torch.device("cpu") if like.device.type == "mps" else like.device  # which has no float64
 
     def vector(parts: Params) -> Tensor:
@@ -85,7 +90,8 @@ def hessian_eigenvalues(
         return vector({name: d[0] for name, d in normal_like(params, 1, generator).items()})
 
     eps = max(torch.finfo(p.dtype).eps for p in params.values())
-    return largest_eigenvalues(product, draw, count, min(100 * eps, 1e-3)).to(like)
+    with loss:
+        return largest_eigenvalues(product, draw, count, min(100 * eps, 1e-3)).to(like)
 
 
 def largest_eigenvalues(
@@ -114,30 +120,27 @@ def largest_eigenvalues(
     start = draw()
     n, m = len(start), min(len(start), max(2 * count + 1, 20))
     basis, table = start.new_zeros(m + 1, n), torch.zeros(m, m, dtype=torch.float64)
-    size = 0.0
     found: Tensor | None = None
 
-    def extend(k: int, v: Tensor) -> tuple[Tensor, float]:
-        """Row k: what v has outside of the rows before, or a random one; and what v has along them, and outside."""
+    def extend(k: int, v: Tensor) -> Tensor:
+        """Row k: v without its parts along the rows before, or a random one; gives the parts, and the length left."""
         along = basis.new_zeros(k)
         for _ in range(2):
             part = basis[:k] @ v
             along, v = along + part, v - part @ basis[:k]
-        length = float(v.norm())
-        if length > 1e-14 * size:
-            basis[k] = v / length
+        parts = torch.cat([along, v.norm()[None]]).cpu()  # the one time that the host waits
+        if parts[-1] > 1e-14 * parts.norm():
+            basis[k] = v / float(parts[-1])
         elif k < n:
             extend(k, draw())
-        return along.cpu(), length
+        return parts
 
     kept, following = 0, start
     for _ in range(CYCLES):
         extend(kept, following)
         for j in range(kept, m):
-            image = product(basis[j])
-            size = max(size, float(image.norm()))
-            along, length = extend(j + 1, image)
-            table[j, : j + 1] = table[: j + 1, j] = along
+            *_, length = parts = extend(j + 1, product(basis[j]))
+            table[j, : j + 1] = table[: j + 1, j] = parts[:-1]
         if not table.isfinite().all():
             raise LossError("a loss with finite second derivatives", "NaN or infinity", "look at the loss where it is")
         values, vectors = torch.linalg.eigh(table)
@@ -148,7 +151,7 @@ def largest_eigenvalues(
         kept, following = count + (m - count) // 2, basis[m].clone()
         settled = residuals[-count:].max() <= small
         if found is not None:
-            settled &= residuals[-count - 1] <= max(small, float(top[0] - values[-count - 1]))
+            settled &= residuals[-count - 1] <= max(small, 0.01 * float(top[0] - values[-count - 1]))
         if settled:
             if found is not None and (top - found).abs().max() <= 10 * small:
                 return top.flip(0)

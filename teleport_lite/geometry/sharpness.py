@@ -6,6 +6,7 @@ Derived in the chapter *Sharpness and curvature*.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
@@ -18,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from teleport_lite.errors import LossError, TeleportError
-from teleport_lite.functional import Loss, Params, check_scalar, loss_of, trainable
+from teleport_lite.functional import Loss, Params, check_scalar, generator_for, loss_of, session, trainable
+from teleport_lite.runtime import check_generator, unfused_attention
 
 RADII = tuple(round(0.001 + 0.01 * k, 3) for k in range(20))  # of arXiv:2305.13404, for MNIST
 PAIRED = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
@@ -67,7 +69,7 @@ def sharpness(
 class Directions:
     """Isotropic directions of length 1 in the space of all parameters together, each drawn from a seed of its own.
 
-    Nothing but the seeds is held: `around[i:j]` gives directions i to j by name, [j - i, ...], always the same.
+    `around[i:j]` gives directions i to j by name, [j - i, ...], always the same. Held are the seeds and the last part.
 
     Raises:
         TeleportError: when `count` is not positive.
@@ -78,24 +80,29 @@ class Directions:
     """
 
     def __init__(self, params: Params, count: int, *, generator: torch.Generator | None = None) -> None:
-        if count < 1:
-            raise TeleportError("at least one direction", count, "pass directions=100")
-        first = next(iter(params.values()))
-        self.device = first.device if generator is None else generator.device  # where they are drawn
+        if not isinstance(count, int) or count < 1:
+            raise TeleportError("a positive number of directions", repr(count), "pass directions=100")
+        generator = generator_for(params, check_generator(generator))
+        self.device, self.home = generator.device, next(iter(params.values())).device  # where they are drawn, and live
         self.params, self.dtype = params, reduce(torch.promote_types, {p.dtype for p in params.values()})
         self.seeds = torch.randint(2**62, (count,), generator=generator, device=self.device).tolist()
+        self._last: tuple[list[int], Params] = [], {}
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def __getitem__(self, index: slice) -> Params:
         seeds, sizes = self.seeds[index], [p.numel() for p in self.params.values()]
+        if seeds == self._last[0]:
+            return self._last[1]
+        self._last = [], {}
         rows = torch.empty(len(seeds), sum(sizes), dtype=self.dtype, device=self.device)
         for row, seed in zip(rows, seeds, strict=True):
             row.normal_(generator=torch.Generator(self.device).manual_seed(seed))
             row.div_(torch.linalg.vector_norm(row))
-        parts = zip(self.params.items(), rows.split(sizes, 1), strict=True)
-        return {name: part.reshape(-1, *p.shape).to(p) for (name, p), part in parts}
+        parts = zip(self.params.items(), rows.to(self.home).split(sizes, 1), strict=True)
+        self._last = seeds, {name: part.reshape(-1, *p.shape).to(p) for (name, p), part in parts}
+        return self._last[1]
 
 
 def unit_directions(params: Params, count: int, *, generator: torch.Generator | None = None) -> Params:
@@ -127,33 +134,36 @@ def mean_loss_around(
         LossError: when the loss changes from call to call.
         TeleportError: when there is no radius, or `chunk_size` is not positive.
     """
-    if not len(radii) or (chunk_size is not None and chunk_size < 1):
-        raise TeleportError("a radius, and a positive chunk_size", f"{radii} and {chunk_size}", "pass radii=[0.1]")
+    if isinstance(radii, (float, int)) or not len(radii):
+        raise TeleportError("a list of radii", repr(radii), "pass radii=[0.1]")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise TeleportError("a positive chunk_size", repr(chunk_size), "leave it out to evaluate all at once")
     if one_by_one is None:
-        one_by_one = goes_one_by_one(loss, params, radii, chunk_size)
+        slopes = torch.is_grad_enabled() and any(p.requires_grad for p in params.values())
+        one_by_one = goes_one_by_one(loss, params, radii, chunk_size, slopes=slopes)
     count = len(directions) if isinstance(directions, Directions) else len(next(iter(directions.values())))
-    size = chunk_size or (1 if one_by_one else count)
+    size = 1 if one_by_one else chunk_size or count
 
-    def chunk(start: int) -> Params:
+    def total(start: int, t: float | None) -> Tensor:
+        """The losses of a chunk at all radii, or of one direction at one."""
         part = slice(start, start + size)
-        return directions[part] if isinstance(directions, Directions) else {n: d[part] for n, d in directions.items()}
+        chunk = directions[part] if isinstance(directions, Directions) else {n: d[part] for n, d in directions.items()}
+        if t is None:
+            return losses_around(loss, params, chunk, _on(params, radii)).sum()
+        return check_scalar(loss(_moved(params, {n: d[0] for n, d in chunk.items()}, t)))
 
-    def total(start: int) -> Tensor:
-        around = chunk(start)
-        if not one_by_one:
-            return losses_around(loss, params, around, _on(params, radii)).sum()
-        rows = [{n: d[k] for n, d in around.items()} for k in range(min(size, count - start))]
-        return torch.stack([check_scalar(loss(_moved(params, row, t))) for row in rows for t in radii]).sum()
-
-    again = torch.is_grad_enabled() and size < count
-    parts = [checkpoint(total, k, use_reentrant=False) if again else total(k) for k in range(0, count, size)]
+    calls = [(k, t) for k in range(0, count, size) for t in (radii if one_by_one else [None])]
+    again = torch.is_grad_enabled() and len(calls) > 1
+    parts = [checkpoint(total, *call, use_reentrant=False) if again else total(*call) for call in calls]
     return torch.stack(parts).sum() / (count * len(radii))
 
 
-def goes_one_by_one(loss: Loss, params: Params, radii: Sequence[float], chunk_size: int | None = None) -> bool:
+def goes_one_by_one(
+    loss: Loss, params: Params, radii: Sequence[float], chunk_size: int | None = None, *, slopes: bool = False
+) -> bool:
     """Whether points are evaluated one after the other: as asked for by chunks of 1, or because `vmap` cannot run it.
 
-    It is tried at two points, and has to give what single evaluations give.
+    It is tried at two points, and has to give what single evaluations give; with `slopes`, finite gradients as well.
 
     Raises:
         LossError: when the loss changes from call to call.
@@ -164,17 +174,22 @@ def goes_one_by_one(loss: Loss, params: Params, radii: Sequence[float], chunk_si
         a, b, again = (
             check_scalar(loss(_moved(params, {n: x[0] for n, x in d.items()}, t))) for t in (radius, radius / 2, radius)
         )
-        rtol = min(1e4 * torch.finfo(a.dtype).eps, 1e-2)
-        if not torch.allclose(a, again, rtol=rtol, equal_nan=True):
-            got, remedy = f"{float(a):.6g} and {float(again):.6g} at the same parameters", "fix its random numbers"
-            raise LossError("a deterministic loss", got, remedy)
-        if chunk_size == 1:
-            return True
-        try:
-            found = losses_around(loss, params, d, _on(params, (radius, radius / 2)))[0]
-        except Exception:  # of many kinds; an error that does not come from vmap comes again without it
-            return True
-        return not torch.allclose(found, torch.stack([a, b]), rtol=rtol, equal_nan=True)
+    rtol = min(1e4 * torch.finfo(a.dtype).eps, 1e-2)
+    if not torch.allclose(a, again, rtol=rtol, equal_nan=True):
+        got, remedy = f"{float(a):.6g} and {float(again):.6g} at the same parameters", "fix its random numbers"
+        raise LossError("a deterministic loss", got, remedy)
+    if chunk_size == 1:
+        return True
+    points = {name: p.clone().requires_grad_() for name, p in params.items()} if slopes else params
+    try:
+        with warnings.catch_warnings(), torch.set_grad_enabled(slopes), session(loss):
+            warnings.simplefilter("ignore", UserWarning)  # of operations that vmap runs one by one
+            found = losses_around(loss, points, d, _on(params, (radius, radius / 2)))[0]
+            grads = torch.autograd.grad(found.sum(), [*points.values()], allow_unused=True) if slopes else ()
+    except Exception:  # of many kinds; an error that does not come from vmap comes again without it
+        return True
+    agree = torch.allclose(found.detach(), torch.stack([a, b]), rtol=rtol, equal_nan=True)
+    return not agree or not all(g is None or bool(g.isfinite().all()) for g in grads)
 
 
 def _moved(params: Params, direction: Params, t: float) -> Params:
@@ -206,7 +221,8 @@ def losses_around(loss: Loss, params: Params, directions: Params, radii: Tensor)
         with _Line(params, direction, t) as line:
             return check_scalar(loss(line.places))
 
-    return vmap(vmap(at, (None, 0)), (0, None))(directions, radii)
+    with unfused_attention():  # fused kernels have no rule for vmap either
+        return vmap(vmap(at, (None, 0)), (0, None))(directions, radii)
 
 
 class _Line(TorchFunctionMode):

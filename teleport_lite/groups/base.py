@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from teleport_lite.errors import TeleportError
+from teleport_lite.runtime import check_generator
 
 
 class Group(ABC):
@@ -29,9 +30,11 @@ class Group(ABC):
         n: length of the vectors.
         dim: dimension of the group, 0 when it is finite.
         isometry: whether all elements preserve the Euclidean norm.
+        kind: what its elements do, in one word.
     """
 
     isometry = False
+    kind: str
 
     def __init__(self, n: int) -> None:
         if n < 1:
@@ -131,6 +134,7 @@ def promoted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def draw(distribution: Callable, *shape: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Random numbers drawn where the generator lives, on the device of `like`, in float32 at least."""
+    generator = check_generator(generator)
     device = like.device if generator is None else generator.device
     return distribution(shape, generator=generator, dtype=wide(like.dtype), device=device).to(like.device)
 

@@ -26,6 +26,8 @@ class GeneralLinear(Group):
     (GL(2)^3, 12)
     """
 
+    kind = "mixing"
+
     def __init__(self, n: int, blocks: int = 1) -> None:
         super().__init__(n * blocks)
         self.blocks = blocks

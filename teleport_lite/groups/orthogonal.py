@@ -16,6 +16,7 @@ class SpecialOrthogonal(Group):
             [1., 0.]])
     """
 
+    kind = "rotation"
     isometry = True
 
     @property

@@ -16,6 +16,7 @@ class Permutation(Group):
     (tensor([20, 30, 10]), tensor([2, 0, 1]))
     """
 
+    kind = "permutation"
     isometry = True
     dim = 0
 

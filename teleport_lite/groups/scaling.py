@@ -16,6 +16,8 @@ class PositiveScaling(Group):
     tensor([1., 3.])
     """
 
+    kind = "scaling"
+
     @property
     def dim(self) -> int:
         return self.n

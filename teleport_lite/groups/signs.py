@@ -15,6 +15,7 @@ class Signs(Group):
     tensor([ 1., -1.])
     """
 
+    kind = "sign"
     isometry = True
     dim = 0
 

@@ -15,9 +15,11 @@ from teleport_lite.errors import ParameterError, TeleportError, UnknownNameError
 from teleport_lite.functional import Params
 from teleport_lite.objectives import Objective, as_objective
 from teleport_lite.optim.state_rules import STATES, move
-from teleport_lite.runtime import LossFn, unwrap_compiled
-from teleport_lite.symmetries.base import Product, Symmetry, check_generator, check_radius, check_symmetry
-from teleport_lite.teleport import Report, carry_out, check_movable, symmetries_of
+from teleport_lite.report import Report
+from teleport_lite.runtime import LossFn, check_generator, unwrap_compiled
+from teleport_lite.symmetries.base import Symmetry, check_radius
+from teleport_lite.symmetries.product import Product, check_symmetry
+from teleport_lite.teleport import carry_out, check_movable, symmetries_of
 
 
 class Teleporter:
@@ -120,6 +122,7 @@ class Teleporter:
             if self._ranks.group is None:
                 self._check_held(self.symmetry)
         self._due, self._when = _schedule(every, generator)
+        self._listed = frozenset(every) if isinstance(every, Collection) else None
 
     def step(self, loss_fn: LossFn) -> Report | None:
         """Teleport if it is time to.
@@ -192,8 +195,7 @@ class Teleporter:
         """The radius of the next teleport."""
         if all(factor.group.isometry for factor in symmetry):
             return self.radius
-        listed = isinstance(self.every, Collection)
-        parts = sum(step >= self.steps for step in set(self.every)) if listed else 2
+        parts = sum(step >= self.steps for step in self._listed) if self._listed else 2
         return (self.radius - self.spent) / parts
 
     def _held(self) -> set[int]:
@@ -207,7 +209,9 @@ class Teleporter:
         """
         held = self._held()
         parameters = dict(unwrap_compiled(self._ranks.model, symmetry.names).named_parameters())
-        missing = [name for name in symmetry.names if not self._ranks.ask(id(parameters[name]) in held)]
+        missing = [name for name in symmetry.names if id(parameters[name]) not in held]
+        if self._ranks.ask(bool(missing)):  # on some rank; another one may hold them
+            missing = [name for name in symmetry.names if not self._ranks.ask(id(parameters[name]) in held)]
         if missing:
             remedy = "pass the optimizers of all that moves, or a symmetry=... that moves only what they hold"
             raise ParameterError(", ".join(missing), "held by an optimizer of the Teleporter", "held by none", remedy)
@@ -272,8 +276,9 @@ def _schedule(every: Any, generator: torch.Generator | None) -> tuple[Callable[[
             remedy = "pass generator=torch.Generator().manual_seed(0)"
             raise TeleportError("a generator for a random schedule", None, remedy)
         return lambda step: bool(torch.rand((), generator=generator, device=generator.device) < every), f"p = {every:g}"
-    if isinstance(every, Collection) and every != "" and all(isinstance(step, int) and step >= 0 for step in every):
-        listed = ", ".join(map(str, sorted(every)[:8])) + ", ..." * (len(every) > 8)
-        return frozenset(every).__contains__, f"at steps {listed or 'none'}"
+    listed = isinstance(every, Collection) and not isinstance(every, (str, bytes, Tensor))
+    if listed and all(isinstance(step, int) and step >= 0 for step in every):
+        words = ", ".join(map(str, sorted(every)[:8])) + ", ..." * (len(every) > 8)
+        return frozenset(every).__contains__, f"at steps {words or 'none'}"
     expected = "a positive number of steps, a collection of steps, a probability below 1, or a callable of the step"
     raise TeleportError(expected, repr(every), "pass every={0}, every=50, every=0.01 or every=lambda step: ...")

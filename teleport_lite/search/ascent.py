@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from teleport_lite.functional import gradients
 from teleport_lite.objectives import AlongOrbit
-from teleport_lite.symmetries.base import Product
+from teleport_lite.runtime import unfused_attention
+from teleport_lite.symmetries.product import Product
 
 STEPS = 30  # of an ascent
 
@@ -37,9 +39,9 @@ def ascent(
     def slope(xi: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
         points = [x.detach().requires_grad_() if g.dim else x for x, g in zip(xi, groups, strict=True)]
         free = [x for x in points if x.requires_grad]
-        with torch.enable_grad():
+        with torch.enable_grad(), unfused_attention():
             value = sign * along(tuple(points))
-            grads = iter(torch.autograd.grad(value, free, allow_unused=True) if free and value.requires_grad else free)
+            grads = iter(gradients(value, free) if free and value.requires_grad else free)
         directions = []
         for x, g in zip(points, groups, strict=True):
             d = next(grads) if x.requires_grad else None

@@ -9,7 +9,7 @@ from teleport_lite.errors import UnknownNameError
 from teleport_lite.objectives import Objective, Problem
 from teleport_lite.search.ascent import ascent
 from teleport_lite.search.closed_form import closed_form, has_closed_form
-from teleport_lite.symmetries.base import Product
+from teleport_lite.symmetries.product import Product
 
 
 def search(

@@ -22,7 +22,8 @@ from teleport_lite.groups import GeneralLinear, PositiveScaling
 from teleport_lite.groups.base import wide
 from teleport_lite.objectives import Objective
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
-from teleport_lite.symmetries.base import Product, Symmetry
+from teleport_lite.symmetries.base import Symmetry
+from teleport_lite.symmetries.product import Product
 
 SWEEPS_UP = 4  # a corner maximum has been stable after 1 to 4 sweeps wherever it was measured
 SWEEPS_DOWN = 100  # balancing converges linearly, by about cos^2(pi / depth) a sweep

@@ -1,9 +1,10 @@
 """The symmetries: what acts on the parameters of a network without changing what it computes."""
 
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry, mixing, permutation, scaling, sign
-from teleport_lite.symmetries.base import Product, Symmetry
+from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.minibatch import IncomingMixing, OutgoingMixing, minibatch_symmetries
 from teleport_lite.symmetries.plane import PlaneRotation, TestFunction
+from teleport_lite.symmetries.product import Product
 
 __all__ = [
     "IncomingMixing",

@@ -9,7 +9,8 @@ parameters are all the same case. Proved in the chapter *Symmetries of networks*
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from torch import Tensor
 from teleport_lite.errors import ShapeError, TeleportError
 from teleport_lite.functional import Params
 from teleport_lite.groups import GeneralLinear, Group, Permutation, PositiveScaling, Signs
-from teleport_lite.symmetries.base import Symmetry
+from teleport_lite.symmetries.base import SAVED, Symmetry
+
+GROUPS = {group.kind: group for group in (PositiveScaling, GeneralLinear, Permutation, Signs)}
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,17 @@ class NeuronSymmetry(Symmetry):
             part = self.axis(tensor, leg)
             part.copy_(self.group.along(g, part, 0))
 
+    def to_dict(self) -> dict[str, Any]:
+        group = {"kind": self.group.kind, "n": self.group.n, "blocks": getattr(self.group, "blocks", 1)}
+        return {"symmetry": "neurons", "group": group, "legs": [asdict(leg) for leg in self.legs]}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> NeuronSymmetry:
+        """What `to_dict` gave."""
+        kind, n, blocks = saved["group"]["kind"], saved["group"]["n"], saved["group"]["blocks"]
+        group = GeneralLinear(n // blocks, blocks) if kind == "mixing" else GROUPS[kind](n)
+        return cls(group, [Leg(**leg) for leg in saved["legs"]])
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, NeuronSymmetry) and (self.group, set(self.legs)) == (other.group, set(other.legs))
 
@@ -138,6 +152,9 @@ class NeuronSymmetry(Symmetry):
     def __str__(self) -> str:
         sides = (dict.fromkeys(leg.name for leg in self.legs if leg.dual == dual) for dual in (False, True))
         return " -> ".join(", ".join(side) for side in sides if side)
+
+
+SAVED["neurons"] = NeuronSymmetry
 
 
 def _legs(incoming: str, outgoing: str, bias: str | None) -> list[Leg]:

@@ -1,4 +1,4 @@
-r"""What a symmetry is: a group acting on the parameters of a model without changing what the model computes.
+"""What a symmetry is: a group acting on the parameters of a model without changing what the model computes.
 
 A new symmetry gives its `group`, the `names` of the parameters that it moves, and `move`; everything else is derived.
 """
@@ -6,7 +6,7 @@ A new symmetry gives its `group`, the `names` of the parameters that it moves, a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch.utils._pytree import tree_map
 from teleport_lite.errors import ParameterError, ShapeError, TeleportError, UnknownNameError
 from teleport_lite.functional import Params
 from teleport_lite.groups import Group
+
+KINDS = ("scaling", "mixing", "rotation", "permutation", "sign")  # of groups
+SAVED: dict[str, Any] = {}  # by the name that a saved symmetry carries, its class
 
 
 class Symmetry(ABC):
@@ -171,6 +174,15 @@ class Symmetry(ABC):
                 remedy = "teleport before quantising, or leave it out of the symmetry"
                 raise ParameterError(name, "of a real floating-point type", str(params[name].dtype), remedy)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The symmetry as numbers and strings.
+
+        Raises:
+            TeleportError: when it belongs to one model and one batch.
+        """
+        remedy = "make it again from the model and the batch"
+        raise TeleportError("a symmetry that can be saved", type(self).__name__, remedy)
+
     def _check_coordinates(self, params: Params, xi: Any) -> None:
         expected = self.zeros(params)
         if not isinstance(xi, Tensor) or xi.shape != expected.shape:
@@ -189,114 +201,6 @@ class Symmetry(ABC):
         return f"{type(self).__name__}({self}; {self.group}, dim {self.dim}, {self.holds})"
 
 
-class Product(Symmetry, Sequence):
-    """Several symmetries, applied one after the other; `xi` is the tuple of their coordinates.
-
-    Args:
-        factors: the symmetries; products among them are flattened.
-        reasons: why something was left out, for people to read.
-
-    Raises:
-        TeleportError: when a factor is no symmetry.
-
-    >>> Product([])
-    Product of 0 symmetries, dim 0
-    """
-
-    def __init__(self, factors: Iterable[Symmetry], reasons: Iterable[str] = ()) -> None:
-        self.factors: tuple[Symmetry, ...] = tuple(
-            leaf for f in factors for leaf in (f.factors if isinstance(f, Product) else (f,))
-        )
-        for factor in self.factors:
-            if not isinstance(factor, Symmetry):
-                raise TeleportError("symmetries as factors", repr(factor), "pass what teleport_lite.symmetries makes")
-        self.reasons = tuple(reasons)
-        self.names = tuple(dict.fromkeys(name for f in self.factors for name in f.names))
-        self.exact = all(f.exact for f in self.factors)
-        self.linear = all(f.linear for f in self.factors)
-        self.homogeneous = all(f.homogeneous for f in self.factors)
-        self.monomial = all(f.monomial for f in self.factors)
-
-    def move(self, params, xi):
-        for factor, x in zip(self.factors, xi, strict=True):
-            params = factor.act(params, x)
-        return {name: params[name] for name in self.names}
-
-    def transport(self, grads, xi, params=None):
-        self._check_coordinates(grads, xi)
-        for factor, x in zip(self.factors, xi, strict=True):
-            grads = factor.transport(grads, x, params)
-            if params is not None:
-                params = factor.act(params, x)
-        return grads
-
-    def spread(self, tensors, xi, entry, *, dual=True, params=None):
-        self._check_coordinates(tensors, xi)
-        for factor, x in zip(self.factors, xi, strict=True):
-            tensors = factor.spread(tensors, x, entry, dual=dual, params=params)
-            if params is not None:
-                params = factor.act(params, x)
-        return tensors
-
-    def jet(self, params, xi):
-        if not self.homogeneous:
-            return super().jet(params, xi)
-        zero = {name: torch.zeros_like(params[name]) for name in self.names}
-        first, second = zero, zero
-        for factor, x in zip(self.factors, xi, strict=True):  # (e^{tA} w(t))'' = w'' + 2 A w' + A A w
-            once, twice = factor.jet(params, x)
-            cross = factor.velocity(first, x)
-            first = {**first, **{n: first[n] + once[n] for n in once}}
-            second = {**second, **{n: second[n] + 2 * cross[n] + twice[n] for n in once}}
-        return first, second
-
-    def zeros(self, params):
-        return tuple(f.zeros(params) for f in self.factors)
-
-    def sample(self, params, *, radius=1.0, generator=None):
-        return tuple(f.sample(params, radius=radius, generator=generator) for f in self.factors)
-
-    def inverse(self, xi):
-        raise TeleportError(
-            "one symmetry", f"a product of {len(self)}", "invert factor by factor: factors may not commute"
-        )
-
-    @property
-    def dim(self) -> int:
-        return sum(f.dim for f in self.factors)
-
-    @property
-    def continuous(self) -> Product:
-        """The factors whose group is not finite."""
-        return Product([f for f in self.factors if f.dim], self.reasons)
-
-    def _check_coordinates(self, params, xi):
-        if not isinstance(xi, (tuple, list)) or len(xi) != len(self.factors):
-            got = f"length {len(xi)}" if isinstance(xi, (tuple, list)) else type(xi).__name__
-            raise ShapeError("xi", f"tuple of {len(self)}", got, "take xi from sample or zeros")
-
-    def __len__(self) -> int:
-        return len(self.factors)
-
-    def __iter__(self) -> Iterator[Symmetry]:
-        return iter(self.factors)
-
-    def __getitem__(self, index):
-        found = self.factors[index]
-        return Product(found) if isinstance(index, slice) else found
-
-    def __repr__(self) -> str:
-        head = f"Product of {len(self)} symmetr{'y' if len(self) == 1 else 'ies'}, dim {self.dim}"
-        rows = [("parameters", "group", "dim", "holds on")]
-        rows += [(str(f), str(f.group), str(f.dim), f.holds) for f in self.factors]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        table = ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        notes = [f"  left out: {reason}" for reason in self.reasons]
-        return "\n".join([head, *(table if self.factors else []), *notes])
-
-    __str__ = __repr__
-
-
 def _times(t: Tensor, xi: Any) -> Any:
     return tree_map(lambda x: t * x, xi)
 
@@ -312,36 +216,3 @@ def check_radius(radius: float) -> float:
         remedy = "the gradient norm has no maximum on an unbounded orbit: pass radius=1.0"
         raise TeleportError("a positive finite radius", repr(radius), remedy)
     return float(radius)
-
-
-def check_symmetry(symmetry: object) -> Product:
-    """`symmetry` as a product.
-
-    Raises:
-        TeleportError: when it is no symmetry.
-
-    >>> check_symmetry("gradient_norm")
-    Traceback (most recent call last):
-    teleport_lite.errors.TeleportError: expected a symmetry, got 'gradient_norm'; pass what find_symmetries gives; \
-the objective is passed as objective=...
-    """
-    if isinstance(symmetry, Product):
-        return symmetry
-    if isinstance(symmetry, Symmetry):
-        return Product([symmetry])
-    listed = isinstance(symmetry, (list, tuple)) and all(isinstance(f, Symmetry) for f in symmetry)
-    remedy = "pass what find_symmetries gives; the objective is passed as objective=..."
-    got = f"a {type(symmetry).__name__} of symmetries" if listed else repr(symmetry)
-    raise TeleportError("a symmetry", got, "pass tl.Product(...) of them" if listed else remedy)
-
-
-def check_generator(generator: object) -> torch.Generator | None:
-    """`generator` when it is one, or None.
-
-    Raises:
-        TeleportError: otherwise.
-    """
-    if generator is None or isinstance(generator, torch.Generator):
-        return generator
-    seed = generator if isinstance(generator, int) else 0
-    raise TeleportError("a torch.Generator", repr(generator), f"pass torch.Generator().manual_seed({seed})")

@@ -31,7 +31,8 @@ from teleport_lite.functional import Evaluation, Params
 from teleport_lite.groups import GeneralLinear
 from teleport_lite.layers import Hidden, trace
 from teleport_lite.runtime import as_inputs, copy_of, double
-from teleport_lite.symmetries.base import Product, Symmetry
+from teleport_lite.symmetries.base import Symmetry
+from teleport_lite.symmetries.product import Product
 
 INVERSES: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     nn.Identity: lambda module, y: y,
@@ -249,10 +250,12 @@ COMPENSATIONS: dict[str, type[MiniBatchMixing]] = {"outgoing": OutgoingMixing, "
 def minibatch_symmetries(
     model: nn.Module, inputs: object, *, compensate: str = "outgoing", minimum_change: bool = True
 ) -> Product:
-    """The mini-batch mixings of all hidden layers of `model`, one factor a layer.
+    """The mini-batch mixings of the hidden layers of `model`, one factor a layer.
+
+    Layers whose weights have an effect on the outputs by another way too, as beside a skip connection, are left out.
 
     Args:
-        model: an MLP as `find_symmetries` understands it.
+        model: with hidden layers between two `nn.Linear`, called one after the other.
         inputs: the batch; the symmetries hold on it alone.
         compensate: the weight that is solved for: "outgoing" (arXiv:2305.13404) or "incoming" (arXiv:2205.10637).
         minimum_change: the smallest correction (default), or the published formula.
@@ -271,12 +274,89 @@ def minibatch_symmetries(
     if compensate not in COMPENSATIONS:
         raise UnknownNameError("compensation", compensate, COMPENSATIONS)
     model = Ranks(model).model
-    traced = trace(copy_of(model), double(as_inputs(inputs)))
-    if not traced.hidden:
-        raise NoSymmetryError(traced.reasons)
-    kind = COMPENSATIONS[compensate]
-    factors = [kind(model, inputs, hidden, minimum_change=minimum_change) for hidden in traced.hidden]
-    return Product(factors, traced.reasons)
+    probe, batch, kind = copy_of(model), double(as_inputs(inputs)), COMPENSATIONS[compensate]
+    traced = trace(probe, batch)
+    factors, reasons = [], list(traced.reasons)
+    for hidden in traced.hidden:
+        factor = kind(model, inputs, hidden, minimum_change=minimum_change)
+        if reason := _other_effect(probe, batch, factor, hidden) or _random_between(model, probe, hidden):
+            reasons.append(f"{hidden}: {reason}")
+        else:
+            factors.append(factor)
+    if not factors:
+        raise NoSymmetryError(reasons)
+    return Product(factors, reasons)
+
+
+def _other_effect(probe: nn.Module, inputs: tuple, factor: MiniBatchMixing, hidden: Hidden) -> str:
+    """What the weights of a hidden layer do besides giving the output of its outgoing map; or nothing.
+
+    With other weights in their places, and that output what it was, all outputs of the model have to be what they were,
+    and so has the input of the layer.
+    """
+    from teleport_lite.discovery.outputs import distance, tensors_of  # which stands on this module
+
+    given: list[Tensor] = []  # by the outgoing map, at first
+    inside: list[Tensor] = []  # what went in in this run
+    outside: list[Tensor] = []  # what came out
+    calls = 0
+
+    def hold(module, args, output):
+        nonlocal calls
+        calls += 1
+        given.append(output)
+        return given[0] if calls == 1 else None
+
+    def run(net):
+        outside[:] = tensors_of(net(*inputs))
+        return torch.zeros(())
+
+    def with_weights(params: Params) -> list[Tensor]:
+        nonlocal calls
+        calls = 0
+        inside.clear()
+        evaluation(params)
+        return inside + outside
+
+    weights = {name: p.detach() for name, p in probe.named_parameters() if name in factor.names}
+    draw = torch.Generator().manual_seed(0)
+    others = {n: w + torch.randn(w.shape, generator=draw, dtype=w.dtype).to(w) for n, w in weights.items()}
+    evaluation = Evaluation(probe, run)
+    first, second = probe.get_submodule(hidden.incoming), probe.get_submodule(hidden.outgoing)
+    watch = [
+        first.register_forward_pre_hook(lambda module, args: inside.append(args[0])),
+        second.register_forward_hook(hold),
+    ]
+    try:
+        for mode in ("evaluation", "training"):
+            probe.train(mode == "training")
+            given.clear()
+            try:
+                with torch.no_grad():
+                    before, after = with_weights(weights), with_weights(others)
+            except Exception:  # a batch norm in training needs two samples
+                if mode == "evaluation":
+                    raise
+                continue
+            if len(inside) != 1:
+                return f"{hidden.incoming} is called {len(inside)} times"
+            if not outside:
+                return "the outputs of the model are no tensors, so that nothing can be verified"
+            if distance(after, before) > 1e-8:
+                return f"its weights change the outputs in {mode} mode by another way than through {hidden.outgoing}"
+    finally:
+        for handle in watch:
+            handle.remove()
+        probe.eval()
+    return ""
+
+
+def _random_between(model: nn.Module, probe: nn.Module, hidden: Hidden) -> str:
+    """Whether numbers are drawn between the two maps, in the mode in which the model is."""
+    between = set(hidden.between)
+    pairs = zip(model.modules(), probe.modules(), strict=True)
+    drops = [m for m, copied in pairs if copied in between and isinstance(m, nn.Dropout) and m.training and m.p > 0]
+    return "the dropout in it draws anew in training mode; call model.eval()" if drops else ""
 
 
 def is_chain(factors: Sequence[Symmetry]) -> bool:

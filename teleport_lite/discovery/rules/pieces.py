@@ -1,0 +1,42 @@
+"""Operators that are followed piece by piece, and those that are left out, with the reason."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from teleport_lite.discovery.registry import UNSUPPORTED, decomposition_of
+
+COMPLEX = "complex numbers are not followed, only real axes are"
+UNSUPPORTED.update(
+    {f"aten::{name}": COMPLEX for name in ("_fft_r2c", "_fft_c2r", "_fft_c2c", "view_as_complex", "view_as_real")}
+)
+
+
+@decomposition_of("addcmul")
+def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+    return x + (a * b if value == 1 else value * (a * b))
+
+
+@decomposition_of("addcdiv")
+def _addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+    return x + (a / b if value == 1 else value * (a / b))
+
+
+@decomposition_of("lerp")
+def _lerp(x: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
+    return x + weight * (end - x)
+
+
+@decomposition_of("_trilinear")
+def _trilinear(
+    a: Tensor, b: Tensor, c: Tensor, expand1: list, expand2: list, expand3: list, sumdim: list, unroll_dim: int = 1
+) -> Tensor:
+    for dims, k in ((expand1, 0), (expand2, 1), (expand3, 2)):
+        for d in dims:
+            a, b, c = (t.unsqueeze(d) if i == k else t for i, t in enumerate((a, b, c)))
+    # [n, out, in1, in2] as two sums of products, so that only two factors meet at a time
+    if c.ndim == 4 and a.shape[-2] == c.shape[-2] and b.shape[-1] == c.shape[-1] and list(sumdim) == [2, 3]:
+        rows = torch.einsum("ni,oij->noj", a[:, 0, :, 0], c[0])
+        return torch.einsum("noj,nj->no", rows, b[:, 0, 0, :])
+    return (a * b * c).sum(sumdim)

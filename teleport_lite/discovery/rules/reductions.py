@@ -1,0 +1,159 @@
+"""Sums, norms, maxima and the like over some dimensions; running sums; sorting; softmax."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from teleport_lite.discovery.constraints import PERM, SCALE, SIGN
+from teleport_lite.discovery.labels import Labels
+from teleport_lite.discovery.operation import Operation, RuleMisfit
+from teleport_lite.discovery.registry import rule_for, words_for
+from teleport_lite.discovery.rules.pointwise import NEITHER, Equivariance
+
+LINEAR = Equivariance("equivariant", "equivariant", linear=True)
+EXTREME = Equivariance("equivariant", "neither")
+ABSOLUTE = Equivariance("equivariant", "invariant")
+COUNTED = Equivariance("invariant", "invariant")
+RANKED = Equivariance("invariant", "neither")
+REDUCTIONS = {  # what a reduction commutes with, entry by entry of what is left
+    "sum": LINEAR,
+    "mean": LINEAR,
+    "nansum": LINEAR,
+    "amax": EXTREME,
+    "amin": EXTREME,
+    "max": EXTREME,
+    "min": EXTREME,
+    "median": EXTREME,
+    "kthvalue": EXTREME,
+    "std": ABSOLUTE,
+    "linalg_vector_norm": ABSOLUTE,
+    "norm": ABSOLUTE,
+    "any": COUNTED,
+    "all": COUNTED,
+    "count_nonzero": COUNTED,
+    "argmax": RANKED,
+    "argmin": RANKED,
+    "var": NEITHER,
+    "var_mean": NEITHER,
+    "prod": NEITHER,
+    "logsumexp": NEITHER,
+}
+SCANS = {  # the same length comes out
+    "cumsum": LINEAR,
+    "cummax": EXTREME,
+    "cummin": EXTREME,
+    "sort": EXTREME,
+    "topk": EXTREME,
+    "argsort": RANKED,
+    "cumprod": NEITHER,
+    "logcumsumexp": NEITHER,
+}
+ENTRYWISE = ("linalg_vector_norm", "norm", "any", "all", "count_nonzero")  # each sign that goes in may flip alone
+SYMMETRIC = ("sort", "topk", "argsort")  # the order of what goes in is of no importance
+
+
+def _dims_of(op: Operation, x: Tensor) -> list[int]:
+    """The dimensions that a reduction goes over.
+
+    Raises:
+        RuleMisfit: when they are given by name.
+    """
+    given = op["dim"] if op.has("dim") else None
+    dims = list(range(x.ndim)) if given is None or given == [] else [given] if isinstance(given, int) else list(given)
+    if not all(isinstance(d, int) for d in dims):
+        raise RuleMisfit("dimensions by name")
+    return [d % x.ndim for d in dims] if x.ndim else []
+
+
+@rule_for(REDUCTIONS)
+def reduce_labels(op: Operation) -> list[Labels]:
+    """What does not vary along the reduced dimensions passes as far as the function commutes with it."""
+    x, kind = op.args[0], op.short_name
+    dims = _dims_of(op, x)
+    found: list[Labels] = [[] for _ in op.results()]
+    for a in op.labels(x):
+        passing = gather_over(op, a, dims, REDUCTIONS[kind], kind in ENTRYWISE, symmetric=True)
+        for labels, result in zip(found, op.results(), strict=True):
+            moved = passing if result.is_floating_point() else _places_only(op, passing)
+            labels.append(moved if result.ndim == x.ndim else moved.squeeze(dims))
+    return found
+
+
+@rule_for(SCANS)
+def scan_labels(op: Operation) -> list[Labels]:
+    """As a reduction, with the same entry all along the dimension."""
+    x, kind = op.args[0], op.short_name
+    dim = (op["dim"] if op.has("dim") else -1) % max(x.ndim, 1)
+    found: list[Labels] = [[] for _ in op.results()]
+    for a in op.labels(x):
+        passing = gather_over(op, a, [dim], SCANS[kind], False, symmetric=kind in SYMMETRIC)
+        for labels, result in zip(found, op.results(), strict=True):
+            labels.append(passing if result.is_floating_point() else _places_only(op, passing))
+    return found
+
+
+def _places_only(op: Operation, labels: Tensor) -> Tensor:
+    """Labels of indices, which are permuted along and not multiplied."""
+    out = op.constraints.fresh(*labels.shape)
+    op.constraints.equate(out, labels, PERM)
+    op.fix([out], "", SCALE | SIGN)
+    return out
+
+
+def gather_over(
+    op: Operation, a: Tensor, dims: list[int], how: Equivariance, entrywise: bool, symmetric: bool
+) -> Tensor:
+    """Labels of what a function of all entries along `dims` gives, of length 1 there.
+
+    Args:
+        op: the operation.
+        a: labels of what goes in.
+        dims: the dimensions.
+        how: what the function commutes with when all entries along `dims` are multiplied alike.
+        entrywise: whether the sign of each entry may change alone.
+        symmetric: whether the order of the entries along `dims` is of no importance.
+    """
+    inside = [d for d in dims if a.shape[d] > 1]
+    word = f"{op.short_name} does not commute with"
+    first = a
+    for d in inside:
+        first = first.narrow(d, 0, 1)
+    if not inside and how.linear:
+        return a
+    if not how.linear or inside:
+        op.keep_entries_apart([a])
+    out = op.constraints.fresh(*first.shape)
+    for system, answer, verb in ((SCALE, how.scale, "rescaling"), (SIGN, how.sign, "flipping")):
+        if answer == "neither":
+            op.fix([a, out], f"{word} {verb} them", system)
+            continue
+        if inside and not (entrywise and (system == SIGN or how.scale == "invariant")):
+            op.constraints.tie_along(a, inside, system)
+        if answer == "equivariant":
+            op.constraints.equate(out, first, system)
+        else:
+            op.fix([out], f"{op.short_name} does not change with them", system)
+    if not inside:
+        op.constraints.equate(out, first, PERM)
+        return out
+    op.fix([out], "", PERM)
+    kept = [d for d in range(a.ndim) if d not in dims]
+    if not symmetric:
+        op.fix([a], f"{op.short_name} goes over them", PERM)
+    elif any(a.shape[d] > 1 for d in kept):
+        order = torch.arange(torch.Size([a.shape[d] for d in kept]).numel())
+        op.constraints.distinguish(a, order.reshape([a.shape[d] if d in kept else 1 for d in range(a.ndim)]), PERM)
+    return out
+
+
+@rule_for("_softmax _log_softmax _safe_softmax")
+def softmax_labels(op: Operation) -> list[Labels]:
+    """Only the places of the entries move along."""
+    labels = op.labels(op.args[0])
+    op.fix(labels, "softmax does not commute with rescaling them", SCALE | SIGN)
+    op.keep_entries_apart(labels)
+    return [labels]
+
+
+words_for(softmax=softmax_labels)

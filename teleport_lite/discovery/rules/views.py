@@ -1,0 +1,105 @@
+"""Data that changes place or stays what it is, and new constants."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from teleport_lite.discovery.constraints import SCALE, SIGN
+from teleport_lite.discovery.labels import Labels, cluster_by_dims, compact, laid_out_as, lift
+from teleport_lite.discovery.operation import Operation, RuleMisfit
+from teleport_lite.discovery.registry import rule_for, words_for
+
+VIEW_OPS = """view _unsafe_view _reshape_alias reshape permute transpose t expand slice select unsqueeze squeeze cat
+    stack split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk unbind flip roll rot90 repeat index
+    index_select gather unfold diagonal as_strided pixel_shuffle pixel_unshuffle channel_shuffle repeat_interleave
+    narrow movedim masked_select slice_scatter"""
+CUTTING_OPS = "slice narrow split split_with_sizes unsafe_split unsafe_split_with_sizes index index_select expand cat"
+IDENTITY_OPS = "clone _to_copy contiguous detach alias lift_fresh lift_fresh_copy lift native_dropout positive"
+FACTORY_OPS = """zeros ones empty full zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full
+    empty_strided new_empty_strided scalar_tensor"""
+RANDOM_OPS = "rand_like randn_like randint_like bernoulli"
+
+
+@rule_for(f"{FACTORY_OPS} {RANDOM_OPS}")
+def make_constant(op: Operation) -> list[Labels]:
+    """What comes out depends on no values of the arguments."""
+    return [[] for _ in op.results()]
+
+
+@rule_for(IDENTITY_OPS)
+def keep_labels(op: Operation) -> list[Labels]:
+    """The same values; a change to integers or truth values commutes with no rescaling."""
+    source = op.args[0]
+    labels = op.labels(source)
+    if source.is_floating_point() and not op.results()[0].is_floating_point():
+        op.fix(labels, "they are made integers", SCALE | SIGN)
+        op.keep_entries_apart(labels)
+    return [labels]
+
+
+@rule_for("copy")
+def copy_labels(op: Operation) -> list[Labels]:
+    """What is copied into a tensor, broadcast to its shape."""
+    return [[lift(a, op.out.ndim) for a in op.labels(op.args[1])]]
+
+
+@rule_for(VIEW_OPS)
+def move_labels(op: Operation) -> list[Labels]:
+    """The data only changes place: let the labels do the same, those that vary along the same dimensions as one.
+
+    Raises:
+        RuleMisfit: for a view of the same memory as another type.
+    """
+    inputs = op.moved_tensors()
+    if any(t.dtype != inputs[0].dtype for t in op.results()):
+        raise RuleMisfit("a view with another type")
+    for t in op.tensors:
+        if all(t is not x for x in inputs):
+            op.fix(op.labels(t), "they choose what is read")
+    found: list[Labels] = [[] for _ in op.results()]
+    sides = [op.labels(t) for t in inputs]
+    for cluster in [[[a]] for a in sides[0]] if len(inputs) == 1 else cluster_by_dims(sides):
+        parts = [op.constraints.sum_labels(part) for part in cluster]
+        spread = torch.broadcast_shapes(*(_lengths(a) for a in parts if a is not None))
+        stand_ins = [_stand_in(op, a, t, spread) for a, t in zip(parts, inputs, strict=True)]
+        for labels, moved, result in zip(found, op.replay(stand_ins), op.results(), strict=True):
+            if result.numel():
+                labels.append(compact(moved))
+            else:
+                labels += _of_nothing(op, [a for a in parts if a is not None], inputs[0], result)
+    return found
+
+
+def _lengths(labels: Tensor) -> tuple[int, ...]:
+    """2 along each dimension on which labels vary, 1 along the others."""
+    return tuple(min(n, 2) for n in labels.shape)
+
+
+def _stand_in(op: Operation, labels: Tensor | None, tensor: Tensor, spread: torch.Size) -> Tensor:
+    """Labels in the shape of a tensor; new ones for zeros, which may move in any way, 0 for all other constants."""
+    if labels is None and op.is_zero(tensor) and len(spread) == tensor.ndim:
+        labels = op.constraints.fresh(*(n if k > 1 else 1 for n, k in zip(tensor.shape, spread, strict=True)))
+    elif labels is None:
+        labels = torch.zeros(1, dtype=torch.int64)
+    if op.short_name == "as_strided":  # which reads memory, not a shape
+        return laid_out_as(labels, tensor)
+    return labels.expand(op.shapes[id(tensor)])
+
+
+def _of_nothing(op: Operation, labels: Labels, source: Tensor, result: Tensor) -> Labels:
+    """Labels of an empty result, as they would be were it longer; where that is not known, what was read stays.
+
+    A cut along the dimension of the labels themselves takes none of them, on other inputs either.
+    """
+    if op.short_name not in CUTTING_OPS.split() or result.ndim != source.ndim:
+        op.fix(labels, op.NOT_EXERCISED)
+        return []
+    emptied = [d for d in range(result.ndim) if not result.shape[d]]
+    labels = [a for a in labels if all(a.shape[d] == 1 for d in emptied)]
+    whole = [a for a in labels if all(a.shape[d] in (1, result.shape[d]) for d in range(a.ndim))]
+    op.fix([a for a in labels if all(a is not b for b in whole)], op.NOT_EXERCISED)
+    return whole
+
+
+words_for(identity=keep_labels, constant=make_constant, views=move_labels)

@@ -1,0 +1,93 @@
+"""One run of the copy of a model, and how far its outputs are from those before anything was moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teleport_lite.discovery.draws import Draws
+from teleport_lite.discovery.inputs import Arguments
+from teleport_lite.discovery.outputs import gaps, numbers, tensors_of
+from teleport_lite.discovery.probe import Probe, normal
+
+CHAOS = 1e-4  # outputs that rounding changes by more are not compared
+WILD = 1e8  # ratio of entries beyond which those that no parameter changes are looked for
+
+
+@dataclass(eq=False)
+class Trial:
+    """One run of the copy, and what it returned before anything was moved.
+
+    Attributes:
+        call, training, seed: what is run.
+        draws: arguments of `Draws`; None for the generators as they are.
+        before: the outputs.
+        reads: what the run read, as `Watch` says.
+    """
+
+    probe: Probe
+    call: Arguments
+    training: bool = False
+    seed: int = 0
+    draws: dict[str, Any] | None = None
+    before: list[Tensor] = field(default_factory=list)
+    reads: set[tuple] = field(default_factory=set)
+    _constant: list[Tensor] | None = None
+    _noise: list[float] | None = None
+
+    def run(self) -> list[Tensor]:
+        return tensors_of(self.probe.run(self.call, self.training, self.seed, self.modes()))
+
+    def modes(self) -> tuple[Draws, ...]:
+        return () if self.draws is None else (Draws(**self.draws),)
+
+    def gap(self, floor: float) -> float:
+        """How far the outputs are now from those before, beyond what rounding explains; 0 when below `floor`."""
+        try:
+            after = self.run()
+        except Exception:  # as when a shape depends on values
+            return float("inf")
+        if len(after) != len(self.before):
+            return float("inf")
+        found = gaps(after, self.before, self.constant)
+        if max(found, default=0.0) <= floor:
+            return 0.0
+        return max(
+            (g for g, n in zip(found, self.noise, strict=True) if n < CHAOS and g > max(floor, 1e3 * n)), default=0.0
+        )
+
+    @property
+    def constant(self) -> list[Tensor] | None:
+        """For each output the entries that stay when all parameters are changed; None where none stands out."""
+        if self._constant is None:
+            sizes = [s[s.isfinite() & (s > 0)] for s in (numbers(t).abs() for t in self.before)]
+            if any(s.numel() and float(s.max()) > WILD * float(s.min()) for s in sizes):
+                found = self._elsewhere(0.5, self.before)
+                self._constant = [numbers(a) == numbers(b) for a, b in zip(found, self.before, strict=True)]
+            else:
+                self._constant = []
+        return self._constant or None
+
+    @property
+    def noise(self) -> list[float]:
+        """For each output how far rounding, of the parameters in their last digit, changes it."""
+        if self._noise is None:
+            self._noise = gaps(self._elsewhere(2e-16, self.before), self.before, self.constant)
+        return self._noise
+
+    def _elsewhere(self, spread: float, default: list[Tensor]) -> list[Tensor]:
+        """The outputs at other parameters, or `default` where they do not come out alike."""
+        draw = torch.Generator().manual_seed(0)
+        moved = {
+            n: p * (1 + spread * normal(p, draw)) if p.is_floating_point() else p for n, p in self.probe.values.items()
+        }
+        try:
+            with self.probe.at(moved):
+                found = self.run()
+        except Exception:
+            return default
+        alike = [a.shape for a in found] == [b.shape for b in default]
+        return found if alike else default

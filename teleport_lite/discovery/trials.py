@@ -1,0 +1,213 @@
+"""The runs on which symmetries are verified: inputs of other values, sizes and lengths, modes and random draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teleport_lite.discovery import inputs
+from teleport_lite.discovery.draws import PATTERNS, Draws, drawn_outside
+from teleport_lite.discovery.inputs import Arguments
+from teleport_lite.discovery.outputs import distance, numbers, tensors_of
+from teleport_lite.discovery.probe import Probe
+from teleport_lite.discovery.trial import Trial
+from teleport_lite.discovery.watch import Watch
+from teleport_lite.errors import TeleportError
+
+SIZES = (30.0, 1 / 30)  # so many times larger inputs, for models that branch on what they read
+MANY = 16  # examples in a batch that is not run as a whole
+SEEDS, OUTSIDE = 3, 16  # for models that draw random numbers, in torch or outside
+PARTS = 8  # runs that leave something out
+REPEATED = 1e-12  # two runs of the same agree up to that
+
+
+class Trials:
+    """All trials of a model: its example varied, in evaluation and training mode.
+
+    Attributes:
+        trials: in evaluation mode, and in training mode with draws as they are.
+        even: the same in training mode with draws that no permutation moves.
+        notes: what could not be done, in words.
+    """
+
+    def __init__(self, probe: Probe, example: Arguments, generator: torch.Generator) -> None:
+        self.probe, self.generator = probe, generator
+        self.notes: list[str] = []
+        self.limit = 1.0
+        self.calm = self._calls(example.map(inputs.wide))
+        self.trials = list(self.calm) if self._repeats(self.calm[0]) else []
+        self.even = list(self.trials)
+        if not self.trials:
+            self.notes.append("evaluation mode: two runs on the same input differ")
+        self._training()
+        if probe.mode and not probe.mode.needed:
+            probe.mode = None  # nothing is coarser than float64
+
+    # -- evaluation
+
+    def _calls(self, example: Arguments) -> list[Trial]:
+        """Trials in evaluation mode, the first one of usual size and the last one longest.
+
+        Raises:
+            TeleportError: when the model does not run on the example, or returns no tensor.
+        """
+        try:
+            given = self._given(example)
+        except Exception as error:
+            raise TeleportError("a model that runs on example_inputs", _told(error), _remedy(error)) from error
+        if not given.before:
+            got = "no tensor in what it returns"
+            raise TeleportError("a model that returns tensors", got, "return them, or wrap the model in one that does")
+        self.limit = _lost(given.before)
+        found = self._varied(given)
+        noisy = found[0] if found else None
+        if noisy and self._has_real(noisy.call):
+            found += [s for size in SIZES if (s := self._accepted(inputs.times(noisy.call, size)))]
+        longest = self._grown(noisy or given)
+        counts = (self._accepted(c) for c in inputs.other_numbers((noisy or given).call))
+        found += islice((s for s in counts if s), 8)
+        if not found and not longest and self._has_real(example):
+            self.notes.append("other inputs than those given: the model does not take them")
+        return [given, *found, *([longest] if longest else [])]
+
+    def _given(self, example: Arguments) -> Trial:
+        """The example, cut to few rows or with its rows repeated where the model takes that."""
+        self.tables: dict[int, int] = {}
+        small = inputs.few_rows(example)
+        given = None if small is None else self._accepted(small)
+        if given is None or (inputs.rows(example) <= MANY and not self._watched(example).reads <= given.reads):
+            given = self._watched(example)
+        return self._watched(given.call) if self.probe.unsettle(self.generator) else given
+
+    def _varied(self, base: Trial) -> list[Trial]:
+        """Other values, of the first kind that the model takes."""
+        tables = {id(x): n for x, n in self._indexed(base.call)}
+        kinds = (self._first(kind) for kind in inputs.variations(base.call, tables, self.generator))
+        return list(islice((s for s in kinds if s), 1))
+
+    def _grown(self, base: Trial) -> Trial | None:
+        """All axes longer that may be; None when none may."""
+        call, grown = base.call, False
+        for size, dim in list(inputs.sizes(call)):
+            if any(size in x.shape[slice(dim, None if dim is None else dim + 1)] for x in call.tensors()):
+                tried = (inputs.resized(call, size, new, dim) for new in inputs.longer(size))
+                longer = self._first(tried)
+                call, grown = (longer.call, True) if longer else (call, grown)
+        if not grown:
+            return None
+        varied = self._varied(Trial(self.probe, call))
+        return varied[0] if varied else self._accepted(call)
+
+    def _indexed(self, call: Arguments) -> Iterator[tuple[Tensor, int]]:
+        return ((x, self.tables[k]) for k, x in enumerate(call.tensors()) if k in self.tables)
+
+    def _has_real(self, call: Arguments) -> bool:
+        return any(x.is_floating_point() or x.is_complex() for x in call.tensors())
+
+    def _first(self, calls: Any) -> Trial | None:
+        return next((s for s in map(self._accepted, calls) if s), None)
+
+    def _accepted(self, call: Arguments) -> Trial | None:
+        """The trial, where the model runs and no more of its outputs is infinite than of those of the example."""
+        try:
+            trial = self._watched(call)
+        except Exception:
+            return None
+        return trial if _lost(trial.before) <= self.limit else None
+
+    def _watched(self, call: Arguments, **how: Any) -> Trial:
+        """The trial, with what it returned and read; the tables that inputs index are noted, and the draws."""
+        trial, watch = Trial(self.probe, call, **how), Watch(self.probe.params)
+        self.drawn = Draws(**trial.draws or {})
+        found = tensors_of(self.probe.run(call, trial.training, trial.seed, (self.drawn, watch)))
+        self.drawn.outside = drawn_outside(trial.seed)
+        trial.before, trial.reads = [t.detach().clone() for t in found], watch.reads
+        for k, length in watch.tables.items():
+            self.tables[k] = min(length, self.tables.get(k, length))
+        return trial
+
+    def _repeats(self, trial: Trial) -> bool:
+        return distance(trial.run(), trial.before) <= REPEATED
+
+    def widen(self) -> bool:
+        """Add a trial with many rows that index tables anew, where it reads what no other has read."""
+        if not self.tables:
+            return False
+        call = self.calm[-1].call
+        count = next(len(x) for x in call.tensors() if x.ndim)
+        found = self._varied(Trial(self.probe, inputs.resized(call, count, 8 * count, 0)))[:1]
+        if not found or found[0].reads <= set().union(*(s.reads for s in self.calm)):
+            return False
+        for trials in (self.calm, self.trials, self.even):
+            if found[0] not in trials:
+                trials.append(found[0])
+        return True
+
+    def informative(self) -> list[Trial]:
+        """The longest trial, then those that read what none before has read, and parts that training may leave out."""
+        calm = [t for t in self.calm if t is not self.calm[-1]]
+        found, seen = [self.calm[-1]], {*self.calm[-1].reads}
+        for trial in dict.fromkeys([*calm, *self.even, *self.trials]):
+            partial = trial.training and all(trial.reads != t.reads for t in found) and len(found) < PARTS
+            found += [trial] if partial or not trial.reads <= seen else []
+            seen |= trial.reads
+        return found
+
+    # -- training
+
+    def _training(self) -> None:
+        """Training mode, where it makes a difference."""
+        first = self.calm[min(1, len(self.calm) - 1)]
+        try:
+            plain = self._watched(first.call, training=True)
+        except Exception as error:
+            self.notes.append(f"training mode: the model does not run, {_told(error)}")
+            return
+        draws = self.drawn
+        random = draws.single or draws.many or draws.outside
+        if not random and plain.reads == first.reads and distance(plain.before, first.before) == 0:
+            return
+        if not self._repeats(plain):
+            self.notes.append("training mode: two runs on the same input differ")
+            return
+        last = self.calm[-1].call
+        same = [plain, *(self._try(last) if last is not first.call else [])]
+        if not random:
+            self.trials, self.even = [*self.trials, *same], [*self.even, *same]
+            return
+        seeds = OUTSIDE if draws.outside else SEEDS
+        for k in range(seeds):
+            self.trials += self._try(first.call, seed=k) if k else same
+            self.even += self._try(first.call, seed=k, draws={"even": True, "keep": not k})
+        for pattern in PATTERNS if draws.single else ():
+            self.trials += self._try(first.call, draws={"pattern": pattern})
+            self.even += self._try(first.call, draws={"even": True, "pattern": pattern})
+
+    def _try(self, call: Arguments, **how: Any) -> list[Trial]:
+        """A trial in training mode, where the model runs."""
+        try:
+            return [self._watched(call, training=True, **how)]
+        except Exception:
+            return []
+
+
+def _lost(outputs: list[Tensor]) -> float:
+    """The share of entries that are not finite."""
+    count = sum(t.numel() for t in outputs)
+    return sum(int((~numbers(t).isfinite()).sum()) for t in outputs) / max(count, 1)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _remedy(error: Exception) -> str:
+    if isinstance(error, (TypeError, KeyError, AttributeError)):
+        return "pass a tuple of positional arguments, or a dictionary of keyword arguments"
+    if "dtype" in str(error) or "Double" in str(error):
+        return "the model is run in float64: let it take the type of what it reads from its input or its parameters"
+    return "pass inputs as the model is called with"

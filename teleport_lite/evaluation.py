@@ -1,0 +1,141 @@
+"""A loss as a function of parameters, evaluated on the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
+
+from teleport_lite.errors import TeleportError
+from teleport_lite.runtime import (
+    TOLERANCES,
+    Call,
+    LossFn,
+    RandomState,
+    Stage,
+    coarsest,
+    eager_mode,
+    kept_random_state,
+)
+
+Params = dict[str, Tensor]
+Loss = Callable[[Params], Tensor]
+
+
+class Evaluation:
+    """The loss of a model as a function of its parameters: `evaluation(params)` is `loss_fn(model)` at `params`.
+
+    What `loss_fn` receives is the model, with `params` in the places of its parameters and copies of its buffers in
+    theirs. It is run as the caller would run it, under the caller's autocast but not compiled, and always from the same
+    random state. Inside of `with evaluation:` the parameters of the last call stay in place, since a checkpointed layer
+    runs again when it is differentiated; behind it all is as before, whatever happened.
+
+    Args:
+        model: the model.
+        loss_fn: model -> scalar loss.
+
+    Attributes:
+        call: the arguments of the first call of the model.
+        dtype: the coarsest type that the parameters, the outputs and the loss had so far, autocast included.
+
+    >>> model, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
+    >>> loss = Evaluation(model, lambda net: net(x).sum() + net.weight.square().sum())
+    >>> loss({"weight": torch.tensor([[3.0]])}).item()
+    12.0
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        self.model, self.loss_fn = model, loss_fn
+        self.call: Call | None = None
+        first = next((p for p in self.model.parameters() if p.dtype in TOLERANCES), torch.empty(0))
+        self.dtype, self.device = first.dtype, first.device.type
+        self._outputs: list[Tensor] | None = None
+        self._depth = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Evaluation:
+        if not self._depth:
+            with ExitStack() as stack:
+                self._stage: Stage = Stage(self.model)
+                stack.callback(self._stage.put_back)
+                self._random: RandomState = stack.enter_context(kept_random_state(self.model))
+                on = torch.is_autocast_enabled(self.device)
+                self._autocast = torch.get_autocast_dtype(self.device) if on else None
+                stack.enter_context(eager_mode(self.device))
+                note = lambda *call: self._note_call(*call)  # noqa: E731 - a bound method would be copied along with a model
+                stack.callback(self.model.register_forward_hook(note, with_kwargs=True).remove)
+                self._stack = stack.pop_all()
+        self._depth += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._stack.close()
+
+    def __call__(self, params: Params) -> Tensor:
+        with self:
+            self._stage.put(params)
+            self._random.restore()
+            on = self._autocast is not None
+            with torch.autocast(self.device, self._autocast) if on else nullcontext():
+                value = self.loss_fn(self.model)
+            self._note(value)
+            return value
+
+    @contextmanager
+    def observed(self) -> Iterator[list[Tensor]]:
+        """A context with a list that fills with what the model returns."""
+        outputs: list[Tensor] = []
+        self._outputs = outputs
+        try:
+            yield outputs
+        finally:
+            self._outputs = None
+
+    def rest(self) -> None:
+        """Put the model's own parameters and buffers back in their places, until the next call."""
+        self._stage.put_back()
+
+    def _note_call(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if self.call is None:
+            self.call = Call(args, kwargs)
+        if torch.is_autocast_enabled(self.device):
+            self.dtype = coarsest([self.dtype, torch.get_autocast_dtype(self.device)])
+        tensors = self._note(output)
+        if self._outputs is not None:
+            self._outputs += [t.detach().clone() for t in tensors]
+
+    def _note(self, output: object) -> list[Tensor]:
+        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        self.dtype = coarsest([self.dtype, *(t.dtype for t in tensors if t.dtype in TOLERANCES)])
+        return tensors
+
+    def __repr__(self) -> str:
+        return f"Evaluation({type(self.model).__name__})"
+
+
+def loss_of(model: nn.Module, loss_fn: LossFn) -> Evaluation:
+    """The loss as a function of parameters: params -> loss_fn(model at params).
+
+    Raises:
+        TeleportError: when the model is a `DistributedDataParallel`, of which one process knows a shard of the loss.
+
+    >>> model, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
+    >>> loss = loss_of(model, lambda net: net(x).sum())
+    >>> loss({"weight": torch.tensor([[3.0]])}).item()
+    3.0
+    """
+    if isinstance(model, DistributedDataParallel):
+        remedy = "pass model.module for the loss of this process alone; teleport takes the loss of all"
+        raise TeleportError("a model of this process", "DistributedDataParallel", remedy)
+    return Evaluation(model, loss_fn)
+
+
+def session(loss: Loss) -> AbstractContextManager:
+    """A context in which the parameters of the last evaluation stay in place until it is differentiated."""
+    return loss if isinstance(loss, Evaluation) else nullcontext()

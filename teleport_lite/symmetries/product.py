@@ -1,0 +1,211 @@
+"""Several symmetries as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch.utils._pytree import register_pytree_node
+
+from teleport_lite.errors import ShapeError, TeleportError, UnknownNameError
+from teleport_lite.symmetries.base import KINDS, SAVED, Symmetry
+
+
+class Inverse(tuple):
+    """Coordinates of the factors of a product, for an element that applies them last to first."""
+
+
+register_pytree_node(Inverse, lambda xi: (list(xi), None), lambda xi, _: Inverse(xi))
+
+
+class Product(Symmetry, Sequence):
+    """Several symmetries, applied one after the other; `xi` is the tuple of their coordinates.
+
+    Args:
+        factors: the symmetries; products among them are flattened.
+        reasons: why something was left out, for people to read.
+
+    Raises:
+        TeleportError: when a factor is no symmetry.
+
+    >>> Product([])
+    Product of 0 symmetries, dim 0
+    """
+
+    def __init__(self, factors: Iterable[Symmetry], reasons: Iterable[str] = ()) -> None:
+        self.factors: tuple[Symmetry, ...] = tuple(
+            leaf for f in factors for leaf in (f.factors if isinstance(f, Product) else (f,))
+        )
+        for factor in self.factors:
+            if not isinstance(factor, Symmetry):
+                raise TeleportError("symmetries as factors", repr(factor), "pass what teleport_lite.symmetries makes")
+        self.reasons = tuple(reasons)
+        self.names = tuple(dict.fromkeys(name for f in self.factors for name in f.names))
+        self.exact = all(f.exact for f in self.factors)
+        self.linear = all(f.linear for f in self.factors)
+        self.homogeneous = all(f.homogeneous for f in self.factors)
+        self.monomial = all(f.monomial for f in self.factors)
+
+    def _steps(self, xi: Any) -> list[tuple[Symmetry, Any]]:
+        """The factors with their coordinates, in the order in which they are applied."""
+        steps = list(zip(self.factors, xi, strict=True))
+        return steps[::-1] if isinstance(xi, Inverse) else steps
+
+    def move(self, params, xi):
+        for factor, x in self._steps(xi):
+            params = factor.act(params, x)
+        return {name: params[name] for name in self.names}
+
+    def transport(self, grads, xi, params=None):
+        self._check_coordinates(grads, xi)
+        for factor, x in self._steps(xi):
+            grads = factor.transport(grads, x, params)
+            if params is not None:
+                params = factor.act(params, x)
+        return grads
+
+    def spread(self, tensors, xi, entry, *, dual=True, params=None):
+        self._check_coordinates(tensors, xi)
+        for factor, x in self._steps(xi):
+            tensors = factor.spread(tensors, x, entry, dual=dual, params=params)
+            if params is not None:
+                params = factor.act(params, x)
+        return tensors
+
+    def jet(self, params, xi):
+        if not self.homogeneous:
+            return super().jet(params, xi)
+        zero = {name: torch.zeros_like(params[name]) for name in self.names}
+        first, second = zero, zero
+        for factor, x in self._steps(xi):  # (e^{tA} w(t))'' = w'' + 2 A w' + A A w
+            once, twice = factor.jet(params, x)
+            cross = factor.velocity(first, x)
+            first = {**first, **{n: first[n] + once[n] for n in once}}
+            second = {**second, **{n: second[n] + 2 * cross[n] + twice[n] for n in once}}
+        return first, second
+
+    def zeros(self, params):
+        return tuple(f.zeros(params) for f in self.factors)
+
+    def sample(self, params, *, radius=1.0, generator=None):
+        return tuple(f.sample(params, radius=radius, generator=generator) for f in self.factors)
+
+    def inverse(self, xi):
+        """Coordinates of the inverse element: those of the inverses of the factors, applied last to first."""
+        parts = [f.inverse(x) for f, x in zip(self.factors, xi, strict=True)]
+        return tuple(parts) if isinstance(xi, Inverse) else Inverse(parts)
+
+    def select(self, kind: str | None = None, name: str | None = None) -> Product:
+        """The factors of one kind, and those that move a parameter whose name matches a pattern.
+
+        Args:
+            kind: "scaling", "mixing", "rotation", "permutation" or "sign".
+            name: a pattern with * and ?, as for file names.
+
+        Raises:
+            UnknownNameError: when there is no such kind.
+
+        >>> from teleport_lite.symmetries import permutation, scaling
+        >>> product = Product([scaling(4, "0.weight", "2.weight"), permutation(4, "0.weight", "2.weight")])
+        >>> product.select(kind="scaling", name="0.*").dim, len(product.select(name="1.*"))
+        (4, 0)
+        """
+        if kind is not None and kind not in KINDS:
+            raise UnknownNameError("kind", kind, KINDS)
+        found = [
+            f
+            for f in self.factors
+            if (kind is None or f.group.kind == kind) and (name is None or any(fnmatchcase(n, name) for n in f.names))
+        ]
+        asked = [f"kind {kind!r}" if kind else "", f"name {name!r}" if name else ""]
+        return Product(found, self.reasons if found else [f"no factor of {' and '.join(filter(None, asked))}"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The product as numbers and strings, for `from_dict`.
+
+        Raises:
+            TeleportError: when a factor belongs to one model and one batch.
+        """
+        return {"factors": [f.to_dict() for f in self.factors], "reasons": list(self.reasons)}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Product:
+        """What `to_dict` gave.
+
+        Raises:
+            TeleportError: when it is something else.
+
+        >>> from teleport_lite.symmetries import scaling
+        >>> product = Product([scaling(4, "0.weight", "2.weight")])
+        >>> Product.from_dict(product.to_dict()) == product
+        True
+        """
+        try:
+            return cls([SAVED[f["symmetry"]].from_dict(f) for f in saved["factors"]], saved["reasons"])
+        except (KeyError, TypeError) as error:
+            remedy = "pass what Product.to_dict gave, of this version or an older one"
+            raise TeleportError("a saved product", f"{type(error).__name__}: {error}", remedy) from error
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Product) and self.factors == other.factors
+
+    def __hash__(self) -> int:
+        return hash(self.factors)
+
+    @property
+    def dim(self) -> int:
+        return sum(f.dim for f in self.factors)
+
+    @property
+    def continuous(self) -> Product:
+        """The factors whose group is not finite."""
+        return Product([f for f in self.factors if f.dim], self.reasons)
+
+    def _check_coordinates(self, params, xi):
+        if not isinstance(xi, (tuple, list)) or len(xi) != len(self.factors):
+            got = f"length {len(xi)}" if isinstance(xi, (tuple, list)) else type(xi).__name__
+            raise ShapeError("xi", f"tuple of {len(self)}", got, "take xi from sample or zeros")
+
+    def __len__(self) -> int:
+        return len(self.factors)
+
+    def __iter__(self) -> Iterator[Symmetry]:
+        return iter(self.factors)
+
+    def __getitem__(self, index):
+        found = self.factors[index]
+        return Product(found) if isinstance(index, slice) else found
+
+    def __repr__(self) -> str:
+        head = f"Product of {len(self)} symmetr{'y' if len(self) == 1 else 'ies'}, dim {self.dim}"
+        rows = [("parameters", "group", "dim", "holds on")]
+        rows += [(str(f), str(f.group), str(f.dim), f.holds) for f in self.factors]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        table = ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        notes = [f"  left out: {reason}" for reason in self.reasons]
+        return "\n".join([head, *(table if self.factors else []), *notes])
+
+    __str__ = __repr__
+
+
+def check_symmetry(symmetry: object) -> Product:
+    """`symmetry` as a product.
+
+    Raises:
+        TeleportError: when it is no symmetry.
+
+    >>> check_symmetry("gradient_norm")
+    Traceback (most recent call last):
+    teleport_lite.errors.TeleportError: expected a symmetry, got 'gradient_norm'; pass what find_symmetries gives; \
+the objective is passed as objective=...
+    """
+    if isinstance(symmetry, Product):
+        return symmetry
+    if isinstance(symmetry, Symmetry):
+        return Product([symmetry])
+    listed = isinstance(symmetry, (list, tuple)) and all(isinstance(f, Symmetry) for f in symmetry)
+    remedy = "pass what find_symmetries gives; the objective is passed as objective=..."
+    got = f"a {type(symmetry).__name__} of symmetries" if listed else repr(symmetry)
+    raise TeleportError("a symmetry", got, "pass tl.Product(...) of them" if listed else remedy)
