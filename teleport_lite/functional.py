@@ -64,7 +64,7 @@ def check_apart(params: Params) -> None:
         if p.layout == torch.strided and p.numel():
             first = int(p.storage_offset())
             last = first + sum(int((n - 1) * step) for n, step in zip(p.shape, p.stride(), strict=True))
-            key = (p.device, p.untyped_storage().data_ptr())
+            key = p.untyped_storage()._cdata
             by_storage.setdefault(key, []).append((first * p.itemsize, (last + 1) * p.itemsize, name))
     for spans in by_storage.values():
         spans.sort()

@@ -16,7 +16,7 @@ from teleport_lite.discovery.labels import Labels, compact, laid_out_as
 
 def storage_key(tensor: Tensor) -> int:
     """A number for the memory that a tensor looks at; 0 where there is none."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
 
 
 class Memory:
