@@ -355,10 +355,7 @@ def test_evaluations_of_checkpointed_models_may_be_differentiated_together(order
     for model.on in (False, True):
         points = {n: p.requires_grad_() for n, p in params_of(model).items()}
         with loss_of(model, lambda net: net(x).square().mean()) as loss:
-            if order == 1:
-                first = loss(points)
-            else:
-                first = norm(value_and_grad(loss, points, create_graph=True)[1])
+            first = loss(points) if order == 1 else norm(value_and_grad(loss, points, create_graph=True)[1])
             second = loss({n: 2 * p for n, p in points.items()})
             found.append(torch.autograd.grad(first + second, [*points.values()]))
     assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*found, strict=True))
