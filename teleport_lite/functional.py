@@ -64,7 +64,7 @@ def check_apart(params: Params) -> None:
         if p.layout == torch.strided and p.numel():
             first = int(p.storage_offset())
             last = first + sum(int((n - 1) * step) for n, step in zip(p.shape, p.stride(), strict=True))
-            key = (p.device, p.untyped_storage().data_ptr())
+            key = (p.device, _memory(p))
             by_storage.setdefault(key, []).append((first * p.itemsize, (last + 1) * p.itemsize, name))
     for spans in by_storage.values():
         spans.sort()
@@ -73,6 +73,14 @@ def check_apart(params: Params) -> None:
                 if torch.isin(_entries(params[name]), _entries(params[other])).any():
                     remedy = f"let both modules hold one nn.Parameter, or compute one from {name!r} in forward"
                     raise ParameterError(other, "alone in its memory", f"the memory of {name!r}", remedy)
+
+
+def _memory(p: Tensor) -> int:
+    """Where the storage of `p` is; of tensors that wrap others, which have no memory themselves, which one it is."""
+    try:
+        return p.untyped_storage().data_ptr()
+    except RuntimeError:
+        return p.untyped_storage()._cdata
 
 
 def _entries(p: Tensor) -> Tensor:
