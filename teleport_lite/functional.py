@@ -105,6 +105,8 @@ def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) ->
                 "call the given net inside loss_fn, and do not detach its output",
             )
         grads = gradients(value, [*points.values()], create_graph=create_graph)
+        if create_graph and isinstance(loss, Evaluation):
+            loss.return_before([g for g in grads if g is not None], points)
     if all(g is None for g in grads):
         raise LossError(
             "a loss that depends on the parameters",
