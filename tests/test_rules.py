@@ -30,6 +30,22 @@ INCOMPLETE = {  # operators with more than their rules say, and why
     "grouped conv_transpose1d": "multiples of a whole group",
 }
 STEPS = ("sign", "rounded", "argmax", "any")  # no derivative says what multiples they answer
+CHOOSING = [
+    "max",
+    "min",
+    "median",
+    "any",
+    "sort",
+    "topk",
+    "where",
+    "segment",
+    "index",
+    "mask",
+    "scatter",
+    "embedding",
+    "filled",
+    "place",
+]
 DRAWS = 3
 POINTS = {True: 30, False: 6}  # at which an operator is tried, more where it chooses among entries
 
@@ -38,7 +54,7 @@ class Followed:
     """One call of an operator, with the equations that its rule wrote."""
 
     def __init__(self, name: str, seed: int) -> None:
-        self.chooses = any(word in name for word in ("max", "min", "median", "any", "sort", "topk", "where"))
+        self.chooses = any(word in name for word in CHOOSING)
         self.draw = Draw(zlib.crc32(name.encode()) + seed)
         self.function, self.tensors = CASES[name](self.draw)
         with torch.no_grad(), Propagation(self.tensors) as self.run:

@@ -72,7 +72,7 @@ def reduce_labels(op: Operation) -> list[Labels]:
     x, kind = op.args[0], op.short_name
     dims = _dims_of(op, x)
     found: list[Labels] = [[] for _ in op.results()]
-    for a in _one_inside(op, op.labels(x), dims):
+    for a in op.labels(x):
         passing = gather_over(op, a, dims, REDUCTIONS[kind], kind in ENTRYWISE, symmetric=kind not in ORDERED)
         for labels, result in zip(found, op.results(), strict=True):
             moved = passing if result.is_floating_point() else _places_only(op, passing)
@@ -86,19 +86,11 @@ def scan_labels(op: Operation) -> list[Labels]:
     x, kind = op.args[0], op.short_name
     dim = (op["dim"] if op.has("dim") else -1) % max(x.ndim, 1)
     found: list[Labels] = [[] for _ in op.results()]
-    for a in _one_inside(op, op.labels(x), [dim]):
+    for a in op.labels(x):
         passing = gather_over(op, a, [dim], SCANS[kind], False, symmetric=False)
         for labels, result in zip(found, op.results(), strict=True):
             labels.append(passing if result.is_floating_point() else _places_only(op, passing))
     return found
-
-
-def _one_inside(op: Operation, labels: Labels, dims: list[int]) -> Labels:
-    """The labels, of which only those along what is kept, or else one inside, pass: no multiple has two names."""
-    inside = [a for a in labels if any(a.shape[d] > 1 for d in dims)]
-    idle = inside[len(labels) == len(inside) :]
-    op.fix(idle, f"{op.short_name} goes over them", SCALE if op.short_name in ENTRYWISE else SCALE | SIGN)
-    return labels
 
 
 def _places_only(op: Operation, labels: Tensor) -> Tensor:
