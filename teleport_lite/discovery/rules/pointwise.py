@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN, negative
-from teleport_lite.discovery.labels import Labels, cluster_by_dims, compact, varying_dims
+from teleport_lite.discovery.labels import Labels, cluster_by_dims, common_shape, compact, varying_dims
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.registry import rule_for, words_for
 from teleport_lite.discovery.rules.equivariance import (
@@ -141,7 +140,7 @@ def _commute(op: Operation, found: Operands, ask: Ask) -> Labels:
             [i for i in there if i in found.floating]
         ):  # a mask holds entry by entry
             op.keep_entries_apart(there.values())
-        shape = torch.broadcast_shapes(*(a.shape for a in there.values()))
+        shape = common_shape(a.shape for a in there.values())
         moving = {i: a for i, a in there.items() if i in found.floating} or there
         answer, passing = _answer(op, found, ask, moving)
         result = next(iter(moving.values())) if passing is None else passing

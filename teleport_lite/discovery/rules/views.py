@@ -11,6 +11,7 @@ from teleport_lite.discovery.constraints import PERM
 from teleport_lite.discovery.labels import (
     Labels,
     cluster_by_dims,
+    common_shape,
     compact,
     laid_out_as,
     lift,
@@ -70,7 +71,7 @@ def move_labels(op: Operation) -> list[Labels]:
     sides = [op.labels(t) for t in inputs]
     for cluster in [[[a]] for a in sides[0]] if len(inputs) == 1 else cluster_by_dims(sides):
         parts = [op.constraints.sum_labels(part) for part in cluster]
-        spread = torch.broadcast_shapes(*(_lengths(a) for a in parts if a is not None))
+        spread = common_shape(_lengths(a) for a in parts if a is not None)
         stand_ins = [_stand_in(op, a, t, spread) for a, t in zip(parts, inputs, strict=True)]
         for labels, moved, result in zip(found, op.replay(stand_ins), op.results(), strict=True):
             if result.numel():
@@ -93,7 +94,7 @@ def _lengths(labels: Tensor) -> tuple[int, ...]:
     return tuple(min(n, 2) for n in labels.shape)
 
 
-def _stand_in(op: Operation, labels: Tensor | None, tensor: Tensor, spread: torch.Size) -> Tensor:
+def _stand_in(op: Operation, labels: Tensor | None, tensor: Tensor, spread: tuple[int, ...]) -> Tensor:
     """Labels in the shape of a tensor; new ones for zeros, which may move in any way, 0 for all other constants."""
     if labels is None and op.is_zero(tensor) and len(spread) == tensor.ndim:
         labels = op.constraints.fresh(*(n if k > 1 else 1 for n, k in zip(tensor.shape, spread, strict=True)))
