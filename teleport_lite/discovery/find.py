@@ -70,37 +70,37 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
     with laboratory(probe.module):
         probe.perturb(generator)
         check = Verifier(probe, Arguments.of(example_inputs), generator)
-        seen = propagated(probe, check.planned.informative())
-        factors, reasons = solve_and_verify(seen, check)
-    return Product(factors, [*reasons, *check.notes(), *_unmoved(seen, probe.params, factors)])
+        propagation = propagated(probe, check.planned.informative())
+        factors, reasons = solve_and_verify(propagation, check)
+    return Product(factors, [*reasons, *check.notes(), *_unmoved(propagation, probe.params, factors)])
 
 
 def propagated(probe: Probe, trials: Iterable[Trial]) -> Propagation:
     """The constraints that all these runs put on the parameters together."""
-    seen = Propagation(probe.params)
+    propagation = Propagation(probe.params)
     for name, p in probe.params.items():
         if not p.requires_grad:
-            seen.freeze(name, f"{name} is frozen")
+            propagation.freeze(name, f"{name} is frozen")
         elif not p.is_floating_point():
-            seen.freeze(name, f"{name} is {'complex' if p.is_complex() else str(p.dtype)}")
+            propagation.freeze(name, f"{name} is {'complex' if p.is_complex() else str(p.dtype)}")
     with WithoutDropout():
-        outputs = [tensors_of(probe.run(t.call, t.training, t.seed, (*t.modes(), seen))) for t in trials]
-    seen.finish([tensor for found in outputs for tensor in found])
-    seen.fix_unexercised()
-    return seen
+        outputs = [tensors_of(probe.run(t.call, t.training, t.seed, (*t.modes(), propagation))) for t in trials]
+    propagation.finish([tensor for found in outputs for tensor in found])
+    propagation.fix_unexercised()
+    return propagation
 
 
-def _unmoved(seen: Propagation, params: Params, factors: list[NeuronSymmetry]) -> list[str]:
+def _unmoved(propagation: Propagation, params: Params, factors: list[NeuronSymmetry]) -> list[str]:
     """Why the rows of matrices stay."""
     moved = {(leg.name, leg.dim) for f in factors for leg in f.legs}
     still = [
         s
-        for s in seen.parameter_axes
-        if s[1] == 0 and params[s[0]].ndim > 1 and s[0] in seen.used and s[:2] not in moved
+        for s in propagation.parameter_axes
+        if s[1] == 0 and params[s[0]].ndim > 1 and s[0] in propagation.used and s[:2] not in moved
     ]
     whys: dict[str, list[str]] = defaultdict(list)
     for (name, _, _), why in zip(
-        still, reasons_of(seen.constraints, [seen.parameter_axes[s] for s in still]), strict=True
+        still, reasons_of(propagation.constraints, [propagation.parameter_axes[s] for s in still]), strict=True
     ):
         if why and not (factors and why == RETURNED):
             whys[why].append(name)

@@ -87,6 +87,8 @@ class Memory:
         """For each index along a dimension of a parameter, whether any entry there was read."""
         start = self._start.get(storage_key(param), 0) + param.storage_offset()
         read = torch.as_strided(self.exercised, param.size(), param.stride(), start)
+        if bool(read.all()):
+            return torch.ones(param.shape[dim], dtype=torch.bool)
         return read.movedim(dim, 0).flatten(1).any(1) if param.ndim > 1 else read
 
     # -- where constants come from
