@@ -94,7 +94,7 @@ class Trials:
         call, grown = base.call, False
         for size, dim in list(inputs.sizes(call)):
             if any(size in x.shape[slice(dim, None if dim is None else dim + 1)] for x in call.tensors()):
-                tried = (inputs.resized(call, size, new, dim) for new in inputs.longer(size))
+                tried = (inputs.resized(call, size, new, dim) for new in inputs.longer(size, dim))
                 longer = self._first(tried)
                 call, grown = (longer.call, True) if longer else (call, grown)
         if not grown:
