@@ -66,7 +66,8 @@ class Trials:
         found = self._varied(given)
         noisy = found[0] if found else None
         if noisy and self._has_real(noisy.call):
-            found += [s for size in SIZES if (s := self._accepted(inputs.times(noisy.call, size)))]
+            one = self._accepted(inputs.resized(noisy.call, inputs.rows(noisy.call), 1, 0)) or noisy
+            found += [s for size in SIZES if (s := self._accepted(inputs.times(one.call, size)))]
         longest = self._grown(noisy or given)
         counts = (self._accepted(c) for c in inputs.other_numbers((noisy or given).call))
         found += islice((s for s in counts if s), 8)
