@@ -23,7 +23,7 @@ from teleport_lite.discovery.solve import reasons as reasons_of
 from teleport_lite.discovery.trial import Trial
 from teleport_lite.discovery.verify import Verifier
 from teleport_lite.errors import EmptyModelError
-from teleport_lite.functional import Params
+from teleport_lite.functional import Params, check_apart
 from teleport_lite.symmetries.axes import NeuronSymmetry
 from teleport_lite.symmetries.product import Product
 
@@ -52,6 +52,7 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
 
     Raises:
         EmptyModelError: when the model has no parameters.
+        ParameterError: when a parameter has no shape yet, is sharded, or shares memory with another one.
         TeleportError: when the model cannot be copied, or does not run on `example_inputs` in float64.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 1))
@@ -66,6 +67,7 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
     if not any(True for _ in model.parameters()):
         raise EmptyModelError(model)
     probe = Probe(model)
+    check_apart(dict(model.named_parameters()))
     generator = torch.Generator().manual_seed(0)
     with laboratory(probe.module):
         probe.perturb(generator)
