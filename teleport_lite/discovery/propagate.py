@@ -194,7 +194,7 @@ class Propagation(DispatchMode):
         """Note which entries of parameters were read, and where what came out comes from."""
         results, kind = op.results(), op.short_name
         tracked = [t for t in op.tensors if self.memory.is_tracked(t)]
-        if tracked and not _carries_entries(op, tracked):
+        if tracked and not (_carries_entries(op, tracked) and all(map(self.memory.keeps_type, tracked))):
             for t in tracked:
                 if id(t) not in op.unexercised:
                     self.memory.mark_read(t)
