@@ -1,8 +1,9 @@
 """Find the symmetries of an unmodified model: propose, verify, keep only what holds.
 
-One run of a copy of the model, operation by operation, gives equations between the axes of its parameters
+Runs of a copy of the model, operation by operation, give equations between the axes of its parameters
 (`teleport_lite.discovery.propagate`); their solutions are proposed as groups. Every proposal is then verified on the
-whole model, in float64, on fresh inputs, in evaluation and training mode; what fails is dropped, with the reason.
+whole model, in float64, on trials of many kinds (`teleport_lite.discovery.trials`); what fails is dropped, with the
+reason.
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
     the queries and keys or the values of attention heads, or a residual stream. Mixings of the heads of a layer are one
     factor, GL(d)^heads. Frozen parameters stay. The model is only read, and the global random state is left as it was.
 
-    Each factor is verified on the whole model: in float64, on random inputs of three sizes, in evaluation and training
-    mode. That is a test and no proof: a branch that these inputs do not reach is not seen. See the chapter *Modern
+    Each factor is verified on a copy of the whole model, in float64: on the example and on values near it, on larger
+    and smaller ones, other integers, batches and lengths, as far as the model takes them, in evaluation and training
+    mode. What these runs do not exercise stays, and so does what may share an axis with a parameter that they did not
+    use. That is a test and no proof: a branch that they do not reach is not seen. See the chapter *Modern
     architectures*.
 
     Args:
         model: the model, on any device, in any mode.
-        example_inputs: an input of the right shape, a tuple of positional arguments, or a dictionary of keyword
-            arguments.
+        example_inputs: an input of the right shape, a tuple of positional arguments, or a mapping of keyword arguments;
+            tensors may stand in containers and dataclasses.
 
     Returns:
         A `Product`; empty, with `reasons`, when there is no symmetry. What was left out is listed there too.

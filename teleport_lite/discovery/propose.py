@@ -15,7 +15,7 @@ from teleport_lite.discovery.heads import join_side_by_side, permute_blocks, spl
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.solve import signatures, solve_permutations, solve_scalings, solve_signs
-from teleport_lite.discovery.verify import TOLERANCE, Verifier, distance
+from teleport_lite.discovery.verify import TOLERANCE, Verifier, distance, told
 from teleport_lite.groups import GeneralLinear, Group, Permutation, PositiveScaling, Signs
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 
@@ -42,7 +42,7 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
         reasons.append(f"{', '.join(unread)}: {Operation.NOT_EXERCISED}, in part")
 
     def drop(symmetry: NeuronSymmetry, error: float) -> None:
-        reasons.append(f"{symmetry}: {symmetry.group} changes the outputs, by {error:.1e} relative")
+        reasons.append(f"{symmetry}: {symmetry.group} {told(error)}")
 
     found: list[NeuronSymmetry] = []
     covered: set[tuple[int, int]] = set()
