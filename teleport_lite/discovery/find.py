@@ -38,9 +38,10 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
     the queries and keys or the values of attention heads, or a residual stream. Mixings of the heads of a layer are one
     factor, GL(d)^heads. Frozen parameters stay. The model is only read, and the global random state is left as it was.
 
-    Each factor is verified on the whole model: in float64, on random inputs of three sizes, in evaluation and training
-    mode. That is a test and no proof: a branch that these inputs do not reach is not seen. See the chapter *Modern
-    architectures*.
+    Each factor is verified on the whole model: in float64, on runs that vary the example (values near it, thirty times
+    larger and smaller ones, other sizes and lengths), in evaluation and training mode. What none of them exercises
+    stays, and so does what may share an axis with it; all that the model returns stays, a cache of keys too. That is a
+    test and no proof: a branch that no run takes is not seen. See the chapter *Modern architectures*.
 
     Args:
         model: the model, on any device, in any mode.
