@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
@@ -54,6 +54,7 @@ class Evaluation:
         first = next((p for p in self.model.parameters() if p.dtype in TOLERANCES), torch.empty(0))
         self.dtype, self.device = first.dtype, first.device.type
         self._outputs: list[Tensor] | None = None
+        self._placed: Params | None = None
         self._depth = 0
         self._stack = ExitStack()
 
@@ -75,17 +76,36 @@ class Evaluation:
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
         if not self._depth:
+            self._placed = None
             self._stack.close()
 
     def __call__(self, params: Params) -> Tensor:
         with self:
             self._stage.put(params)
+            self._placed = params
             self._random.restore()
             on = self._autocast is not None
             with torch.autocast(self.device, self._autocast) if on else nullcontext():
                 value = self.loss_fn(self.model)
             self._note(value)
+            if isinstance(value, Tensor) and value.requires_grad:
+                self.return_before([value], params)
             return value
+
+    def return_before(self, tensors: Iterable[Tensor], params: Params) -> None:
+        """Let `params` be in their places again when these `tensors`, computed there, are differentiated.
+
+        Several evaluations may be differentiated together; autograd goes through them from the last to the first.
+        """
+
+        def put(_: Tensor) -> None:
+            if self._depth and self._placed is not params:
+                self._stage.put(params)
+                self._placed = params
+
+        for t in tensors:
+            if t.requires_grad:
+                t.register_hook(put)
 
     @contextmanager
     def observed(self) -> Iterator[list[Tensor]]:
@@ -100,6 +120,7 @@ class Evaluation:
     def rest(self) -> None:
         """Put the model's own parameters and buffers back in their places, until the next call."""
         self._stage.put_back()
+        self._placed = None
 
     def _note_call(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         if self.call is None:

@@ -64,7 +64,7 @@ def check_apart(params: Params) -> None:
         if p.layout == torch.strided and p.numel():
             first = int(p.storage_offset())
             last = first + sum(int((n - 1) * step) for n, step in zip(p.shape, p.stride(), strict=True))
-            key = (p.device, p.untyped_storage().data_ptr())
+            key = p.untyped_storage()._cdata
             by_storage.setdefault(key, []).append((first * p.itemsize, (last + 1) * p.itemsize, name))
     for spans in by_storage.values():
         spans.sort()
@@ -105,6 +105,8 @@ def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) ->
                 "call the given net inside loss_fn, and do not detach its output",
             )
         grads = gradients(value, [*points.values()], create_graph=create_graph)
+        if create_graph and isinstance(loss, Evaluation):
+            loss.return_before([g for g in grads if g is not None], points)
     if all(g is None for g in grads):
         raise LossError(
             "a loss that depends on the parameters",

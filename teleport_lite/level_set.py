@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from teleport_lite.errors import LossError, ParameterError, TeleportError
 from teleport_lite.exactness import LARGEST, largest_change
-from teleport_lite.functional import Params, check_complete, gradients, loss_of, norm, trainable, value_and_grad
+from teleport_lite.functional import Params, check_complete, gradients, loss_of, trainable, value_and_grad
 from teleport_lite.report import Report
 from teleport_lite.runtime import TOLERANCES, LossFn, eager_mode, unfused_attention, unwrap_compiled
 from teleport_lite.transaction import commit
@@ -134,7 +134,8 @@ class Walk:
         """The loss of the model as it is, and the length of its gradient."""
         value, grads = value_and_grad(self.loss, {name: p.detach() for name, p in trainable(self.model).items()})
         self.loss.rest()
-        return float(value), float(norm({name: g.double() for name, g in grads.items()}))
+        g = torch.cat([g.reshape(-1).to(self.x) for g in grads.values()])  # as in `at`, so that equal points are equal
+        return float(value), float(g.double().norm())
 
 
 def dots(*pairs: tuple[Tensor, Tensor]) -> list[float]:
@@ -295,7 +296,7 @@ def carry_out(
             )
         if walk.outputs and (gap := float(largest_change(walk.outputs, outputs))) > LARGEST * walk.tol:
             raise _RefusedError(f"the outputs moved by {gap:.1e} of the largest, beyond {LARGEST} times {walk.tol:g}")
-        if not new > old:
+        if p is walk.start or not new > old:
             raise _RefusedError(f"nothing steeper was found: {facts['stopped']}")
 
     with eager_mode(walk.x.device.type), walk.loss, unfused_attention():

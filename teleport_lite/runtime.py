@@ -151,12 +151,19 @@ def unwrap_compiled(model: nn.Module, names: Iterable[str] = ()) -> nn.Module:
 
 @contextmanager
 def eager_mode(device: str) -> Iterator[None]:
-    """A context without compilation and without autocast."""
+    """A context without compilation, without autocast, and with float32 products in full: TF32 is not exact enough."""
     compiled = "torch._dynamo" in sys.modules  # importing it takes seconds, so not before something is compiled
     stance = getattr(torch.compiler, "set_stance", None) if compiled else None  # torch >= 2.6
     autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     with stance("force_eager") if stance else nullcontext(), autocast:
-        yield
+        try:
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+            torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def unfused_attention() -> AbstractContextManager:

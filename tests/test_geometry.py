@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import teleport_lite as tl
 from teleport_lite import geometry, objectives
 from teleport_lite.errors import LossError, TeleportError
-from teleport_lite.functional import loss_of
+from teleport_lite.functional import loss_of, norm, value_and_grad
 from teleport_lite.groups import GeneralLinear, PositiveScaling
 from teleport_lite.objectives import Problem
 from teleport_lite.symmetries import TestFunction, mixing, scaling
@@ -333,6 +333,32 @@ def test_objectives_of_checkpointed_models_are_those_of_plain_ones(name, kind, g
         assert report.accepted, report.reason
         found.append((report.objective_before, report.objective_after))
     assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_evaluations_of_checkpointed_models_may_be_differentiated_together(order, generator):
+    """Each has its own parameters when its layers run again."""
+
+    class Net(nn.Module):
+        def __init__(self, on):
+            super().__init__()
+            self.a, self.b, self.on = nn.Linear(5, 4), nn.Linear(4, 3), on
+
+        def last(self, h):
+            return self.b(h.sin())
+
+        def forward(self, x):
+            return checkpoint(self.last, self.a(x), use_reentrant=False) if self.on else self.last(self.a(x))
+
+    torch.manual_seed(0)
+    model, x, found = Net(True).double(), torch.randn(6, 5, generator=generator, dtype=DOUBLE), []
+    for model.on in (False, True):
+        points = {n: p.requires_grad_() for n, p in params_of(model).items()}
+        with loss_of(model, lambda net: net(x).square().mean()) as loss:
+            first = loss(points) if order == 1 else norm(value_and_grad(loss, points, create_graph=True)[1])
+            second = loss({n: 2 * p for n, p in points.items()})
+            found.append(torch.autograd.grad(first + second, [*points.values()]))
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*found, strict=True))
 
 
 def test_one_by_one_and_all_at_once_agree(setting, generator):

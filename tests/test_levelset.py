@@ -724,3 +724,12 @@ def test_outputs_of_a_null_space_teleport_are_compared():
     before = bits(model)
     report = tl.null_space_teleport(model, lambda net: F.mse_loss(net(X)[0], Y), radius=0.5)
     assert not report.accepted and "the outputs moved" in report.reason and same(model, before)
+
+
+def test_where_nothing_moves_nothing_is_reported():
+    """The gradient is measured again on the model, by the same sum: a ratio of exactly 1."""
+    for dtype in (torch.float32, torch.float64):
+        model = mlp([9, 4, 3], nn.Tanh(), dtype=dtype)
+        report = tl.null_space_teleport(model, lambda net: F.mse_loss(net(X.to(net[0].weight)), Y.to(net[0].weight)))
+        assert not report.accepted and report.objective_after == report.objective_before
+        assert report.loss_after == report.loss_before

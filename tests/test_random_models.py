@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 
 import pytest
@@ -13,6 +14,11 @@ from conftest import worst_change
 from random_models import draw
 
 import teleport_lite as tl
+from teleport_lite.discovery.inputs import Arguments
+from teleport_lite.discovery.probe import Probe, laboratory
+from teleport_lite.discovery.verify import Verifier
+from teleport_lite.groups import Permutation, PositiveScaling, Signs
+from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 
 COUNT = 60
 
@@ -36,6 +42,37 @@ def largest(seed: int) -> tuple[float, tl.Product]:
 def test_no_factor_changes_anything(seed):
     change, symmetry = largest(seed)
     assert change < 1e-10, symmetry
+
+
+def planted(model: torch.nn.Module, pick: random.Random) -> NeuronSymmetry | None:
+    """A scaling, flip or permutation of two axes of equal length, which hardly ever is a symmetry."""
+    axes = [(name, dim, n) for name, p in model.named_parameters() for dim, n in enumerate(p.shape) if n > 1]
+    first = pick.choice(axes)
+    others = [a for a in axes if a[2] == first[2] and a[0] != first[0]]
+    if not others:
+        return None
+    second = pick.choice(others)
+    group = pick.choice([PositiveScaling, Signs, Permutation])(first[2])
+    return NeuronSymmetry(group, [Leg(*first[:2]), Leg(*second[:2], dual=True)])
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_planted_symmetries_that_are_false_are_refused(block):
+    refused = 0
+    for seed in range(25 * block, 25 * block + 25):
+        drawn = draw(seed)
+        wrong = [s for s in (planted(drawn.model, random.Random(k)) for k in range(4)) if s]
+        probe = Probe(drawn.model)
+        generator = torch.Generator().manual_seed(0)
+        with laboratory(probe.module):
+            probe.perturb(generator)
+            kept = Verifier(probe, Arguments.of(drawn.example), generator).keep(wrong, lambda *_: None)
+        refused += len(wrong) - len(kept)
+        for symmetry in kept:
+            for args, kwargs in drawn.calls:
+                use = lambda m, args=args, kwargs=kwargs: m(*args, **kwargs)  # noqa: E731
+                assert worst_change(drawn.model, symmetry, use) < 1e-10, (seed, symmetry)
+    assert refused > 50
 
 
 if __name__ == "__main__":

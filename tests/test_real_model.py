@@ -483,3 +483,20 @@ def test_data_parallel_and_sparse_gradients():
     report = tl.teleport(table, lambda net: F.cross_entropy(net(tokens), Y))
     assert report.accepted and relative(table(tokens), outputs) < 1e-12
     assert params_of(table)["0.weight"].layout == torch.strided
+
+
+def test_float32_is_computed_in_full_and_the_setting_restored():
+    model, seen = net(), []
+
+    def loss(net):
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return loss_fn(net)
+
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert tl.teleport(model, loss).accepted
+        assert set(seen) == {("highest", False)}
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("medium", before[1])
+    finally:
+        torch.set_float32_matmul_precision(before[0])

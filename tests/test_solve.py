@@ -190,6 +190,20 @@ def test_permutations_and_signatures_by_brute_force():
             assert (numbers[v] == numbers[w]) == (given[expected[v]] == given[expected[w]])
 
 
+def test_axes_that_cross_are_permuted_along_the_one_that_leaves_more():
+    """A table of positions and features is added to features: the features are permuted, the positions keep theirs."""
+    c = Constraints()
+    places, features, stream = c.fresh(3, 1), c.fresh(1, 4), c.fresh(1, 4)
+    first = c.fresh(1, 4)  # at the first position stands a token of its own
+    c.equate(c.sum_labels([places, features]), torch.cat([first, stream, stream]))
+    classes = solve_permutations(c)
+    assert (classes[places >> 1] == 0).all()
+    assert torch.equal(classes[features >> 1], classes[stream >> 1])
+    assert (
+        torch.equal(classes[first >> 1], classes[stream >> 1]) and len({*classes[stream >> 1].flatten().tolist()}) == 4
+    )
+
+
 def test_the_reason_is_the_first_one_of_what_it_is_equated_with():
     c = Constraints()
     a, b, d = c.fresh(2), c.fresh(2), c.fresh(2)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import teleport_lite as tl
 from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.outputs import distance, gaps, tensors_of
+from teleport_lite.discovery.verify import told
 from teleport_lite.errors import ParameterError, TeleportError
 
 
@@ -622,3 +623,26 @@ def test_arguments_keep_their_containers():
     shared = torch.ones(2)
     first, second = Arguments.of((shared, shared)).fresh().args
     assert first is second and first is not shared
+
+
+def amplified(s, z):
+    """Outputs that, for large inputs, hang on the last digits of a sum."""
+    y = s.net(z)
+    return torch.sin(1e15 * y) if z.abs().max() > 20 else y
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_trials_whose_outputs_rounding_decides_are_left_out(seed):
+    torch.manual_seed(seed)
+    model = Model(amplified, net=nn.Sequential(nn.Linear(4, 20), nn.ReLU(), nn.Linear(20, 2)))
+    assert found(tl.find_symmetries(model, x(3, 4))) == ["(R>0)^20", "S(20)"]
+
+
+def test_outputs_that_are_zero_but_for_rounding_hide_no_symmetry():
+    model = Model(lambda s, z: (y := s.net(z), (y + 0.1) - y - 0.1), net=mlp())
+    assert found(tl.find_symmetries(model, x(3, 4))) == ["(R>0)^5", "S(5)"]
+
+
+def test_reasons_name_what_was_found():
+    assert told(0.25) == "changes the outputs, by 2.5e-01 relative"
+    assert told(float("inf")) == "makes outputs not finite, or of another shape"

@@ -1,8 +1,9 @@
 """Find the symmetries of an unmodified model: propose, verify, keep only what holds.
 
-One run of a copy of the model, operation by operation, gives equations between the axes of its parameters
+Runs of a copy of the model, operation by operation, give equations between the axes of its parameters
 (`teleport_lite.discovery.propagate`); their solutions are proposed as groups. Every proposal is then verified on the
-whole model, in float64, on fresh inputs, in evaluation and training mode; what fails is dropped, with the reason.
+whole model, in float64, on trials of many kinds (`teleport_lite.discovery.trials`); what fails is dropped, with the
+reason.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from teleport_lite.discovery.solve import reasons as reasons_of
 from teleport_lite.discovery.trial import Trial
 from teleport_lite.discovery.verify import Verifier
 from teleport_lite.errors import EmptyModelError
-from teleport_lite.functional import Params
+from teleport_lite.functional import Params, check_apart
 from teleport_lite.symmetries.axes import NeuronSymmetry
 from teleport_lite.symmetries.product import Product
 
@@ -38,20 +39,23 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
     the queries and keys or the values of attention heads, or a residual stream. Mixings of the heads of a layer are one
     factor, GL(d)^heads. Frozen parameters stay. The model is only read, and the global random state is left as it was.
 
-    Each factor is verified on the whole model: in float64, on random inputs of three sizes, in evaluation and training
-    mode. That is a test and no proof: a branch that these inputs do not reach is not seen. See the chapter *Modern
-    architectures*.
+        Each factor is verified on a copy of the whole model, in float64: on the example and on values near it, on larger
+    and smaller ones, other integers, batches and lengths, as far as the model takes them, in evaluation and training
+    mode. What these runs do not exercise stays, and so does what may share an axis with a parameter that they did not
+    use; all that the model returns stays, a cache of keys too. That is a test and no proof: a branch that they do not
+    reach is not seen. See the chapter *Modern architectures*.
 
     Args:
         model: the model, on any device, in any mode.
-        example_inputs: an input of the right shape, a tuple of positional arguments, or a dictionary of keyword
-            arguments.
+        example_inputs: an input of the right shape, a tuple of positional arguments, or a mapping of keyword arguments;
+            tensors may stand in containers and dataclasses.
 
     Returns:
         A `Product`; empty, with `reasons`, when there is no symmetry. What was left out is listed there too.
 
     Raises:
         EmptyModelError: when the model has no parameters.
+        ParameterError: when a parameter has no shape yet, is sharded, or shares memory with another one.
         TeleportError: when the model cannot be copied, or does not run on `example_inputs` in float64.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 1))
@@ -66,41 +70,42 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
     if not any(True for _ in model.parameters()):
         raise EmptyModelError(model)
     probe = Probe(model)
+    check_apart(dict(model.named_parameters()))
     generator = torch.Generator().manual_seed(0)
     with laboratory(probe.module):
         probe.perturb(generator)
         check = Verifier(probe, Arguments.of(example_inputs), generator)
-        seen = propagated(probe, check.planned.informative())
-        factors, reasons = solve_and_verify(seen, check)
-    return Product(factors, [*reasons, *check.notes(), *_unmoved(seen, probe.params, factors)])
+        propagation = propagated(probe, check.planned.informative())
+        factors, reasons = solve_and_verify(propagation, check)
+    return Product(factors, [*reasons, *check.notes(), *_unmoved(propagation, probe.params, factors)])
 
 
 def propagated(probe: Probe, trials: Iterable[Trial]) -> Propagation:
     """The constraints that all these runs put on the parameters together."""
-    seen = Propagation(probe.params)
+    propagation = Propagation(probe.params)
     for name, p in probe.params.items():
         if not p.requires_grad:
-            seen.freeze(name, f"{name} is frozen")
+            propagation.freeze(name, f"{name} is frozen")
         elif not p.is_floating_point():
-            seen.freeze(name, f"{name} is {'complex' if p.is_complex() else str(p.dtype)}")
+            propagation.freeze(name, f"{name} is {'complex' if p.is_complex() else str(p.dtype)}")
     with WithoutDropout():
-        outputs = [tensors_of(probe.run(t.call, t.training, t.seed, (*t.modes(), seen))) for t in trials]
-    seen.finish([tensor for found in outputs for tensor in found])
-    seen.fix_unexercised()
-    return seen
+        outputs = [tensors_of(probe.run(t.call, t.training, t.seed, (*t.modes(), propagation))) for t in trials]
+    propagation.finish([tensor for found in outputs for tensor in found])
+    propagation.fix_unexercised()
+    return propagation
 
 
-def _unmoved(seen: Propagation, params: Params, factors: list[NeuronSymmetry]) -> list[str]:
+def _unmoved(propagation: Propagation, params: Params, factors: list[NeuronSymmetry]) -> list[str]:
     """Why the rows of matrices stay."""
     moved = {(leg.name, leg.dim) for f in factors for leg in f.legs}
     still = [
         s
-        for s in seen.parameter_axes
-        if s[1] == 0 and params[s[0]].ndim > 1 and s[0] in seen.used and s[:2] not in moved
+        for s in propagation.parameter_axes
+        if s[1] == 0 and params[s[0]].ndim > 1 and s[0] in propagation.used and s[:2] not in moved
     ]
     whys: dict[str, list[str]] = defaultdict(list)
     for (name, _, _), why in zip(
-        still, reasons_of(seen.constraints, [seen.parameter_axes[s] for s in still]), strict=True
+        still, reasons_of(propagation.constraints, [propagation.parameter_axes[s] for s in still]), strict=True
     ):
         if why and not (factors and why == RETURNED):
             whys[why].append(name)

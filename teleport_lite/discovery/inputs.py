@@ -209,9 +209,10 @@ def sizes(call: Arguments) -> Iterator[tuple[int, int | None]]:
         yield from ((size, d) for s, d in sorted(found) if s == size)
 
 
-def longer(size: int) -> list[int]:
-    """Lengths to try in place of one, not all of which a model may take."""
-    return [2 * size + 1, size + 1, 2 * size] if size <= 8 else [size + 2, 2 * size, size // 2]
+def longer(size: int, dim: int | None) -> list[int]:
+    """Lengths to try in place of one, not all of which a model may take; of a batch, one example more."""
+    few = [size + 1] if dim == 0 else [2 * size + 1, size + 1, 2 * size]
+    return few if size <= 8 else [size + 2, 2 * size, size // 2]
 
 
 def resized(call: Arguments, old: int, new: int, dim: int | None) -> Arguments:

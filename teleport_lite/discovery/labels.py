@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -38,6 +39,16 @@ def cluster_by_dims(sides: list[Labels]) -> list[list[Labels]]:
             joined[i].append(a)
             clusters.append((dims, joined))
     return [c[1] for c in clusters]
+
+
+def common_shape(shapes: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """The shape to which all broadcast; `torch.broadcast_shapes` imports a computer algebra system for that.
+
+    >>> common_shape([(3, 1), (4,)])
+    (3, 4)
+    """
+    lengths = zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1)
+    return tuple(max(n) for n in lengths)[::-1]
 
 
 def vary_together(a: Tensor, b: Tensor) -> bool:

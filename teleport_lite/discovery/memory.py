@@ -16,7 +16,7 @@ from teleport_lite.discovery.labels import Labels, compact, laid_out_as
 
 def storage_key(tensor: Tensor) -> int:
     """A number for the memory that a tensor looks at; 0 where there is none."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
 
 
 class Memory:
@@ -29,6 +29,7 @@ class Memory:
     def __init__(self, params: dict[str, Tensor]) -> None:
         self._alive: list[Tensor] = []  # so that no storage is used twice
         self._start: dict[int, int] = {}  # of a parameter's storage in `exercised`
+        self._sizes: dict[int, int] = {}  # of one entry, in bytes
         self._copies: dict[int, Tensor] = {}  # for each position of a storage, the place in `exercised`, or -1
         self._origin: dict[int, str] = {}  # "empty", "uniform", "computed"; not there: from outside of the run
         self._base: dict[int, Tensor] = {}  # of empty and uniform storages, the tensor that was made
@@ -37,7 +38,7 @@ class Memory:
         for p in params.values():
             key = storage_key(p)
             if key and key not in self._start:
-                self._start[key] = total
+                self._start[key], self._sizes[key] = total, p.element_size()
                 total += p.untyped_storage().nbytes() // p.element_size()
         self.exercised = torch.zeros(total, dtype=torch.bool)
 
@@ -46,9 +47,9 @@ class Memory:
     def entries_of(self, tensor: Tensor) -> Tensor | None:
         """For each entry of a tensor its place in `exercised`, -1 for none; None when there is none at all."""
         key = storage_key(tensor)
-        if key in self._copies:
+        if key in self._copies and self._sizes[key] == tensor.element_size():
             ids = self._copies[key]
-        elif key in self._start:
+        elif key in self._start and self._sizes[key] == tensor.element_size():
             start, size = self._start[key], tensor.untyped_storage().nbytes() // tensor.element_size()
             ids = torch.arange(start, start + size)
         else:
@@ -60,13 +61,17 @@ class Memory:
         key = storage_key(tensor)
         return bool(key) and (key in self._copies or key in self._start)
 
+    def keeps_type(self, tensor: Tensor) -> bool:
+        """Whether a tensor has one entry for each of the parameters', and is no complex view of real memory."""
+        return self._sizes[storage_key(tensor)] == tensor.element_size()
+
     def carry_entries(self, tensor: Tensor, entries: Tensor) -> None:
         """Note that a new tensor holds these entries of the parameters."""
         key = storage_key(tensor)
         if key and key not in self._start and key not in self._copies:
             ids = torch.full((tensor.untyped_storage().nbytes() // tensor.element_size(),), -1)
             torch.as_strided(ids, tensor.size(), tensor.stride(), tensor.storage_offset()).copy_(entries)
-            self._copies[key] = ids
+            self._copies[key], self._sizes[key] = ids, tensor.element_size()
             self._alive.append(tensor)
 
     def mark_read(self, tensor: Tensor) -> None:
@@ -74,10 +79,17 @@ class Memory:
         key = storage_key(tensor)
         if not key or not tensor.numel():
             return
-        if key in self._copies:
-            entries = self.entries_of(tensor)
-            assert entries is not None
-            self.exercised[entries[entries >= 0]] = True
+        if key in self._sizes and self._sizes[key] != tensor.element_size():  # read as another type
+            whole = self._copies.get(key)
+            if whole is None:
+                start = self._start[key]
+                self.exercised[start : start + tensor.untyped_storage().nbytes() // self._sizes[key]] = True
+            else:
+                self.exercised[whole[whole >= 0]] = True
+        elif key in self._copies:
+            found = self.entries_of(tensor)
+            assert found is not None
+            self.exercised[found[found >= 0]] = True
         elif key in self._start:
             sizes = [1 if step == 0 else n for n, step in zip(tensor.size(), tensor.stride(), strict=True)]
             place = self._start[key] + tensor.storage_offset()
@@ -87,6 +99,8 @@ class Memory:
         """For each index along a dimension of a parameter, whether any entry there was read."""
         start = self._start.get(storage_key(param), 0) + param.storage_offset()
         read = torch.as_strided(self.exercised, param.size(), param.stride(), start)
+        if bool(read.all()):
+            return torch.ones(param.shape[dim], dtype=torch.bool)
         return read.movedim(dim, 0).flatten(1).any(1) if param.ndim > 1 else read
 
     # -- where constants come from
@@ -124,6 +138,8 @@ class Memory:
         if key not in self._labels:
             return None
         base = self._base[key]
+        if base.element_size() != tensor.element_size():  # read as another type, which no rule follows
+            return []
         offset = tensor.storage_offset() - base.storage_offset()
         return [
             compact(torch.as_strided(laid_out_as(a, base), tensor.size(), tensor.stride(), offset))

@@ -67,7 +67,7 @@ class Probe:
         """What the copy returns, from its first state; `modes` see its operators, the last one first."""
         self._restore()
         self.module.train(training)
-        seed_everything(seed)
+        seed_everything(seed, {p.device for p in self.values.values()})
         call = call.fresh()
         with ExitStack() as stack:
             for mode in (*modes, *((self.mode,) if self.mode else ())):

@@ -95,6 +95,9 @@ class Propagation(DispatchMode):
         share axes with the rest of the model, and so would those that did not.
         """
         idle = {(_numbers_hidden(n), p.shape) for n, p in self._params.items() if n not in self.used}
+        fixed = torch.zeros(2 * self.constraints.count, dtype=torch.bool)
+        for labels, systems, _ in self.constraints.fixed:
+            fixed[labels] |= systems == SCALE | SIGN | PERM
         for (name, dim, groups), labels in self.parameter_axes.items():
             p = self._params[name]
             if name not in self.used:
@@ -102,6 +105,7 @@ class Propagation(DispatchMode):
             unread = ~self.memory.exercised_along(p, dim) if groups == 1 and p.numel() else torch.zeros(len(labels)) > 0
             if (_numbers_hidden(name), p.shape) in idle and re.search(r"\d", name):
                 unread = torch.ones(len(labels)) > 0
+            unread &= ~fixed[labels]  # as the rows of a table, which inputs pick
             if bool(unread.any()):
                 self.constraints.fix(labels[unread], Operation.NOT_EXERCISED, SCALE | SIGN | PERM)
                 self.unexercised += [name] if name not in self.unexercised else []
@@ -190,7 +194,7 @@ class Propagation(DispatchMode):
         """Note which entries of parameters were read, and where what came out comes from."""
         results, kind = op.results(), op.short_name
         tracked = [t for t in op.tensors if self.memory.is_tracked(t)]
-        if tracked and not _carries_entries(op, tracked):
+        if tracked and not (_carries_entries(op, tracked) and all(map(self.memory.keeps_type, tracked))):
             for t in tracked:
                 if id(t) not in op.unexercised:
                     self.memory.mark_read(t)

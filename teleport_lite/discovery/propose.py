@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from teleport_lite.discovery.constraints import MIX, PERM
+from teleport_lite.discovery.heads import join_side_by_side, permute_blocks, split_blocks
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.solve import signatures, solve_permutations, solve_scalings, solve_signs
-from teleport_lite.discovery.verify import TOLERANCE, Verifier, distance
+from teleport_lite.discovery.verify import TOLERANCE, Verifier, distance, told
 from teleport_lite.groups import GeneralLinear, Group, Permutation, PositiveScaling, Signs
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 
@@ -24,70 +24,72 @@ PIECES = 64  # an axis in more pieces than that is left out
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a class shows up: the k-th axis, inversely or not, at these places."""
+    """Where a class shows up: the k-th axis, inversely or not, at these indices."""
 
     axis: int
     dual: bool
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
 
 
-def solve_and_verify(seen: Propagation, check: Verifier) -> tuple[list[NeuronSymmetry], list[str]]:
+def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[NeuronSymmetry], list[str]]:
     """Propose what solves the constraints, and verify it."""
-    axes = [a for a in _axes(seen) if a[0] in seen.used]
+    axes = [a for a in _axes(propagation) if a[0] in propagation.used]
     reasons: list[str] = [
         f"{op} is not understood{f' ({why})' if why else ''}: what it reads stays as it is"
-        for op, why in seen.unsupported_ops.items()
+        for op, why in propagation.unsupported_ops.items()
     ]
-    if seen.unexercised:
-        reasons.append(f"{', '.join(seen.unexercised)}: {Operation.NOT_EXERCISED}")
+    if unread := [name for name in propagation.unexercised if name not in check.untouched]:
+        reasons.append(f"{', '.join(unread)}: {Operation.NOT_EXERCISED}, in part")
 
     def drop(symmetry: NeuronSymmetry, error: float) -> None:
-        reasons.append(f"{symmetry}: {symmetry.group} changes the outputs, by {error:.1e} relative")
+        reasons.append(f"{symmetry}: {symmetry.group} {told(error)}")
 
     found: list[NeuronSymmetry] = []
     covered: set[tuple[int, int]] = set()
-    for zero_products in (False, True) if seen.constraints.sums else (False,):
-        classes, inverse = solve_scalings(seen.constraints, zero_products)
+    for zero_products in (False, True) if propagation.constraints.sums else (False,):
+        classes, inverse = solve_scalings(propagation.constraints, zero_products)
         entries = _entries(axes, classes, inverse)
-        single = _proposals(axes, entries, GeneralLinear, signatures(seen.constraints, classes, MIX), classes, reasons)
-        mixed = [s for s in _side_by_side([s for s in single if s.group.n > 1]) if s not in found]
+        single = _proposals(
+            axes, entries, GeneralLinear, signatures(propagation.constraints, classes, MIX), classes, reasons
+        )
+        mixed = [s for s in join_side_by_side([s for s in single if s.group.n > 1]) if s not in found]
         kept = check.keep(mixed, lambda *_: None)
-        kept += check.keep([part for s in mixed if s not in kept for part in _apart(s)], lambda *_: None)
+        kept += check.keep([part for s in mixed if s not in kept for part in split_blocks(s)], lambda *_: None)
         covered |= _covered(axes, kept)
-        rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.places)}
+        rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.indices)}
         scaled = [s for s in _proposals(axes, rest, PositiveScaling, None, classes, reasons) if s not in found]
         found += kept + check.keep(scaled, drop)
-    flips = solve_signs(seen.constraints)
-    orders = solve_permutations(seen.constraints)
-    for kind, classes, kinds in (
+    flips = solve_signs(propagation.constraints)
+    orders = solve_permutations(propagation.constraints)
+    for kind, classes, signature in (
         (Signs, flips, None),
-        (Permutation, orders, signatures(seen.constraints, orders, PERM)),
+        (Permutation, orders, signatures(propagation.constraints, orders, PERM)),
     ):
         entries = _entries(axes, classes, torch.zeros_like(classes, dtype=torch.bool))
-        rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.places)}
-        proposals = list(_proposals(axes, rest, kind, kinds, classes, reasons))
+        rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.indices)}
+        proposals = list(_proposals(axes, rest, kind, signature, classes, reasons))
         found += check.keep([s for s in proposals if kind is Signs or s.group.n > 1], drop)
     found = [s for s in found if not _trivial(s, check)]
     first = {(a[0], a[1]): i for i, a in reversed(list(enumerate(axes)))}
     rank = [GeneralLinear, PositiveScaling, Signs, Permutation]
 
-    def place(s: NeuronSymmetry) -> tuple[int, int]:
+    def sort_key(s: NeuronSymmetry) -> tuple[int, int]:
         return min(first[leg.name, leg.dim] for leg in s.legs), rank.index(type(s.group))
 
-    found.sort(key=place)
-    found += _blocks([part for s in found for part in _apart(s)], check)
-    return sorted(found, key=place), reasons
+    found.sort(key=sort_key)
+    found += permute_blocks([part for s in found for part in split_blocks(s)], check)
+    return sorted(found, key=sort_key), reasons
 
 
 Axis = tuple[str, int, int, Tensor]  # parameter, dimension, groups, labels
 
 
-def _axes(seen: Propagation) -> list[Axis]:
+def _axes(propagation: Propagation) -> list[Axis]:
     """All axes of all parameters, in order; that of a depthwise convolution's inputs lies along dimension 0."""
     axes: list[Axis] = []
-    for (name, dim, groups), labels in seen.parameter_axes.items():
+    for (name, dim, groups), labels in propagation.parameter_axes.items():
         if groups > 1 and len(labels) == groups:
-            axes.append((name, 0, 1, labels.repeat_interleave(len(seen.parameter_axes[name, 0, 1]) // groups)))
+            axes.append((name, 0, 1, labels.repeat_interleave(len(propagation.parameter_axes[name, 0, 1]) // groups)))
         else:
             axes.append((name, dim, groups, labels))
     return axes
@@ -124,20 +126,20 @@ def _proposals(
     axes: list[Axis],
     entries: dict[int, list[_Entry]],
     kind: type[Group],
-    kinds: Tensor | None,
+    signature: Tensor | None,
     classes: Tensor,
     reasons: list[str],
 ) -> Iterator[NeuronSymmetry]:
     """Classes that show up on the same axes and that nothing tells apart, taken together."""
     families: dict[Any, list[list[_Entry]]] = defaultdict(list)
-    looks: dict[int, int] = {}
-    if kinds is not None:
-        looks = dict(zip(classes.tolist(), kinds.tolist(), strict=True))
+    of_class: dict[int, int] = {}
+    if signature is not None:
+        of_class = dict(zip(classes.tolist(), signature.tolist(), strict=True))
     for c, there in entries.items():
         shape = tuple(
-            (e.axis, e.dual if kind in (PositiveScaling, GeneralLinear) else False, len(e.places)) for e in there
+            (e.axis, e.dual if kind in (PositiveScaling, GeneralLinear) else False, len(e.indices)) for e in there
         )
-        families[shape, looks.get(c, 0)].append(there)
+        families[shape, of_class.get(c, 0)].append(there)
     for (shape, _), members in families.items():
         plain = all(axes[k][2] == 1 for k, _, _ in shape)
         if not plain and kind in (GeneralLinear, Permutation):
@@ -152,37 +154,14 @@ def _proposals(
             legs = []
             for entry in piece[0]:
                 name, dim, groups, _ = axes[entry.axis]
-                each = _block(entry.places)
-                starts = [0] if groups > 1 else list(entry.places[::each])
+                each = _block(entry.indices)
+                starts = [0] if groups > 1 else list(entry.indices[::each])
                 dual = entry.dual if dual_sign else dim == 1
                 legs += [Leg(name, dim, dual, start, each if groups == 1 else 1, groups) for start in starts]
             if kind is Permutation:  # in and out of a depthwise convolution: one place, moved once
                 legs = list(dict.fromkeys(legs))
             if plain or len(pieces) == 1:
                 yield NeuronSymmetry(kind(len(piece)), legs)
-
-
-def _side_by_side(mixings: list[NeuronSymmetry]) -> list[NeuronSymmetry]:
-    """Mixings of equal size that stand right behind one another on every axis, the heads of a layer, as one."""
-    runs: list[list[NeuronSymmetry]] = []
-    for s in mixings:
-        last = runs[-1][-1] if runs else None
-        behind = last and tuple(replace(leg, start=leg.start + leg.each * last.group.n) for leg in last.legs)
-        if last and last.group == s.group and behind == s.legs:
-            runs[-1].append(s)
-        else:
-            runs.append([s])
-    return [NeuronSymmetry(GeneralLinear(run[0].group.n, len(run)), run[0].legs) for run in runs]
-
-
-def _apart(mixing: NeuronSymmetry) -> list[NeuronSymmetry]:
-    """The blocks of a mixing, each as a symmetry of its own; any other symmetry as it is."""
-    count = mixing.group.blocks if isinstance(mixing.group, GeneralLinear) else 1
-    if count == 1:
-        return [mixing]
-    n = mixing.group.n // count
-    legs = ([replace(leg, start=leg.start + k * n * leg.each) for leg in mixing.legs] for k in range(count))
-    return [NeuronSymmetry(GeneralLinear(n), part) for part in legs]
 
 
 def _trivial(symmetry: NeuronSymmetry, check: Verifier) -> bool:
@@ -194,64 +173,21 @@ def _trivial(symmetry: NeuronSymmetry, check: Verifier) -> bool:
     return distance([new[n] for n in symmetry.names], [old[n] for n in symmetry.names]) < TOLERANCE
 
 
-def _blocks(found: list[NeuronSymmetry], check: Verifier) -> list[NeuronSymmetry]:
-    """Permutations of whole blocks, attention heads: each moves the queries and keys, and the values, of a layer."""
-    families: dict[Any, list[NeuronSymmetry]] = defaultdict(list)
-    for s in found:
-        if s.dim and all(leg.groups == 1 for leg in s.legs):
-            families[tuple(sorted({(leg.name, leg.dim) for leg in s.legs})), type(s.group), s.group.n].append(s)
-    sides: list[tuple[int, list[Leg]]] = []
-    for members in families.values():
-        runs = [_runs(s) for s in members]
-        behind = all([(n, d, start + size, size) for n, d, start, size in a] == b for a, b in pairwise(runs))
-        if len(members) > 1 and behind:
-            sides.append((len(members), [Leg(name, dim, dim == 1, start, size) for name, dim, start, size in runs[0]]))
-
-    def pairs(holds: Callable[[list[NeuronSymmetry]], bool]) -> list[NeuronSymmetry]:
-        """Each side with the one that follows it, where that `holds`."""
-        blocks: list[NeuronSymmetry] = []
-        used = -1
-        for k, ((n, a), (m, b)) in enumerate(pairwise(sides)):
-            symmetry = NeuronSymmetry(Permutation(n), a + b)
-            if n == m and k != used and not {*a} & {*b} and holds([symmetry]):
-                blocks.append(symmetry)
-                used = k + 1
-        return blocks
-
-    def verified(symmetries: list[NeuronSymmetry]) -> bool:
-        return check.error(symmetries) <= TOLERANCE
-
-    blocks = pairs(lambda _: True)
-    return blocks if not blocks or verified(blocks) else pairs(verified)
-
-
-def _runs(symmetry: NeuronSymmetry) -> list[tuple[str, int, int, int]]:
-    """The places that a symmetry moves, side by side: parameter, dimension, first place, how many."""
-    runs: list[tuple[str, int, int, int]] = []
-    for leg in sorted(symmetry.legs, key=lambda leg: (leg.name, leg.dim, leg.start)):
-        size = symmetry.group.n * leg.each
-        if runs and runs[-1][:2] == (leg.name, leg.dim) and runs[-1][2] + runs[-1][3] == leg.start:
-            runs[-1] = (*runs[-1][:3], runs[-1][3] + size)
-        else:
-            runs.append((leg.name, leg.dim, leg.start, size))
-    return runs
-
-
-def _block(places: tuple[int, ...]) -> int:
-    """How many places stand side by side, if all such blocks are equally long; else 1."""
-    length = next((i for i in range(1, len(places)) if places[i] != places[i - 1] + 1), len(places))
-    blocks = [places[i : i + length] for i in range(0, len(places), length)]
+def _block(indices: tuple[int, ...]) -> int:
+    """How many indices stand side by side, if all such blocks are equally long; else 1."""
+    length = next((i for i in range(1, len(indices)) if indices[i] != indices[i - 1] + 1), len(indices))
+    blocks = [indices[i : i + length] for i in range(0, len(indices), length)]
     regular = all(b == tuple(range(b[0], b[0] + length)) for b in blocks)
     return length if regular else 1
 
 
 def _pieces(members: list[list[_Entry]]) -> Iterator[list[list[_Entry]]]:
     """Runs of classes, each of which stands right behind the one before it on every axis."""
-    members = sorted(members, key=lambda there: there[0].places)
+    members = sorted(members, key=lambda there: there[0].indices)
     piece = [members[0]]
     for there in members[1:]:
         follows = all(
-            tuple(p + _block(a.places) for p in a.places) == b.places for a, b in zip(piece[-1], there, strict=True)
+            tuple(p + _block(a.indices) for p in a.indices) == b.indices for a, b in zip(piece[-1], there, strict=True)
         )
         if follows:
             piece.append(there)

@@ -13,7 +13,9 @@ from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.outputs import gaps, numbers, tensors_of
 from teleport_lite.discovery.probe import Probe, normal
 
-CHAOS = 1e-4  # outputs that rounding changes by more are not compared
+SLACK = 1e2  # times that rounding explains
+CHAOS = 1e-9  # outputs that rounding changes by more cannot be compared
+NOTHING = 1e-12  # outputs that are zero but for rounding, as a difference of equal terms
 WILD = 1e8  # ratio of entries beyond which those that no parameter changes are looked for
 
 
@@ -55,9 +57,16 @@ class Trial:
         found = gaps(after, self.before, self.constant)
         if max(found, default=0.0) <= floor:
             return 0.0
+        allowed = [max(floor, SLACK * n) if n < CHAOS else floor for n in self.noise]
+        nothing = [_is_nothing(a) and _is_nothing(b) for a, b in zip(after, self.before, strict=True)]
         return max(
-            (g for g, n in zip(found, self.noise, strict=True) if n < CHAOS and g > max(floor, 1e3 * n)), default=0.0
+            (g for g, most, zero in zip(found, allowed, nothing, strict=True) if g > most and not zero), default=0.0
         )
+
+    @property
+    def chaotic(self) -> bool:
+        """Whether rounding decides an output."""
+        return any(n >= CHAOS and not _is_nothing(b) for n, b in zip(self.noise, self.before, strict=True))
 
     @property
     def constant(self) -> list[Tensor] | None:
@@ -73,9 +82,9 @@ class Trial:
 
     @property
     def noise(self) -> list[float]:
-        """For each output how far rounding, of the parameters in their last digit, changes it."""
+        """For each output how far rounding, of the parameters in their last digits, changes it."""
         if self._noise is None:
-            self._noise = gaps(self._elsewhere(2e-16, self.before), self.before, self.constant)
+            self._noise = gaps(self._elsewhere(1e-15, self.before), self.before, self.constant)
         return self._noise
 
     def _elsewhere(self, spread: float, default: list[Tensor]) -> list[Tensor]:
@@ -91,3 +100,7 @@ class Trial:
             return default
         alike = [a.shape for a in found] == [b.shape for b in default]
         return found if alike else default
+
+
+def _is_nothing(tensor: Tensor) -> bool:
+    return not tensor.numel() or bool((numbers(tensor).abs() < NOTHING).all())

@@ -66,7 +66,8 @@ class Trials:
         found = self._varied(given)
         noisy = found[0] if found else None
         if noisy and self._has_real(noisy.call):
-            found += [s for size in SIZES if (s := self._accepted(inputs.times(noisy.call, size)))]
+            one = self._accepted(inputs.resized(noisy.call, inputs.rows(noisy.call), 1, 0)) or noisy
+            found += [s for size in SIZES if (s := self._accepted(inputs.times(one.call, size)))]
         longest = self._grown(noisy or given)
         counts = (self._accepted(c) for c in inputs.other_numbers((noisy or given).call))
         found += islice((s for s in counts if s), 8)
@@ -94,7 +95,7 @@ class Trials:
         call, grown = base.call, False
         for size, dim in list(inputs.sizes(call)):
             if any(size in x.shape[slice(dim, None if dim is None else dim + 1)] for x in call.tensors()):
-                tried = (inputs.resized(call, size, new, dim) for new in inputs.longer(size))
+                tried = (inputs.resized(call, size, new, dim) for new in inputs.longer(size, dim))
                 longer = self._first(tried)
                 call, grown = (longer.call, True) if longer else (call, grown)
         if not grown:

@@ -75,7 +75,7 @@ def _from(at: Tensor, x: Tensor) -> bool:
     """Whether indices are an input, a view of it, or a copy in another type."""
     if at.layout != torch.strided or x.layout != torch.strided:
         return False
-    if at.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+    if at.untyped_storage()._cdata == x.untyped_storage()._cdata:
         return True
     telling = at.numel() == x.numel() > 1 and bool(x.reshape(-1).min() < x.reshape(-1).max())
     return telling and bool((at.reshape(-1) == x.reshape(-1)).all())

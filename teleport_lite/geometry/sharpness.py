@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from teleport_lite.errors import LossError, TeleportError
-from teleport_lite.functional import Loss, Params, check_scalar, generator_for, loss_of, session, trainable
+from teleport_lite.evaluation import session
+from teleport_lite.functional import Loss, Params, check_scalar, generator_for, loss_of, trainable
 from teleport_lite.runtime import check_generator, unfused_attention
 
 RADII = tuple(round(0.001 + 0.01 * k, 3) for k in range(20))  # of arXiv:2305.13404, for MNIST

@@ -38,10 +38,10 @@ def einsum_rule(equation: str, biased: bool = False) -> Rule:
 
     def rule(op: Operation) -> list[Labels]:
         a, b = op.args[int(biased) : int(biased) + 2]
-        if biased and (op["beta"] == 0 or op["alpha"] == 0):
-            raise RuleMisfit("a factor of zero")
-        product = contract(op, equation, a, b)
-        return [op.add_bias(product, op.args[0], along_last(op.out)) if biased else product]
+        if biased and op["alpha"] == 0:
+            raise RuleMisfit("a product times zero")
+        bias = op.args[0] if biased and op["beta"] != 0 else None
+        return [op.add_bias(contract(op, equation, a, b), bias, along_last(op.out))]
 
     return rule
 

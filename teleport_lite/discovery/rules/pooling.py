@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from teleport_lite.discovery.constraints import SCALE, SIGN
-from teleport_lite.discovery.labels import Labels
+from teleport_lite.discovery.constraints import SIGN
+from teleport_lite.discovery.labels import Labels, compact
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.registry import rule_for
 
@@ -40,13 +40,12 @@ def pool_labels(op: Operation) -> list[Labels]:
 
 @rule_for("constant_pad_nd")
 def pad_labels(op: Operation) -> list[Labels]:
-    """Zeros may stand beside anything; another constant stops what it stands beside."""
-    labels, pad = op.labels(op.args[0]), op["pad"]
+    """Zeros may stand beside anything and move with it; another constant stays."""
+    x, pad = op.args[0], op["pad"]
     if op["value"]:
-        op.fix(labels, "a constant stands beside them", SCALE | SIGN)
-        op.keep_entries_apart(labels)
+        return [[compact(torch.nn.functional.pad(a.expand(x.shape), pad)) for a in op.labels(x)]]
     found: Labels = []
-    for a in labels:
+    for a in op.labels(x):
         sizes = [p if a.shape[a.ndim - 1 - i // 2] > 1 else 0 for i, p in enumerate(pad)]
         found.append(torch.nn.functional.pad(a, sizes))
     return [found]

@@ -9,7 +9,7 @@ from teleport_lite.discovery.constraints import PERM, SCALE, SIGN
 from teleport_lite.discovery.labels import Labels
 from teleport_lite.discovery.operation import Operation, RuleMisfit
 from teleport_lite.discovery.registry import rule_for, words_for
-from teleport_lite.discovery.rules.pointwise import NEITHER, Equivariance
+from teleport_lite.discovery.rules.equivariance import NEITHER, Equivariance
 
 LINEAR = Equivariance("equivariant", "equivariant", linear=True)
 EXTREME = Equivariance("equivariant", "neither")
@@ -49,8 +49,8 @@ SCANS = {  # the same length comes out
     "cumprod": NEITHER,
     "logcumsumexp": NEITHER,
 }
+ORDERED = ("argmax", "argmin")  # which entry it is depends on their order
 ENTRYWISE = ("linalg_vector_norm", "norm", "any", "all", "count_nonzero")  # each sign that goes in may flip alone
-SYMMETRIC = ("sort", "topk", "argsort")  # the order of what goes in is of no importance
 
 
 def _dims_of(op: Operation, x: Tensor) -> list[int]:
@@ -73,7 +73,7 @@ def reduce_labels(op: Operation) -> list[Labels]:
     dims = _dims_of(op, x)
     found: list[Labels] = [[] for _ in op.results()]
     for a in op.labels(x):
-        passing = gather_over(op, a, dims, REDUCTIONS[kind], kind in ENTRYWISE, symmetric=True)
+        passing = gather_over(op, a, dims, REDUCTIONS[kind], kind in ENTRYWISE, symmetric=kind not in ORDERED)
         for labels, result in zip(found, op.results(), strict=True):
             moved = passing if result.is_floating_point() else _places_only(op, passing)
             labels.append(moved if result.ndim == x.ndim else moved.squeeze(dims))
@@ -87,7 +87,7 @@ def scan_labels(op: Operation) -> list[Labels]:
     dim = (op["dim"] if op.has("dim") else -1) % max(x.ndim, 1)
     found: list[Labels] = [[] for _ in op.results()]
     for a in op.labels(x):
-        passing = gather_over(op, a, [dim], SCANS[kind], False, symmetric=kind in SYMMETRIC)
+        passing = gather_over(op, a, [dim], SCANS[kind], False, symmetric=False)
         for labels, result in zip(found, op.results(), strict=True):
             labels.append(passing if result.is_floating_point() else _places_only(op, passing))
     return found
@@ -95,6 +95,8 @@ def scan_labels(op: Operation) -> list[Labels]:
 
 def _places_only(op: Operation, labels: Tensor) -> Tensor:
     """Labels of indices, which are permuted along and not multiplied."""
+    if labels.numel() == 1:
+        return torch.zeros_like(labels)
     out = op.constraints.fresh(*labels.shape)
     op.constraints.equate(out, labels, PERM)
     op.fix([out], "", SCALE | SIGN)

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import SCALE, SIGN
-from teleport_lite.discovery.labels import Labels, cluster_by_dims, compact, laid_out_as, lift
+from teleport_lite.discovery.constraints import PERM
+from teleport_lite.discovery.labels import (
+    Labels,
+    cluster_by_dims,
+    common_shape,
+    compact,
+    laid_out_as,
+    lift,
+    vary_together,
+    varying_dims,
+)
 from teleport_lite.discovery.operation import Operation, RuleMisfit
-from teleport_lite.discovery.registry import rule_for, words_for
+from teleport_lite.discovery.registry import POINTWISE, WORDS, rule_for, words_for
 
 VIEW_OPS = """view _unsafe_view _reshape_alias reshape permute transpose t expand slice select unsqueeze squeeze cat
     stack split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk unbind flip roll rot90 repeat index
     index_select gather unfold diagonal as_strided pixel_shuffle pixel_unshuffle channel_shuffle repeat_interleave
     narrow movedim masked_select slice_scatter"""
+CHOOSING_OPS = """slice narrow select split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk unbind
+    index index_select gather unfold diagonal as_strided masked_select slice_scatter"""
 CUTTING_OPS = "slice narrow split split_with_sizes unsafe_split unsafe_split_with_sizes index index_select expand cat"
 IDENTITY_OPS = "clone _to_copy contiguous detach alias lift_fresh lift_fresh_copy lift native_dropout positive"
 FACTORY_OPS = """zeros ones empty full zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full
@@ -29,13 +42,10 @@ def make_constant(op: Operation) -> list[Labels]:
 
 @rule_for(IDENTITY_OPS)
 def keep_labels(op: Operation) -> list[Labels]:
-    """The same values; a change to integers or truth values commutes with no rescaling."""
-    source = op.args[0]
-    labels = op.labels(source)
-    if source.is_floating_point() and not op.results()[0].is_floating_point():
-        op.fix(labels, "they are made integers", SCALE | SIGN)
-        op.keep_entries_apart(labels)
-    return [labels]
+    """The same values; a change to integers or truth values is a function like any other."""
+    if op.args[0].is_floating_point() and not op.results()[0].is_floating_point():
+        return WORDS[POINTWISE](op)
+    return [op.labels(op.args[0])]
 
 
 @rule_for("copy")
@@ -61,13 +71,21 @@ def move_labels(op: Operation) -> list[Labels]:
     sides = [op.labels(t) for t in inputs]
     for cluster in [[[a]] for a in sides[0]] if len(inputs) == 1 else cluster_by_dims(sides):
         parts = [op.constraints.sum_labels(part) for part in cluster]
-        spread = torch.broadcast_shapes(*(_lengths(a) for a in parts if a is not None))
+        spread = common_shape(_lengths(a) for a in parts if a is not None)
         stand_ins = [_stand_in(op, a, t, spread) for a, t in zip(parts, inputs, strict=True)]
         for labels, moved, result in zip(found, op.replay(stand_ins), op.results(), strict=True):
             if result.numel():
                 labels.append(compact(moved))
+                if op.short_name in CHOOSING_OPS.split():
+                    _tell_chosen_apart(op, [a for a in parts if a is not None], labels[-1])
             else:
                 labels += _of_nothing(op, [a for a in parts if a is not None], inputs[0], result)
+    if op.short_name in ("diagonal", "masked_select", "index"):  # axes that are read side by side
+        for labels in found:
+            for a, b in combinations(labels, 2):
+                if vary_together(a, b):
+                    op.fix([a, b], "they are read along with another axis", PERM)
+                    op.keep_entries_apart([a, b])
     return found
 
 
@@ -76,7 +94,7 @@ def _lengths(labels: Tensor) -> tuple[int, ...]:
     return tuple(min(n, 2) for n in labels.shape)
 
 
-def _stand_in(op: Operation, labels: Tensor | None, tensor: Tensor, spread: torch.Size) -> Tensor:
+def _stand_in(op: Operation, labels: Tensor | None, tensor: Tensor, spread: tuple[int, ...]) -> Tensor:
     """Labels in the shape of a tensor; new ones for zeros, which may move in any way, 0 for all other constants."""
     if labels is None and op.is_zero(tensor) and len(spread) == tensor.ndim:
         labels = op.constraints.fresh(*(n if k > 1 else 1 for n, k in zip(tensor.shape, spread, strict=True)))
@@ -85,6 +103,21 @@ def _stand_in(op: Operation, labels: Tensor | None, tensor: Tensor, spread: torc
     if op.short_name == "as_strided":  # which reads memory, not a shape
         return laid_out_as(labels, tensor)
     return labels.expand(op.shapes[id(tensor)])
+
+
+def _tell_chosen_apart(op: Operation, sources: Labels, chosen: Tensor) -> None:
+    """Entries that are taken, and those that are not, or more often, are not exchanged; none where they scatter."""
+    scattered = any(len(varying_dims(chosen)) > len(varying_dims(a)) for a in sources)
+    chosen = chosen.reshape(-1).contiguous()
+    for a in sources:
+        if scattered:
+            op.constraints.distinguish(a)
+            continue
+        entries, place = a.reshape(-1).unique(return_inverse=True)
+        spots = torch.searchsorted(entries, chosen).clamp(max=len(entries) - 1)
+        times = torch.zeros(len(entries), dtype=torch.int64).index_add_(0, spots, (entries[spots] == chosen).long())
+        if bool((times != times[0]).any()):
+            op.constraints.distinguish(a, times[place].reshape(a.shape))
 
 
 def _of_nothing(op: Operation, labels: Labels, source: Tensor, result: Tensor) -> Labels:

@@ -1,0 +1,134 @@
+"""What an elementwise function commutes with, found by trying it on random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from teleport_lite.discovery.labels import Labels, lift
+from teleport_lite.discovery.operation import Operation, RuleMisfit
+
+SCALES = (1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12)  # magnitudes at which a function is tried
+
+
+@dataclass(frozen=True)
+class Equivariance:
+    """How a function answers when some of its arguments are multiplied.
+
+    Args:
+        scale: "equivariant" when it is multiplied likewise, "invariant" when it stays, else "neither".
+        sign: the same for -1.
+        linear: whether it is linear in them.
+    """
+
+    scale: str
+    sign: str
+    linear: bool = False
+
+
+NEITHER = Equivariance("neither", "neither")
+Ask = Callable[[list[int]], Equivariance]
+
+
+@dataclass
+class Operands:
+    """The arguments of an elementwise function: those with labels (`bearers`), and the constants beside them."""
+
+    leaves: list[Any]
+    spec: Any
+    bearers: list[int]
+    constants: list[Tensor]
+    labels: dict[int, Labels]
+
+    @property
+    def floating(self) -> list[int]:
+        """The bearers that can be multiplied: all but masks."""
+        return [i for i in self.bearers if self.leaves[i].is_floating_point()] or self.bearers
+
+
+def operands_of(op: Operation) -> Operands:
+    """The arguments of an operation.
+
+    Raises:
+        RuleMisfit: when it is no elementwise function of one result.
+    """
+    leaves, spec = tree_flatten((op.args, op.kwargs))
+    at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
+    if len(op.results()) != 1:
+        raise RuleMisfit("an elementwise function with several results")
+    labels = {i: [lift(a, op.out.ndim) for a in op.labels(leaves[i])] for i in at}
+    bearers = [i for i in at if labels[i]]
+    return Operands(leaves, spec, bearers, [leaves[i] for i in at if not labels[i]], labels)
+
+
+def ask_once(op: Operation, found: Operands, which: list[int]) -> Equivariance:
+    """The answer of `_probe`, kept for the next call of the same function with the same kinds of arguments."""
+    kinds = tuple(
+        f"{x.dtype}{_named_number(op, found, i)}" if isinstance(x, Tensor) else repr(x)
+        for i, x in enumerate(found.leaves)
+    )
+    key = (op.func, kinds, tuple(which))
+    if key not in op.answers:
+        op.answers[key] = _probe(op, found, which)
+    return op.answers[key]
+
+
+def _named_number(op: Operation, found: Operands, i: int) -> float | None:
+    """The value of a number that the model's code names; None for all that depends on inputs or may be trained."""
+    x = found.leaves[i]
+    named = i not in found.bearers and x.numel() == 1 and op.memory.origin(x) == "uniform"
+    return float(x) if named else None
+
+
+def _probe(op: Operation, found: Operands, which: list[int]) -> Equivariance:
+    """Try an elementwise function, at all `SCALES`, on multiples and on sums of the arguments `which`."""
+    draw = torch.Generator().manual_seed(0)
+    moving = [i for i in which if found.leaves[i].is_floating_point()]
+
+    def normal() -> Tensor:
+        return torch.randn(64, generator=draw, dtype=torch.float64)
+
+    def sample(i: int, x: Any, scale: float) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if not x.is_floating_point():
+            return torch.randint(0, 2, (64,), generator=draw).to(x.dtype)
+        if (number := _named_number(op, found, i)) is not None:
+            return torch.full((64,), number, dtype=torch.float64)
+        return (scale if i in which else 1.0) * normal()
+
+    def value(arguments: list) -> Tensor:
+        args, kwargs = tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in arguments], found.spec)
+        return op.func(*args, **kwargs).double()
+
+    holds = dict.fromkeys(("same", "free", "odd", "even", "linear"), True)
+    for scale in SCALES:
+        trial = [sample(i, x, scale) for i, x in enumerate(found.leaves)]
+        other = [scale * normal() if i in moving else x for i, x in enumerate(trial)]
+        one, big, flipped, none = (
+            value([c * x if i in moving else x for i, x in enumerate(trial)]) for c in (1.0, 3.7, -1.0, 0.0)
+        )
+        total = value([x + y if i in moving else x for i, (x, y) in enumerate(zip(trial, other, strict=True))])
+        for claim, got, expected in (
+            ("same", big, 3.7 * one),
+            ("free", big, one),
+            ("odd", flipped, -one),
+            ("even", flipped, one),
+            ("linear", total, one + value(other)),
+            ("linear", none, 0 * none),
+        ):
+            holds[claim] &= _is_close(got, expected, one.abs().max())
+    return Equivariance(
+        "equivariant" if holds["same"] else "invariant" if holds["free"] else "neither",
+        "equivariant" if holds["odd"] else "invariant" if holds["even"] else "neither",
+        bool(moving) and holds["linear"] and holds["same"],
+    )
+
+
+def _is_close(a: Tensor, b: Tensor, size: Tensor) -> bool:
+    return bool(size.isfinite()) and bool(((a - b).abs() <= 1e-9 * size).all())
