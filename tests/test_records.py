@@ -131,3 +131,30 @@ def test_what_the_teleports_did():
         mnist = printed(CHAPTER_9).split("squared gradient x")[1].split("Fashion-MNIST")[0]
         (found,) = re.findall(rf"{name} +{arm} +(\d\.\d+) ", mnist)
         assert float(found) == pytest.approx(median, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "arm"),
+    [
+        ("optimizers", "adagrad", "reset"),
+        ("optimizers-fashion_mnist", "adam", "teleport"),
+        ("optimizers-fashion_mnist", "adagrad", "teleport"),
+    ],
+)
+def test_what_is_clear_over_all_rates(name, optimizer, arm):
+    runs = record(name)["runs"]
+    rates = sorted({rate for r in runs if (r["optimizer"], r["arm"]) == (optimizer, "plain") for rate in r["rates"]})
+    by_seed: dict[int, list[float]] = {}
+    for rate in rates:
+        mine, plain = (final(runs, optimizer, a, "test_loss", rate) for a in (arm, "plain"))
+        assert mine.keys() == plain.keys() and max(mine.values()) < 2.3026 and max(plain.values()) < 2.3026
+        for seed in mine:
+            by_seed.setdefault(seed, []).append(mine[seed] - plain[seed])
+    mean, half = t_interval([st.mean(d) for d in by_seed.values()])
+    assert abs(mean) > half
+    label = {"adagrad": "AdaGrad", "adam": "Adam"}[optimizer]
+    tables = printed(CHAPTER_9).split("each at its best rate")
+    table = tables[1 if name == "optimizers" else 2]
+    row = next(line for line in table.split("\n") if re.match(rf" +{label} +{arm} ", line))
+    shown = f"{mean:+.3f} ± {half:.3f}".replace("-", "−")
+    assert row.split("   ")[-1].startswith(shown), row
