@@ -126,7 +126,8 @@ def test_every_number_of_the_scorecard_is_computed():
     names = recorded.ROLE.findall(page)
     assert names and set(names) <= set(recorded.NUMBERS)
     assert "{recorded}" not in recorded.fill_in(page)
-    shape = re.compile(r"[+−]?\d+\.\d+(?: ± \d\.\d+| \[\d+\.\d+, \d+\.\d+\])?")
+    numbers = r"[+−]?\d+\.\d+(?: ± \d\.\d+(?: \(\d+ of 10 seeds\))?| \[−?\d+\.\d+, −?\d+\.\d+\])?"
+    shape = re.compile(numbers + r"|not recorded yet|\d+ of 10 seeds recorded")
     assert all(shape.fullmatch(recorded.NUMBERS[name]()) for name in names)
 
 
@@ -167,7 +168,7 @@ def test_the_verdicts_follow_from_the_numbers():
         assert recorded.learned_ratio(arm, base)[2] >= 1, "no learned teleport clearly lowers the final loss"
 
 
-STATUS = ("proved", "confirmed", "corrected", "not confirmed", "not attempted")
+STATUS = ("proved", "confirmed", "corrected", "not confirmed", "not decided", "not attempted")
 
 
 def test_every_row_of_the_scorecard_has_a_status_and_a_chapter():
