@@ -32,8 +32,8 @@ BATCH, SEEDS, TELEPORT_BATCH = 20, 5, 200
 TIMES, RADIUS = 8, 0.125  # eight teleports of radius 1/8 reach as far as one of radius 1
 EPOCHS = {"mnist": 40, "fashion_mnist": 4, "cifar10": 1}
 CUT = {  # what a record says of what it lacks
-    "fashion_mnist": "4 epochs in place of 40: the time of a quarter of a core",
-    "cifar10": "1 epoch in place of 40, arms with the other state and the other start: the time of a quarter of a core",
+    "fashion_mnist": "4 epochs in place of 40, for want of computing time",
+    "cifar10": "1 epoch in place of 40, for want of computing time",
 }
 MANY = 350_000  # weights of the networks that train together, about what a core has in its cache
 OPTIMIZERS = {  # learning rates to begin with, and the epoch whose first steps are teleports
@@ -367,7 +367,8 @@ def main() -> None:
     size = MANY // sum(n * m for n, m in pairwise(setting.training))
     for optimizer in options.optimizer or OPTIMIZERS:
         arms = [arm for arm in arms_of(optimizer) if arm in (options.arm or ARMS)]
-        rates, wider = [], list(setting.rates(OPTIMIZERS[optimizer][0]))
+        known = {rate for run in results["runs"] if run["optimizer"] == optimizer for rate in run["rates"]}
+        rates, wider = [], sorted(known | set(setting.rates(OPTIMIZERS[optimizer][0])))
         while wider != rates:
             rates = wider
             for seed in range(seeds):

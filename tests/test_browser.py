@@ -225,7 +225,7 @@ async () => {
     statements: all(".admonition.statement").map(e => e.id),
     wide: document.documentElement.scrollWidth,
     clipped: all(".cell_input pre").filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent.slice(0, 60)),
-    drawings: all("svg[role=img]").map(e => e.getAttribute("aria-label") || ""),
+    drawings: all("svg.tl-d, .tl-live > svg").map(e => e.getAttribute("aria-label") || ""),
   };
 }"""
 NARROW = r"""
@@ -237,6 +237,12 @@ async () => {
     if (box.right > limit + 1 && found.length < 5) found.push(`${e.tagName}.${e.className} ${Math.round(box.right)}`);
   }
   return { wide, limit, found };
+}"""
+SETTLED = """
+async () => {  // the theme lets code that scrolls be reached by keys, a while after the width changed
+  const scrolls = e => e.scrollWidth > e.clientWidth || e.scrollHeight > e.clientHeight;
+  const ready = () => [...document.querySelectorAll("pre")].every(e => !scrolls(e) || e.tabIndex == 0);
+  for (let i = 0; i < 40 && !ready(); i++) await new Promise(done => setTimeout(done, 100));
 }"""
 SIMPLER = r"""
 (closely) => {  // axe looks at every element: formulas are not its business, and code is coloured alike everywhere
@@ -293,7 +299,8 @@ def seen(site, browser, modules):
         facts = browser.run(LOOK)
         browser.width(390)
         facts["phone"] = browser.run(NARROW)
-        browser.width(1280)
+        browser.width(1440)
+        browser.run(SETTLED)
         if axe:
             browser.run(SIMPLER, page in CLOSELY)
             browser.send("Runtime.evaluate", expression=axe)
@@ -407,7 +414,7 @@ async () => {
   const numbers = kind => box.querySelector(kind).getAttribute("d").match(/-?[\d.]+/g).map(Number);
   const pairs = list => list.map((x, i) => i % 2 ? null : [x, list[i + 1]]).filter(Boolean);
   const seen = [];
-  for (const [where, size] of [[-120, 12], [-40, 12], [0, 12], [60, 12], [120, 12], [120, 40]]) {
+  for (const [where, size] of [[-120, 12], [-40, 12], [0, 12], [60, 12], [120, 12], [120, 60]]) {
     place.value = where; rate.value = size;
     for (const slider of [place, rate]) slider.dispatchEvent(new Event("input"));
     const screen = box.querySelector("svg").getScreenCTM();
@@ -439,9 +446,8 @@ def test_the_demonstration_on_the_first_page_tells_no_lie(site, browser):
         reach = max(math.dist(facts["walk"][0], p) for p in facts["walk"])
         assert reach > 15, "one sees the path"
     assert lengths[2] == min(lengths) and lengths[0] > 2 * lengths[2] < lengths[4]
-    assert "zero to six digits" in seen[4]["text"] or float(seen[4]["text"].split()[-1]) < 0.01
-    fails = "larger" in seen[5]["text"] or float(seen[5]["text"].split()[-1]) > 0.1
-    assert fails, "a large rate fails where it is steep"
+    across = [max(x * (330 - y) / 110**2 for x, y in facts["walk"]) for facts in seen]
+    assert across[4] < 1.1 and across[5] > 1.5, "with a large rate the path jumps across the minima, uv = 1"
 
 
 def test_the_explorer_of_corners_agrees_with_the_chapter(site, browser):

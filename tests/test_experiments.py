@@ -286,3 +286,60 @@ def test_records_of_other_data_have_names_of_their_own(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["mnist_teleport", "--data", data])
         found = script.command_line("", script.RESULTS, "", data=SETTINGS).out
         assert found == script.RESULTS.with_name(name)
+
+
+def test_a_mixing_carries_momentum_exactly_where_the_network_is_linear(monkeypatch):
+    """P and Q from least squares on a batch, against the gradient at the moved weights by automatic differentiation."""
+    script = importlib.import_module("optimizers")
+    monkeypatch.setattr(script, "SLOPE", 1.0)
+    torch.manual_seed(0)
+    old = [torch.randn(n, m, dtype=torch.float64) for n, m in ((6, 9), (5, 6), (3, 5))]
+    g, h = (torch.eye(n, dtype=torch.float64) + 0.3 * torch.randn(n, n, dtype=torch.float64) for n in (6, 5))
+    moved = [g @ old[0], h @ old[1] @ g.inverse(), old[2] @ h.inverse()]
+    x, y = torch.randn(40, 9, dtype=torch.float64), torch.randint(3, (40,))
+
+    def gradient(weights):
+        leaves = [w.clone().requires_grad_() for w in weights]
+        loss = nn.functional.cross_entropy(x @ leaves[0].T @ leaves[1].T @ leaves[2].T, y)
+        return torch.autograd.grad(loss, leaves)
+
+    ensemble = Ensemble([w[None].clone() for w in moved], torch.ones(1), "adam")
+    for state, before in zip(ensemble.states, gradient(old), strict=True):
+        state["exp_avg"], state["exp_avg_sq"] = before[None].clone(), torch.ones_like(before)[None]
+    script.carry_mixing(ensemble, 0, old, x)
+    for state, after in zip(ensemble.states, gradient(moved), strict=True):
+        assert torch.allclose(state["exp_avg"][0], after, rtol=1e-6, atol=1e-9)
+    squares = (g.inverse().T.square() @ torch.ones(6, 9, dtype=torch.float64))[None]
+    assert torch.allclose(ensemble.states[0]["exp_avg_sq"], squares, rtol=1e-6)
+
+
+def test_a_corner_that_is_held_walks_as_far_as_it_says(tmp_path, monkeypatch):
+    script = importlib.import_module("optimizers")
+    out = tmp_path / "results.json"
+    arms = ["--arm", "random", "--arm", "random, redrawn", "--arm", "start"]
+    monkeypatch.setattr(sys, "argv", ["optimizers", "--quick", "--out", str(out), "--optimizer", "momentum", *arms])
+    script.main()
+    moves = {run["arm"]: run["teleports"] for run in json.loads(out.read_text())["runs"]}
+    assert moves["random"]["walked"] == pytest.approx([1.0] * 5, abs=1e-3)  # eight times 1/8
+    assert moves["start"]["walked"] == pytest.approx([1.0] * 5, abs=1e-3)
+    assert max(moves["random, redrawn"]["walked"]) < 0.5
+    assert all(len(member) == 8 for member in moves["random"]["accepted"])
+    assert all(len(member) == 1 for member in moves["start"]["accepted"])
+
+
+def test_a_grid_grows_where_an_arm_is_best_at_its_edge():
+    script = importlib.import_module("optimizers")
+
+    def run(arm, seed, rates, ends):
+        curves = [[9.0, end] for end in ends]
+        return {"optimizer": "sgd", "arm": arm, "seed": seed, "rates": rates, "validation_loss": curves}
+
+    rates = [0.01, 0.02, 0.05]
+    runs = [
+        run("plain", 0, rates, [3, 1, 2]),
+        run("teleport", 0, rates[:1], [1]),
+        run("teleport", 0, rates[1:], [2, 3]),
+    ]
+    assert script.grown(runs, "sgd", ["plain"], rates) == rates
+    assert script.grown(runs, "sgd", ["plain", "teleport"], rates) == [0.005, *rates]
+    assert script.grown([run("plain", 0, rates, [None, 2, 1])], "sgd", ["plain"], rates) == [*rates, 0.1]

@@ -61,7 +61,10 @@ class Table(nn.Module):
         (lambda t: torch.cat([t[:1], 2 * t[3:]])[1:3], [3, 4]),
         (lambda t: t.tanh()[0:1], [0]),
         (lambda t: t.masked_select(torch.arange(24).view(6, 4) < 8).view(2, 4), [0, 1]),
-        (lambda t: torch.view_as_real(torch.view_as_complex(t.view(6, 2, 2)).clone()[:2]).view(2, 4) * 1, [0, 1, 2, 3, 4, 5]),
+        (
+            lambda t: torch.view_as_real(torch.view_as_complex(t.view(6, 2, 2)).clone()[:2]).view(2, 4) * 1,
+            [0, 1, 2, 3, 4, 5],
+        ),
         (lambda t: (t * t)[0:1], [0, 1, 2, 3, 4, 5]),  # all of them are read, whatever is done with it
     ],
 )

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
+PARAMETERS = re.compile(r"<dl>\n((?:<dd><em class=\"sig-param\">.*</dd>\n)+)</dl>")
+
+
+def lines(definitions: str) -> str:
+    """The parameters of a signature, one a line."""
+    return definitions.replace("<dd>", '<span class="sig-line">').replace("</dd>", "</span>")
+
 
 def on_page(app, pagename: str, templatename: str, context: dict, doctree) -> None:
     """Leave out the scripts of Thebe, which the book does not use and which declare the same constant twice.
 
     And the text of the badge from the description of a chapter.
     """
+    # Sphinx lists the parameters of a long signature as definitions without terms, which readers of screens trip over.
+    context["body"] = PARAMETERS.sub(lambda match: lines(match[1]), context.get("body", ""))
     context["metatags"] = context.get("metatags", "").replace('content="Open in Colab ', 'content="')
     context.setdefault("default_mode", "auto")  # light or dark as the reader's system says
 

@@ -39,7 +39,7 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
     the queries and keys or the values of attention heads, or a residual stream. Mixings of the heads of a layer are one
     factor, GL(d)^heads. Frozen parameters stay. The model is only read, and the global random state is left as it was.
 
-        Each factor is verified on a copy of the whole model, in float64: on the example and on values near it, on larger
+    Each factor is verified on a copy of the whole model, in float64: on the example and on values near it, on larger
     and smaller ones, other integers, batches and lengths, as far as the model takes them, in evaluation and training
     mode. What these runs do not exercise stays, and so does what may share an axis with a parameter that they did not
     use; all that the model returns stays, a cache of keys too. That is a test and no proof: a branch that they do not

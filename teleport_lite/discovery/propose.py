@@ -175,6 +175,8 @@ def _trivial(symmetry: NeuronSymmetry, check: Verifier) -> bool:
 
 def _block(indices: tuple[int, ...]) -> int:
     """How many indices stand side by side, if all such blocks are equally long; else 1."""
+    if len(indices) == 1:
+        return 1
     length = next((i for i in range(1, len(indices)) if indices[i] != indices[i - 1] + 1), len(indices))
     blocks = [indices[i : i + length] for i in range(0, len(indices), length)]
     regular = all(b == tuple(range(b[0], b[0] + length)) for b in blocks)

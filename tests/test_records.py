@@ -1,0 +1,160 @@
+"""The headline numbers of the recorded runs, computed a second time from the records, in another way than the book."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics as st
+from itertools import combinations
+from pathlib import Path
+
+import nbformat
+import pytest
+from scipy import stats
+
+BOOK = Path(__file__).resolve().parent.parent / "book"
+CHAPTER_9 = BOOK / "03-convergence" / "momentum-and-adaptive-optimizers.ipynb"
+
+
+def record(name):
+    return json.loads((BOOK / "results" / f"{name}.json").read_text("utf8"))
+
+
+def printed(chapter):
+    """All that a chapter prints."""
+    cells = nbformat.read(chapter, as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return "\n".join(output.text for output in outputs if output.output_type == "stream")
+
+
+def final(runs, optimizer, arm, key, rate, epoch=-1):
+    """By seed, at one rate."""
+    mine = [r for r in runs if (r["optimizer"], r["arm"]) == (optimizer, arm) and rate in r["rates"]]
+    return {r["seed"]: r[key][r["rates"].index(rate)][epoch] for r in mine}
+
+
+def tuned(runs, optimizer, arm):
+    """Test losses by seed, where the mean validation loss is smallest among the rates that never diverged."""
+    rates = sorted({rate for r in runs if (r["optimizer"], r["arm"]) == (optimizer, arm) for rate in r["rates"]})
+    valid = {rate: final(runs, optimizer, arm, "validation_loss", rate).values() for rate in rates}
+    best = min((sum(v), rate) for rate, v in valid.items() if None not in v)[1]
+    return final(runs, optimizer, arm, "test_loss", best)
+
+
+def minus(a, b):
+    """Differences of two dictionaries by seed."""
+    assert a.keys() == b.keys() and len(a) == 5
+    return [a[seed] - b[seed] for seed in sorted(a)]
+
+
+def t_interval(d):
+    """Mean and half-width, from tables of t and the definition."""
+    return st.mean(d), 2.7764451051977987 * st.stdev(d) / len(d) ** 0.5  # t with 4 degrees of freedom
+
+
+def test_the_exact_teleport_under_sgd():
+    runs = record("optimizers")["runs"]
+    mean, half = t_interval(minus(tuned(runs, "sgd", "teleport"), tuned(runs, "sgd", "plain")))
+    assert (mean, half) == pytest.approx((0.015, 0.008), abs=5e-4)
+    assert re.search(r"SGD +teleport .*\+0\.015 ± 0\.008", printed(CHAPTER_9))
+
+
+def test_no_arm_is_better_at_its_best_rate():
+    for name in ("optimizers", "optimizers-fashion_mnist"):
+        runs = record(name)["runs"]
+        for optimizer, arm in {(r["optimizer"], r["arm"]) for r in runs if r["arm"] != "plain"}:
+            arms, plain = (tuned(runs, optimizer, a) for a in (arm, "plain"))
+            if arms.keys() == plain.keys() and len(arms) == 5:
+                mean, half = t_interval(minus(arms, plain))
+                assert mean + half > 0, (name, optimizer, arm)
+
+
+def test_the_share_of_the_reset_in_the_gain_of_adagrad():
+    runs = record("optimizers")["runs"]
+    plain, reset, published = (
+        final(runs, "adagrad", arm, "train_loss", 0.01, epoch=10) for arm in ("plain", "reset", "paper")
+    )
+    top, bottom = minus(reset, plain), minus(published, plain)
+
+    def kept(ratio):
+        """Whether a t test cannot tell reset - ratio * published from zero."""
+        return stats.ttest_1samp([a - ratio * b for a, b in zip(top, bottom, strict=True)], 0).pvalue > 0.05
+
+    held = [k for k in range(400) if kept(k / 100)]
+    assert held == list(range(held[0], held[-1] + 1)), "an interval"
+    found = re.search(r"share of the reset (\d+)% \((\d+)% to (\d+)%\)", printed(CHAPTER_9))
+    share, low, high = map(int, found.groups())
+    assert share == round(100 * st.mean(top) / st.mean(bottom))
+    assert abs(low - held[0]) <= 1 and abs(high - held[-1]) <= 1
+
+
+def test_holms_rule_by_its_closure():
+    """A row is clear when every set of rows that holds it is, by Bonferroni: the closed test, by brute force."""
+    p = [0.001, 0.02, 0.03, 0.2]
+    closed = [
+        max(min(1, len(s) * min(p[j] for j in s)) for n in range(1, 5) for s in combinations(range(4), n) if i in s)
+        for i in range(4)
+    ]
+    from teleport_lite.book.evidence import holm
+
+    assert holm(p) == pytest.approx(closed)
+
+
+def test_the_flattest_point_is_below_plain_at_every_rate():
+    searched = record("sgd_search")
+    flat, rates = searched["config"]["arms"].index("flattest, radius 1, once"), searched["config"]["rates"]
+    by_seed = [
+        [run["test_loss"][flat][k][-1] - run["test_loss"][0][k][-1] for k in range(len(rates))]
+        for run in searched["runs"]
+    ]
+    assert all(st.mean(d[k] for d in by_seed) < 0 for k in range(len(rates)))
+    means = [st.mean(d) for d in by_seed]
+    assert st.mean(means) == pytest.approx(-0.0105, abs=5e-5)
+    assert stats.ttest_1samp(means, 0).pvalue == pytest.approx(0.030, abs=5e-4)
+    assert "below plain at 6 of 6 rates, uncorrected p 0.030" in printed(CHAPTER_9)
+
+
+def test_what_the_teleports_did():
+    runs = record("optimizers")["runs"]
+    gains = {}
+    for run in runs:
+        if run["arm"] in ("teleport", "paper"):
+            table = run["teleports"]["squared_gradient_gain"]
+            gains.setdefault((run["arm"], run["optimizer"]), []).extend(
+                g for row in table for g in row if g is not None
+            )
+    medians = {key: st.median(values) for key, values in gains.items()}
+    for (arm, optimizer), median in medians.items():
+        low, high = (1.25, 1.41) if arm == "teleport" else (1.0, 1.07)
+        assert low < median < high, (arm, optimizer)
+        name = {"sgd": "SGD", "adagrad": "AdaGrad", "rmsprop": "RMSProp", "adam": "Adam"}.get(optimizer, optimizer)
+        mnist = printed(CHAPTER_9).split("squared gradient x")[1].split("Fashion-MNIST")[0]
+        (found,) = re.findall(rf"{name} +{arm} +(\d\.\d+) ", mnist)
+        assert float(found) == pytest.approx(median, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "arm"),
+    [
+        ("optimizers", "adagrad", "reset"),
+        ("optimizers-fashion_mnist", "adam", "teleport"),
+        ("optimizers-fashion_mnist", "adagrad", "teleport"),
+    ],
+)
+def test_what_is_clear_over_all_rates(name, optimizer, arm):
+    runs = record(name)["runs"]
+    rates = sorted({rate for r in runs if (r["optimizer"], r["arm"]) == (optimizer, "plain") for rate in r["rates"]})
+    by_seed: dict[int, list[float]] = {}
+    for rate in rates:
+        mine, plain = (final(runs, optimizer, a, "test_loss", rate) for a in (arm, "plain"))
+        assert mine.keys() == plain.keys() and max(mine.values()) < 2.3026 and max(plain.values()) < 2.3026
+        for seed in mine:
+            by_seed.setdefault(seed, []).append(mine[seed] - plain[seed])
+    mean, half = t_interval([st.mean(d) for d in by_seed.values()])
+    assert abs(mean) > half
+    label = {"adagrad": "AdaGrad", "adam": "Adam"}[optimizer]
+    tables = printed(CHAPTER_9).split("each at its best rate")
+    table = tables[1 if name == "optimizers" else 2]
+    row = next(line for line in table.split("\n") if re.match(rf" +{label} +{arm} ", line))
+    shown = f"{mean:+.3f} ± {half:.3f}".replace("-", "−")
+    assert row.split("   ")[-1].startswith(shown), row
