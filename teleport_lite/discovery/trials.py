@@ -18,7 +18,7 @@ from teleport_lite.discovery.watch import Watch
 from teleport_lite.errors import TeleportError
 from teleport_lite.outputs import distance, numbers
 
-SIZES = (30.0, 1 / 30)  # so many times larger inputs, for models that branch on what they read
+SIZES = (30.0, 1 / 30, -1.0)  # times the inputs, for models that branch on what they read
 MANY = 16  # examples in a batch that is not run as a whole
 SEEDS, OUTSIDE = 3, 16  # for models that draw random numbers, in torch or outside
 PARTS = 8  # runs that leave something out
