@@ -100,6 +100,21 @@ def test_the_second_look_at_pooled_images(label):
     assert f"{value:5.2f} [" in "".join(rows)
 
 
+def test_what_the_exact_trace_and_the_norm_tell_beyond_the_training_loss():
+    """By regression: the slope of the loss on new images on a measure, with the training loss in the model."""
+    said = {"generalization": (0.30, 0.24, -0.03), "generalization-fashion_mnist": (0.32, 0.36, 0.05)}
+    for name, values in said.items():
+        networks = {k: np.array(v) for k, v in record(name)["networks"].items()}
+        fresh = (networks["validation_loss"] + networks["test_loss"]) / 2
+        for measure, value in zip(("hessian_trace_exact", "weight_norm", "sharpness_isotropic"), values, strict=True):
+            columns = np.stack([networks[measure], networks["train_loss"], np.ones(100)], 1)
+            slope, *_ = np.linalg.lstsq(columns, fresh, rcond=None)[0]
+            error = (fresh - columns @ np.linalg.lstsq(columns, fresh, rcond=None)[0]).std() * math.sqrt(100 / 97)
+            t = slope / (error * math.sqrt(np.linalg.inv(columns.T @ columns)[0, 0]))
+            assert t / math.sqrt(t**2 + 97) == pytest.approx(value, abs=0.006)  # r from t
+            assert (abs(t) > 1.985) == (measure != "sharpness_isotropic")  # Student's t, 97 degrees of freedom
+
+
 @pytest.mark.parametrize("data", ["mnist", "fashion_mnist", "cifar10"])
 def test_each_data_set(data):
     found = record("generalization" if data == "mnist" else f"generalization-{data}")

@@ -46,6 +46,14 @@ def fisher(measure: str, against: str = "validation_loss", data: str = "") -> tu
     return r, float(np.tanh(np.arctanh(r) - half)), float(np.tanh(np.arctanh(r) + half))
 
 
+def beyond(measure: str, data: str = "") -> float:
+    """Partial correlation of a measure and the loss on all new images, given the training loss."""
+    networks = {k: np.array(v) for k, v in record(PLACES[data])["networks"].items()}
+    fresh = (networks["validation_loss"] + networks["test_loss"]) / 2
+    inverse = np.linalg.inv(np.cov([networks[measure], fresh, networks["train_loss"]]))
+    return float(-inverse[0, 1] / (inverse[0, 0] * inverse[1, 1]) ** 0.5)
+
+
 # --- arms, paired by seed ---------------------------------------------------------------------------------------------
 
 
@@ -224,6 +232,7 @@ for data in PLACES:
         name = f"{data} {measure}".strip()
         NUMBERS[f"interval {name}"] = partial(so_far, ratio, fisher, measure, "validation_loss", data)
         NUMBERS[f"interval {name} gap"] = partial(so_far, ratio, fisher, measure, "gap", data)
+    NUMBERS[f"given {data} trace".replace("  ", " ")] = partial(so_far, signed, beyond, "hessian_trace_exact", data)
 for goal in ("flatter", "sharper", "more curved", "less curved"):
     for family in ("scaling", "published"):
         NUMBERS[f"cifar {family}, {goal}"] = partial(so_far, cifar_minimum, f"{family}, {goal}")
