@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 
 from teleport_lite.errors import TeleportError
+from teleport_lite.outputs import arguments_of, tensors_of
 from teleport_lite.runtime import (
     TOLERANCES,
     Call,
@@ -53,6 +53,7 @@ class Evaluation:
         self.call: Call | None = None
         first = next((p for p in self.model.parameters() if p.dtype in TOLERANCES), torch.empty(0))
         self.dtype, self.device = first.dtype, first.device.type
+        self._arguments = arguments_of(model)
         self._outputs: list[Tensor] | None = None
         self._placed: Params | None = None
         self._depth = 0
@@ -132,7 +133,7 @@ class Evaluation:
             self._outputs += [t.detach().clone() for t in tensors]
 
     def _note(self, output: object) -> list[Tensor]:
-        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        tensors = tensors_of(output, self._arguments)
         self.dtype = coarsest([self.dtype, *(t.dtype for t in tensors if t.dtype in TOLERANCES)])
         return tensors
 

@@ -58,9 +58,10 @@ def teleport(
     Otherwise, and when anything raises (a KeyboardInterrupt too), the model is bit for bit what it was. Parameters keep
     their identity, so optimizers stay valid; buffers, modes and the global random state are left as they were.
 
-    For exact symmetries one gradient tells the whole orbit (Proposition 4.1 of the chapter *Teleporting*). A second one
-    is computed at the new point: it is what the report calls the objective after, and it has to be the gradient that
-    was foretold, which it is not where a backward pass is no derivative (straight-through estimators).
+    For exact symmetries one gradient tells the whole orbit (Proposition 4.1 of the chapter *Teleporting*), so a
+    gradient-norm teleport costs about two gradients, verification included. When a symmetry is first used on a model,
+    the gradient at the new point is computed as well: it has to be the one that was foretold, which it is not where a
+    backward pass is no derivative (straight-through estimators).
 
     A compiled model is teleported too; what is evaluated for the teleport runs uncompiled.
 
@@ -179,18 +180,18 @@ def carry_out(
         )
         problem = Problem(loss, params, ranks)
         steep = goal.quadratic == "gradient"
-        told = product.exact and (steep or goal.transports or (carries and _is_unchecked(symmetry, model)))
+        first = product.exact and _is_unchecked(symmetry, model)
+        measured = first and (steep or goal.transports or carries) if product.exact else steep  # at the new point
         with loss.observed() as outputs:
-            if told or steep:
+            if measured or steep:
                 _ = problem.gradient  # gives the value along with it
             loss_before = problem.value
         xi = find(problem, product, goal, how=search, maximize=maximize, radius=radius, generator=generator)
         xi = ranks.first(xi)
-        scores = [goal.before(problem, product)]
-        expected: Tensor | None = None
-        if told:
-            expected = norms(product.transport(problem.gradient, xi, None if product.linear else params))
-        scores.append(loss_before.detach() if steep else goal.along(problem, product)(xi).detach())
+        scores, foretold = [goal.before(problem, product)], loss_before.new_zeros(0)
+        if product.exact and (measured or steep):
+            foretold = norms(product.transport(problem.gradient, xi, None if product.linear else params))
+        scores.append(foretold.norm() if steep else goal.along(problem, product)(xi).detach())
         problem.forget()
         moved = product.act(params, xi)
         moved = {**params, **ranks.first({name: moved[name] for name in product.names})}
@@ -203,23 +204,17 @@ def carry_out(
                 RefusedError: when it must not stay there.
             """
             now = Problem(loss, {name: p.detach() for name, p in parameters.items()}, ranks)
+            zero = loss_before.new_zeros(())
             with loss.observed() as new_outputs:
-                if told or steep:
-                    _ = now.gradient
+                found = norms(now.gradient) if measured else foretold
                 loss_after = now.value
-            found = norms(now.gradient) if told or steep else None
-            if steep and found is not None:
-                scores[1] = found.norm()
-            false = (
-                relative_gap(found, expected)
-                if found is not None and expected is not None
-                else loss_after.new_zeros(())
-            )
-            gap = largest_change(outputs, new_outputs) if product.exact else loss_after.new_zeros(())
+            scores[1] = found.norm() if steep else scores[1]
+            gap = largest_change(outputs, new_outputs) if product.exact else zero
+            false = relative_gap(found, foretold) if measured and product.exact else zero
             now.forget()
             loss.rest()
-            measured = (loss_before, loss_after, *scores, gap.to(loss_after.device), false)
-            numbers[:] = torch.stack([t.double() for t in measured]).tolist()  # the one time that the host waits
+            table = (loss_before, loss_after, *scores, gap.to(loss_after.device), false)
+            numbers[:] = torch.stack([t.double() for t in table]).tolist()  # the one time that the host waits
             allowed = _tolerance(tol, loss, product, params)
             ranks.check_same(tolerance=allowed)
             reason = why_refused(numbers, now, product, allowed, bool(new_outputs), maximize, search)
@@ -235,7 +230,7 @@ def carry_out(
             reason = refusal.reason
             if refusal.moved:
                 check_deterministic(problem, numbers[0], _tolerance(tol, loss, product, params))
-        if told and not reason:
+        if first and measured and not reason:
             _remember(symmetry, model)
     before, after, old, new = numbers[:4]
     error = abs(after - before) / abs(before) if after != before else 0.0

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import teleport_lite as tl
 from teleport_lite.discovery.inputs import Arguments
-from teleport_lite.discovery.outputs import distance, gaps, tensors_of
 from teleport_lite.discovery.verify import told
 from teleport_lite.errors import ParameterError, TeleportError
+from teleport_lite.outputs import distance, gaps, tensors_of
 
 
 def x(*shape: int, seed: int = 1) -> Tensor:
@@ -646,3 +646,63 @@ def test_outputs_that_are_zero_but_for_rounding_hide_no_symmetry():
 def test_reasons_name_what_was_found():
     assert told(0.25) == "changes the outputs, by 2.5e-01 relative"
     assert told(float("inf")) == "makes outputs not finite, or of another shape"
+
+
+# --- states that are handed on, heads whose output is dropped ---------------------------------------------------------
+
+
+class Cache:
+    """What a model keeps for its next call; no container."""
+
+    def __init__(self):
+        self.keys = []
+
+
+class Decoder(nn.Module):
+    """Attention that returns its cache under the name of its own argument, or under another one."""
+
+    def __init__(self, name="cache"):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 6, bias=False) for _ in range(3))
+        self.name = name
+
+    def forward(self, x, cache=None):
+        cache = Cache() if cache is None else cache
+        cache.keys.append(self.k(x))
+        keys = torch.cat(cache.keys, 1)
+        weights = (self.q(x) @ keys.mT).softmax(-1)
+        return {"y": weights[..., : x.shape[1]] @ self.v(x), self.name: cache}
+
+
+def test_a_state_that_a_model_hands_on_to_itself_is_no_output():
+    x = torch.randn(2, 5, 6)
+    own, other = (tl.find_symmetries(Decoder(name), x) for name in ("cache", "keys"))
+    assert own.dim == 36 and {*own[0].names} == {"q.weight", "k.weight"}
+    assert other.dim == 0  # under another name the keys are what the model returns
+
+
+class Dropped(nn.Module):
+    """A head runs, and nobody reads what it gives."""
+
+    def __init__(self, runs):
+        super().__init__()
+        self.a, self.b, self.head, self.runs = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 6), runs
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        if self.runs:
+            self.head(h)
+        return self.b(h)
+
+
+def test_a_head_whose_output_is_dropped_shows_where_it_belongs():
+    x = torch.randn(8, 4)
+    for runs in (True, False):
+        model = Dropped(runs)
+        symmetry = tl.find_symmetries(model, x)
+        assert "head.weight" not in symmetry.names
+        assert symmetry.dim == 0 and any("head.weight" in reason for reason in symmetry.reasons)
+    deep = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), Dropped(True))
+    deep[2].a = nn.Linear(6, 6)
+    found = tl.find_symmetries(deep, x)  # the first layer does not meet the head, though it is as wide
+    assert found.dim == 6 and {*found[0].names} == {"0.weight", "0.bias", "2.a.weight"}

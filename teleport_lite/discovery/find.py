@@ -16,7 +16,6 @@ from torch import nn
 
 from teleport_lite.discovery.draws import WithoutDropout
 from teleport_lite.discovery.inputs import Arguments
-from teleport_lite.discovery.outputs import tensors_of
 from teleport_lite.discovery.probe import Probe, laboratory
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.propose import solve_and_verify
@@ -42,8 +41,9 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
     Each factor is verified on a copy of the whole model, in float64: on the example and on values near it, on larger
     and smaller ones, other integers, batches and lengths, as far as the model takes them, in evaluation and training
     mode. What these runs do not exercise stays, and so does what may share an axis with a parameter that they did not
-    use; all that the model returns stays, a cache of keys too. That is a test and no proof: a branch that they do not
-    reach is not seen. See the chapter *Modern architectures*.
+    read. All that the model returns stays, but for an object that it returns under the name of one of its own
+    arguments: the cache of a language model is a state that it hands on to itself. That is a test and no proof: a
+    branch that no run takes is not seen. See the chapter *Modern architectures*.
 
     Args:
         model: the model, on any device, in any mode.
@@ -89,7 +89,7 @@ def propagated(probe: Probe, trials: Iterable[Trial]) -> Propagation:
         elif not p.is_floating_point():
             propagation.freeze(name, f"{name} is {'complex' if p.is_complex() else str(p.dtype)}")
     with WithoutDropout():
-        outputs = [tensors_of(probe.run(t.call, t.training, t.seed, (*t.modes(), propagation))) for t in trials]
+        outputs = [probe.outputs(t.call, t.training, t.seed, (*t.modes(), propagation)) for t in trials]
     propagation.finish([tensor for found in outputs for tensor in found])
     propagation.fix_unexercised()
     return propagation

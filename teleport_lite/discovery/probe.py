@@ -19,6 +19,7 @@ from teleport_lite.discovery.float64 import Float64, float64_default
 from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.watch import Watch
 from teleport_lite.functional import Params
+from teleport_lite.outputs import arguments_of, tensors_of
 from teleport_lite.runtime import copy_of, eager_mode, kept_random_state
 
 
@@ -32,6 +33,7 @@ class Probe:
 
     def __init__(self, model: nn.Module) -> None:
         self.module = copy_of(model)
+        self.arguments = arguments_of(self.module)
         self.params: Params = dict(self.module.named_parameters())
         self.mode: Float64 | None = Float64()
         self.buffers = {b: b.clone() for b in self.module.buffers()}
@@ -75,6 +77,12 @@ class Probe:
                     mode.look_at(call.tensors())
                 stack.enter_context(mode)
             return self.module(*call.args, **call.kwargs)
+
+    def outputs(
+        self, call: Arguments, training: bool = False, seed: int = 0, modes: tuple[TorchDispatchMode, ...] = ()
+    ) -> list[Tensor]:
+        """The tensors of what `run` returns."""
+        return tensors_of(self.run(call, training, seed, modes), self.arguments)
 
     def unsettle(self, generator: torch.Generator) -> bool:
         """Move buffers that the last run has changed off their values, for a state may be anything; whether any is."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from teleport_lite.discovery.draws import Draws
 from teleport_lite.discovery.inputs import Arguments
-from teleport_lite.discovery.outputs import gaps, numbers, tensors_of
 from teleport_lite.discovery.probe import Probe, normal
+from teleport_lite.outputs import gaps, numbers
 
 SLACK = 1e2  # times that rounding explains
 CHAOS = 1e-9  # outputs that rounding changes by more cannot be compared
@@ -41,7 +41,7 @@ class Trial:
     _noise: list[float] | None = None
 
     def run(self) -> list[Tensor]:
-        return tensors_of(self.probe.run(self.call, self.training, self.seed, self.modes()))
+        return self.probe.outputs(self.call, self.training, self.seed, self.modes())
 
     def modes(self) -> tuple[Draws, ...]:
         return () if self.draws is None else (Draws(**self.draws),)

@@ -12,13 +12,13 @@ from torch import Tensor
 from teleport_lite.discovery import inputs
 from teleport_lite.discovery.draws import PATTERNS, Draws, drawn_outside
 from teleport_lite.discovery.inputs import Arguments
-from teleport_lite.discovery.outputs import distance, numbers, tensors_of
 from teleport_lite.discovery.probe import Probe
 from teleport_lite.discovery.trial import Trial
 from teleport_lite.discovery.watch import Watch
 from teleport_lite.errors import TeleportError
+from teleport_lite.outputs import distance, numbers
 
-SIZES = (30.0, 1 / 30)  # so many times larger inputs, for models that branch on what they read
+SIZES = (30.0, 1 / 30, -1.0)  # times the inputs, for models that branch on what they read
 MANY = 16  # examples in a batch that is not run as a whole
 SEEDS, OUTSIDE = 3, 16  # for models that draw random numbers, in torch or outside
 PARTS = 8  # runs that leave something out
@@ -124,7 +124,7 @@ class Trials:
         """The trial, with what it returned and read; the tables that inputs index are noted, and the draws."""
         trial, watch = Trial(self.probe, call, **how), Watch(self.probe.params)
         self.drawn = Draws(**trial.draws or {})
-        found = tensors_of(self.probe.run(call, trial.training, trial.seed, (self.drawn, watch)))
+        found = self.probe.outputs(call, trial.training, trial.seed, (self.drawn, watch))
         self.drawn.outside = drawn_outside(trial.seed)
         trial.before, trial.reads = [t.detach().clone() for t in found], watch.reads
         for k, length in watch.tables.items():

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from teleport_lite.discovery.exercised import exercised, without_effect
 from teleport_lite.discovery.inputs import Arguments
-from teleport_lite.discovery.outputs import distance
 from teleport_lite.discovery.probe import Probe, normal
 from teleport_lite.discovery.trial import Trial
 from teleport_lite.discovery.trials import Trials
 from teleport_lite.functional import Params
 from teleport_lite.groups import Permutation, Signs
+from teleport_lite.outputs import distance
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 
 __all__ = ["TOLERANCE", "Verifier", "distance"]
@@ -33,7 +33,9 @@ class Verifier:
 
     Attributes:
         params: where they are tried.
-        untouched: parameters that no trial exercises; they stay, and so does what may share an axis with them.
+        untouched: parameters that matter in no trial; they stay.
+        unread: those of them that no operator reads, so that nobody knows where they belong; what may share an axis
+            with them stays as well.
         withheld: the symmetries that were not tried for that reason, in words.
     """
 
@@ -47,6 +49,8 @@ class Verifier:
             if not (self.untouched or any(True for _ in stacked)) or not self.planned.widen():
                 break
             self.untouched = self._unexercised()
+        read = {name for trial in self.trials for _, *names, _ in trial.reads for name in names}
+        self.unread = [name for name in self.untouched if name not in read]
         self.withheld: dict[str, None] = {}
         self.numbers: dict[NeuronSymmetry, int] = {}  # of finite symmetries
 
@@ -73,7 +77,7 @@ class Verifier:
 
     def allowed(self, symmetry: NeuronSymmetry) -> bool:
         """Whether all that it moves, and all that may have the same axis, was exercised."""
-        lengths = {n for name in self.untouched for n in self.params[name].shape} - {1}
+        lengths = {n for name in self.unread for n in self.params[name].shape} - {1}
         own = {self.params[leg.name].shape[leg.dim] for leg in symmetry.legs} | {symmetry.group.n}
         shared = lengths & own or {*symmetry.names} & {*self.untouched}
         if not shared and not any(self._idle(symmetry, leg) for leg in symmetry.legs):

@@ -30,6 +30,7 @@ from teleport_lite.errors import ActivationError, BatchError, NoSymmetryError, T
 from teleport_lite.functional import Evaluation, Params
 from teleport_lite.groups import GeneralLinear
 from teleport_lite.layers import Hidden, trace
+from teleport_lite.outputs import distance, tensors_of
 from teleport_lite.runtime import as_inputs, copy_of, double
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.product import Product
@@ -294,8 +295,6 @@ def _other_effect(probe: nn.Module, inputs: tuple, factor: MiniBatchMixing, hidd
     With other weights in their places, and that output what it was, all outputs of the model have to be what they were,
     and so has the input of the layer.
     """
-    from teleport_lite.discovery.outputs import distance, tensors_of  # which stands on this module
-
     given: list[Tensor] = []  # by the outgoing map, at first
     inside: list[Tensor] = []  # what went in in this run
     outside: list[Tensor] = []  # what came out

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def tensors_of(output: object) -> list[Tensor]:
+def tensors_of(output: object, arguments: Collection[str] = ()) -> list[Tensor]:
     """All tensors in the output of a model: in containers, and in the attributes of objects.
+
+    An object that is returned under the name of one of the model's own `arguments`, such as the cache of keys and
+    values of a language model, is a state that the model hands on to itself, and no output.
 
     >>> tensors_of({"loss": torch.tensor(1.0), "rest": [torch.tensor(2), None]})
     [tensor(1.), tensor(2)]
     """
+    if arguments and isinstance(output, Mapping):
+        output = [x for name, x in output.items() if not (name in arguments and _is_object(x))]
     return list(_walk(output, set()))
+
+
+def arguments_of(model: nn.Module) -> frozenset[str]:
+    """The names of the arguments of a model, where Python knows them.
+
+    >>> sorted(arguments_of(nn.Linear(1, 1)))
+    ['input']
+    """
+    try:
+        return frozenset(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        return frozenset()
+
+
+def _is_object(x: object) -> bool:
+    """Whether it is neither data nor a container of data."""
+    return hasattr(x, "__dict__") and not isinstance(x, (Tensor, Mapping, tuple, list)) and not is_dataclass(x)
 
 
 def _walk(x: Any, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(x, Tensor):
         yield x
     elif isinstance(x, (float, complex)):
-        yield torch.tensor(x)
+        yield torch.tensor(x, dtype=torch.complex128 if isinstance(x, complex) else torch.float64)
     elif not isinstance(x, (str, bytes, int, type, nn.Module, torch.dtype, torch.device)) and id(x) not in seen:
         seen.add(id(x))
         for part in _parts(x):
@@ -37,8 +60,8 @@ def _parts(x: Any) -> list[Any]:
         return list(x)
     if hasattr(x, "__array__"):
         return [torch.as_tensor(x)]
-    if dataclasses.is_dataclass(x):
-        return [getattr(x, f.name) for f in dataclasses.fields(x)]
+    if is_dataclass(x):
+        return [getattr(x, f.name) for f in fields(x)]
     slots = [getattr(x, name, None) for kind in type(x).__mro__ for name in getattr(kind, "__slots__", ())]
     return [*slots, *vars(x).values()] if hasattr(x, "__dict__") and not callable(x) else slots
 
