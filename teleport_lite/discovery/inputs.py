@@ -68,6 +68,7 @@ class Arguments:
         return self.map(_copied)
 
     def tensors(self) -> list[Tensor]:
+        """The tensors among the leaves."""
         return [x for x in self.leaves() if isinstance(x, Tensor)]
 
 

@@ -41,9 +41,11 @@ class Trial:
     _noise: list[float] | None = None
 
     def run(self) -> list[Tensor]:
+        """What the copy returns now."""
         return self.probe.outputs(self.call, self.training, self.seed, self.modes())
 
     def modes(self) -> tuple[Draws, ...]:
+        """The dispatch modes that decide what is drawn."""
         return () if self.draws is None else (Draws(**self.draws),)
 
     def gap(self, floor: float) -> float:

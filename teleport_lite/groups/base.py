@@ -1,8 +1,8 @@
 r"""Groups in coordinates: what a symmetry's `xi` means.
 
 A Lie group is used through coordinates `xi` of its Lie algebra, with `exp` onto the group: `xi` and `-xi` give an
-element and its inverse, zeros the identity, and the radius of `xi` is the operator norm, so that no direction is
-stretched by more than $e^{radius}$. A finite group has the same verbs; its `xi` is the element itself.
+element and its inverse, zeros the identity, and the radius of `xi` is the operator norm, so that each element stretches
+no direction by more than $e^{radius}$. A finite group has the same verbs; its `xi` is the element itself.
 
 Every group here acts on vectors of length `n`, and `along` lets it act on one dimension of a tensor. A tensor that
 pairs with such vectors (the outgoing weights of neurons, the gradient with respect to incoming ones) transforms by
