@@ -296,7 +296,7 @@ def carry_out(
             )
         if walk.outputs and (gap := float(largest_change(walk.outputs, outputs))) > LARGEST * walk.tol:
             raise _RefusedError(f"the outputs moved by {gap:.1e} of the largest, beyond {LARGEST} times {walk.tol:g}")
-        if p is walk.start or not new > old:
+        if p is walk.start or not new > (1 + walk.noise) * old:
             raise _RefusedError(f"nothing steeper was found: {facts['stopped']}")
 
     with eager_mode(walk.x.device.type), walk.loss, unfused_attention():
