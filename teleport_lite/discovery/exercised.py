@@ -12,7 +12,7 @@ from teleport_lite.functional import Params
 Run = Callable[[], list[Tensor]]
 
 
-def exercised(params: Params, runs: Iterable[Run]) -> Params:
+def exercised(params: Params, runs: Iterable[Run]) -> tuple[Params, set[str]]:
     """For each parameter which of its entries have a gradient in some run, of random sums of the outputs.
 
     The runs end when every parameter has such an entry. An entry without may still matter, as before an argmax.
@@ -20,7 +20,12 @@ def exercised(params: Params, runs: Iterable[Run]) -> Params:
     Args:
         params: the parameters, as the runs read them.
         runs: each gives the outputs.
+
+    Returns:
+        The entries; and the parameters from which some way leads to the outputs, if only times zero. All of them where
+        a run cannot be differentiated.
     """
+    connected: set[str] = set()
     found = {
         n: torch.zeros_like(p, dtype=torch.bool) for n, p in params.items() if p.is_floating_point() or p.is_complex()
     }
@@ -30,16 +35,18 @@ def exercised(params: Params, runs: Iterable[Run]) -> Params:
         for name in found:
             params[name].requires_grad_()
         for run in runs:
-            for name, g in _gradients(run, {name: params[name] for name in found}, generator).items():
+            grads = _gradients(run, {name: params[name] for name in found}, generator)
+            connected |= found.keys() if grads is None else grads.keys()
+            for name, g in (grads or {}).items():
                 found[name] |= g != 0
     finally:
         for name, wanted in asked.items():
             params[name].requires_grad_(wanted)
-    return found
+    return found, connected
 
 
-def _gradients(run: Run, params: Params, generator: torch.Generator) -> Params:
-    """Those that there are."""
+def _gradients(run: Run, params: Params, generator: torch.Generator) -> Params | None:
+    """Those that there are; None where the run cannot be differentiated."""
     with torch.enable_grad():
         try:
             outputs = [torch.view_as_real(t) if t.is_complex() else t for t in run() if t.requires_grad]
@@ -53,7 +60,7 @@ def _gradients(run: Run, params: Params, generator: torch.Generator) -> Params:
             total = torch.stack([s.to(sums[0].device) for s in sums]).sum()
             found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
         except Exception:  # no gradients: then everything is tried
-            return {}
+            return None
     grads = ((name, g) for name, g in zip(params, found, strict=True) if g is not None)
     return {name: g.to_dense() if g.is_sparse else g for name, g in grads}
 

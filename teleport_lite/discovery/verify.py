@@ -34,8 +34,8 @@ class Verifier:
     Attributes:
         params: where they are tried.
         untouched: parameters that matter in no trial; they stay.
-        unread: those of them that no operator reads, so that nobody knows where they belong; what may share an axis
-            with them stays as well.
+        unread: those of them that no operator reads, or that reach the outputs times zero alone, so that nobody knows
+            where they belong; what may share an axis with them stays as well.
         withheld: the symmetries that were not tried for that reason, in words.
     """
 
@@ -50,7 +50,7 @@ class Verifier:
                 break
             self.untouched = self._unexercised()
         read = {name for trial in self.trials for _, *names, _ in trial.reads for name in names}
-        self.unread = [name for name in self.untouched if name not in read]
+        self.unread = [name for name in self.untouched if name not in read or name in self.connected]
         self.withheld: dict[str, None] = {}
         self.numbers: dict[NeuronSymmetry, int] = {}  # of finite symmetries
 
@@ -60,12 +60,13 @@ class Verifier:
         telling = self.planned.informative()
         self.trials = [*telling, *(s for s in trials if s not in telling)]
         params = self.probe.params
-        self.matters = exercised(params, [s.run for s in telling])
+        self.matters, self.connected = exercised(params, [s.run for s in telling])
         for trial in self.trials[len(telling) :]:
             idle = {n: params[n] for n, m in self.matters.items() if not m.any()}
             if not idle:
                 return []
-            self.matters |= exercised(idle, [trial.run])
+            matters, connected = exercised(idle, [trial.run])
+            self.matters, self.connected = self.matters | matters, self.connected | connected
         rest = [n for n, m in self.matters.items() if not m.any()]
         return without_effect(rest, lambda names: self._same({n: ~self.matters[n] for n in names}))
 
