@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from teleport_lite.distributed import BITS
 from teleport_lite.errors import BatchError, LossError, ParameterError
 from teleport_lite.functional import Params, norms, value_and_grad
 from teleport_lite.objectives import Problem
@@ -53,12 +54,12 @@ def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
             continue
         if old.is_complex():
             old, new = torch.view_as_real(old), torch.view_as_real(new)
-        same = (old == new) | (old.isnan() & new.isnan())
-        sizes = torch.where(old.isfinite(), old.abs(), 0.0).float()
-        moved = torch.where(same, 0.0, sizes).amax()
-        size = torch.where(sizes <= HIDDEN * moved, sizes, 0.0).amax()
-        gap = torch.where(same, 0.0, (new - old).abs().nan_to_num(torch.inf, torch.inf).float()).amax()
-        worst = torch.maximum(worst, torch.where(gap > 0, gap / size, 0.0).to(worst.device))
+        same = old.view(BITS[old.dtype.itemsize]) == new.view(BITS[new.dtype.itemsize])  # infinities and NaN too
+        gap = (new - old).abs_().masked_fill_(same, 0).amax().nan_to_num(torch.inf, torch.inf)
+        sizes = old.abs().nan_to_num_(0, 0)
+        moved = sizes.masked_fill(same, 0).amax()
+        size = torch.where(sizes <= HIDDEN * moved, sizes, 0).amax()
+        worst = torch.maximum(worst, torch.where(gap > 0, gap / size, 0.0).to(worst))
     return worst
 
 
