@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 import teleport_lite as tl
 from teleport_lite.functional import Params
@@ -96,3 +97,17 @@ def worst_change(model: nn.Module, symmetry, use, *, training: bool = False, ele
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+class Once(torch.autograd.Function):
+    """An exponential that can be differentiated once."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].exp()

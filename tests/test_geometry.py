@@ -10,9 +10,8 @@ import weakref
 
 import pytest
 import torch
-from conftest import hidden_product, mlp, params_of
+from conftest import Once, hidden_product, mlp, params_of
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -890,17 +889,6 @@ def test_without_a_generator_probes_differ():
 
 
 def test_a_hessian_that_torch_leaves_out_in_silence_is_refused():
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x.exp()
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, grad):
-            return grad * ctx.saved_tensors[0].exp()
-
     model = Odd(lambda x, scale: Once.apply(x * scale)).double()
     x = torch.ones(3, 5, dtype=DOUBLE)
     for measure in (tl.hessian_trace, tl.hessian_eigenvalues):

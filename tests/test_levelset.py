@@ -7,9 +7,8 @@ import math
 
 import pytest
 import torch
-from conftest import mlp, params_of, relative
+from conftest import Once, mlp, params_of, relative
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -620,18 +619,6 @@ def test_checkpointed_layers_give_what_plain_ones_give(teleport, around, plain):
     loss_fn(model).backward()
     real = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     assert report.accepted and float(real) == pytest.approx(report.objective_after, rel=1e-9)
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.exp()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0].exp()
 
 
 @pytest.mark.parametrize("teleport", BOTH)
