@@ -164,7 +164,7 @@ TRICKS = {  # and the dimension of the group that is found
     "written into a constant": 6,  # of the first layer, neurons 0 and 3 go together, and 1 and 2
     "detached": 4,
     "data in numpy": 4,
-    "custom function": 4,
+    "custom function": 8,  # a cube
     "weight outside": 0,
     "einsum and topk": 0,
 }

@@ -83,8 +83,8 @@ class Followed:
     def rows(self, system: int) -> Tensor:
         """The equations of one system, one a row."""
         rows = [self._row((torch.tensor([2]) * 0, 1))]
-        for a, b, systems in self.constraints.equalities:
-            rows += [self._row((a, 1), (b, -1))] if systems & system else []
+        for a, b, systems, power in self.constraints.equalities:
+            rows += [self._row((a, 1), (b, -power))] if systems & system else []
         for a, systems, _ in self.constraints.fixed:
             rows += [self._row((a, 1))] if systems & system else []
         rows += [self._row((a, 1), (b, 1), (o, -1)) for a, b, o in self.constraints.sums]
@@ -323,7 +323,9 @@ def test_exchanges_and_mixings(name, system):
             dual = torch.zeros(op.constraints.count, dtype=torch.bool)
             m = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
         else:
-            classes, dual = solve_scalings(op.constraints)
+            classes, factors = solve_scalings(op.constraints)
+            classes[torch.isin(classes, classes[factors.abs() != 1])] = 0  # powers do not mix
+            dual = factors < 0
             m = torch.tensor([[1.2, 0.7], [-0.4, 0.9]], dtype=torch.float64)
         op.out = [t.double() for t in op.out]
         for pair in pairs(op, classes, signatures(op.constraints, classes, system), dual):

@@ -67,13 +67,15 @@ def nullity(rows: list[list[int]], n: int, field: type) -> int:
     return n - rank
 
 
-def coefficients(n: int, *terms: tuple[int, int]) -> list[int]:
+def coefficients(n: int, *terms: tuple[int, int | Fraction]) -> list[int | Fraction]:
     """The row of a sum of (label, sign)."""
     row = [0] * n
     for label, sign in terms:
-        if label > 1:
-            row[label >> 1] += sign * (-1 if label & 1 else 1)
+        row[label >> 1] += sign * (-1 if label & 1 else 1) if label > 1 else 0
     return row
+
+
+POWERS = [1, 1, 2, 3, -1, Fraction(1, 2), Fraction(-2, 3)]
 
 
 def random_system(draw: random.Random, sums: int) -> tuple[Constraints, dict[int, list[list[int]]]]:
@@ -87,10 +89,10 @@ def random_system(draw: random.Random, sums: int) -> tuple[Constraints, dict[int
 
     terms = []
     for _ in range(draw.randint(0, 5)):
-        terms.append(((a := label(), 1), (b := label(), -1)))
-        systems = draw.choice([SCALE, SIGN, ALL])
-        c.equate(torch.tensor([a]), torch.tensor([b]), systems)
-        terms[-1] = (systems, terms[-1])
+        a, b, systems = label(), label(), draw.choice([SCALE, SIGN, ALL])
+        power = draw.choice(POWERS) if systems == SCALE else 1
+        c.equate(torch.tensor([a]), torch.tensor([b]), systems, float(power))
+        terms.append((systems, ((a, 1), (b, -power))))
     for _ in range(draw.randint(0, 1)):
         a = label()
         c.fix(torch.tensor([a]), "drawn")
@@ -108,10 +110,10 @@ def test_scalings_and_signs_solve_the_system_exactly(sums):
     for _ in range(200):
         c, rows = random_system(draw, sums)
         for zero_products in (False, True):
-            classes, inverse = solve_scalings(c, zero_products)
+            classes, factors = solve_scalings(c, zero_products)
             values = {k: draw.randint(-9, 9) for k in classes.tolist()} | {0: 0}
-            s = [values[k] * (-1 if i else 1) for k, i in zip(classes.tolist(), inverse.tolist(), strict=True)]
-            assert all(sum(v * x for v, x in zip(row, s, strict=True)) == 0 for row in rows[SCALE])
+            s = [values[k] * f for k, f in zip(classes.tolist(), factors.tolist(), strict=True)]
+            assert all(abs(sum(v * x for v, x in zip(row, s, strict=True))) < 1e-6 for row in rows[SCALE])
             found = len({*classes.tolist()} - {0})
             dim = nullity(rows[SCALE] + [[1] + [0] * (c.count - 1)], c.count, Fraction)
             assert found <= dim
@@ -138,17 +140,19 @@ def test_sums_that_are_decided_lose_nothing():
     classes, _ = solve_scalings(c)
     assert (classes[b >> 1] == 0).all() and len({*classes[a >> 1].tolist()}) == 4
     c.equate(a[:2], negative(a[2:]))
-    classes, inverse = solve_scalings(c)
-    assert classes[a >> 1].tolist()[:2] == classes[a >> 1].tolist()[2:] and not bool(inverse[(a >> 1)[0]])
-    assert bool(inverse[(a >> 1)[2]])
+    classes, factors = solve_scalings(c)
+    assert classes[a >> 1].tolist()[:2] == classes[a >> 1].tolist()[2:]
+    assert factors[a >> 1].tolist() == [1, 1, -1, -1]
 
 
 def test_signs_of_a_product_with_itself():
-    """$s_o = s_a + s_a$ is 0 for signs, and a doubled exponent, which classes cannot say, for scalings."""
+    """$s_o = s_a + s_a$ is 0 for signs, and a doubled exponent for scalings."""
     c = Constraints()
     a = c.fresh(3)
     o = c.sum_of(a, a)
     flips = solve_signs(c)
+    classes, factors = solve_scalings(c)
+    assert torch.equal(classes[o >> 1], a >> 1) and factors[o >> 1].tolist() == [2, 2, 2]
     assert (flips[o >> 1] == 0).all() and len({*flips[a >> 1].tolist()} - {0}) == 3
 
 

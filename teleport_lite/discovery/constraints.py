@@ -9,8 +9,10 @@ What a model does to its tensors gives equations between the labels, one system 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -24,13 +26,23 @@ def negative(labels: Tensor) -> Tensor:
     return torch.where(labels < 2, labels, labels ^ 1)
 
 
+def rational(number: float) -> float:
+    """The fraction with a small denominator that a computed number is, or else the number without its last digits.
+
+    >>> rational(0.33333333333), rational(0.7071067811865476)
+    (0.3333333333333333, 0.7071067811865)
+    """
+    near = float(Fraction(number).limit_denominator(64)) if math.isfinite(number) else number
+    return near if abs(near - number) < 1e-9 else float(f"{number:.13g}")
+
+
 @dataclass
 class Constraints:
     """A growing list of equations between labels.
 
     Attributes:
         count: number of variables; the first one is zero.
-        equalities: labels that are equal, pair by pair, and in which systems.
+        equalities: labels a, b with $s_a = k s_b$, pair by pair, in which systems, and k, which is 1 but for scalings.
         sums: labels a, b, o with $s_o = s_a + s_b$.
         crossings: labels a, b, o of the entries of one tensor, which are permuted as those of a, or as those of b.
         fixed: labels that do not move, in which systems, and why.
@@ -38,7 +50,7 @@ class Constraints:
     """
 
     count: int = 1
-    equalities: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+    equalities: list[tuple[Tensor, Tensor, int, float]] = field(default_factory=list)
     sums: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     crossings: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     fixed: list[tuple[Tensor, int, str]] = field(default_factory=list)
@@ -54,11 +66,11 @@ class Constraints:
         """New labels for each axis of a tensor of that shape."""
         return [self.fresh(*(n if d == i else 1 for i, n in enumerate(shape))) for d in range(len(shape))]
 
-    def equate(self, a: Tensor, b: Tensor, systems: int = ALL) -> None:
-        """Entries with these labels move in the same way."""
+    def equate(self, a: Tensor, b: Tensor, systems: int = ALL, power: float = 1.0) -> None:
+        """Entries with these labels move in the same way, or, where multiplied, those of a by a power of that of b."""
         if a is not b:
             a, b = torch.broadcast_tensors(a, b)
-            self.equalities.append((a.reshape(-1), b.reshape(-1), systems))
+            self.equalities.append((a.reshape(-1), b.reshape(-1), systems, power))
 
     def fix(self, labels: Tensor, why: str, systems: int = SCALE | SIGN) -> None:
         """Entries with these labels are not multiplied by anything; with PERM, they also keep their places."""

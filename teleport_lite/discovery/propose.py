@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import MIX, PERM
+from teleport_lite.discovery.constraints import MIX, PERM, rational
 from teleport_lite.discovery.heads import join_side_by_side, permute_blocks, split_blocks
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.propagate import Propagation
@@ -24,10 +24,10 @@ PIECES = 64  # an axis in more pieces than that is left out
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a class shows up: the k-th axis, inversely or not, at these indices."""
+    """Where a class shows up: the k-th axis, by a power, at these indices."""
 
     axis: int
-    dual: bool
+    power: float
     indices: tuple[int, ...]
 
 
@@ -46,9 +46,10 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
 
     found: list[NeuronSymmetry] = []
     covered: set[tuple[int, int]] = set()
-    for zero_products in (False, True) if propagation.constraints.sums else (False,):
-        classes, inverse = solve_scalings(propagation.constraints, zero_products)
-        entries = _entries(axes, classes, inverse)
+    options = (False, True) if propagation.constraints.sums else (False,)
+    for zero_products in options:
+        classes, factors = solve_scalings(propagation.constraints, zero_products)
+        entries = _entries(axes, classes, factors)
         single = _proposals(
             axes, entries, GeneralLinear, signatures(propagation.constraints, classes, MIX), classes, reasons
         )
@@ -59,15 +60,15 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
         rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.indices)}
         scaled = [s for s in _proposals(axes, rest, PositiveScaling, None, classes, reasons) if s not in found]
         found += kept + check.keep(scaled, drop)
-    flips = solve_signs(propagation.constraints)
     orders = solve_permutations(propagation.constraints)
-    for kind, classes, signature in (
-        (Signs, flips, None),
+    kinds: list[tuple[type[Group], Tensor, Tensor | None]] = [
+        *((Signs, solve_signs(propagation.constraints, zero_products), None) for zero_products in options),
         (Permutation, orders, signatures(propagation.constraints, orders, PERM)),
-    ):
-        entries = _entries(axes, classes, torch.zeros_like(classes, dtype=torch.bool))
+    ]
+    for kind, classes, signature in kinds:
+        entries = _entries(axes, classes, torch.ones(len(classes)))
         rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.indices)}
-        proposals = list(_proposals(axes, rest, kind, signature, classes, reasons))
+        proposals = [s for s in _proposals(axes, rest, kind, signature, classes, reasons) if s not in found]
         found += check.keep([s for s in proposals if kind is Signs or s.group.n > 1], drop)
     found = [s for s in found if not _trivial(s, check)]
     first = {(a[0], a[1]): i for i, a in reversed(list(enumerate(axes)))}
@@ -95,19 +96,19 @@ def _axes(propagation: Propagation) -> list[Axis]:
     return axes
 
 
-def _entries(axes: list[Axis], classes: Tensor, inverse: Tensor) -> dict[int, list[_Entry]]:
+def _entries(axes: list[Axis], classes: Tensor, factors: Tensor) -> dict[int, list[_Entry]]:
     """For each class that moves, where it shows up; it moves the first rows directly."""
-    places: dict[int, dict[tuple[int, bool], list[int]]] = defaultdict(lambda: defaultdict(list))
+    places: dict[int, dict[tuple[int, float], list[int]]] = defaultdict(lambda: defaultdict(list))
     for k, (_, _, _, labels) in enumerate(axes):
         variables = labels >> 1
-        duals = inverse[variables] ^ (labels & 1).bool()
-        for i, (c, dual) in enumerate(zip(classes[variables].tolist(), duals.tolist(), strict=True)):
+        powers = factors[variables] * (1 - 2 * (labels & 1))
+        for i, (c, power) in enumerate(zip(classes[variables].tolist(), powers.tolist(), strict=True)):
             if c:
-                places[c][k, dual].append(i)
+                places[c][k, power].append(i)
     found: dict[int, list[_Entry]] = {}
     for c, there in places.items():
-        flip = next((dual for k, dual in there if axes[k][1] == 0), next(iter(there))[1])
-        found[c] = [_Entry(k, dual != flip, tuple(where)) for (k, dual), where in there.items()]
+        unit = next((power for k, power in there if axes[k][1] == 0), next(iter(there))[1])
+        found[c] = [_Entry(k, rational(power / unit), tuple(where)) for (k, power), where in there.items()]
     return found
 
 
@@ -137,11 +138,13 @@ def _proposals(
         of_class = dict(zip(classes.tolist(), signature.tolist(), strict=True))
     for c, there in entries.items():
         shape = tuple(
-            (e.axis, e.dual if kind in (PositiveScaling, GeneralLinear) else False, len(e.indices)) for e in there
+            (e.axis, e.power if kind in (PositiveScaling, GeneralLinear) else 1.0, len(e.indices)) for e in there
         )
         families[shape, of_class.get(c, 0)].append(there)
     for (shape, _), members in families.items():
         plain = all(axes[k][2] == 1 for k, _, _ in shape)
+        if kind is GeneralLinear and any(abs(power) != 1 for _, power, _ in shape):
+            continue
         if not plain and kind in (GeneralLinear, Permutation):
             continue
         pieces = list(_pieces(members))
@@ -156,8 +159,8 @@ def _proposals(
                 name, dim, groups, _ = axes[entry.axis]
                 each = _block(entry.indices)
                 starts = [0] if groups > 1 else list(entry.indices[::each])
-                dual = entry.dual if dual_sign else dim == 1
-                legs += [Leg(name, dim, dual, start, each if groups == 1 else 1, groups) for start in starts]
+                dual, power = (entry.power < 0, abs(entry.power)) if dual_sign else (dim == 1, 1.0)
+                legs += [Leg(name, dim, dual, start, each if groups == 1 else 1, groups, power) for start in starts]
             if kind is Permutation:  # in and out of a depthwise convolution: one place, moved once
                 legs = list(dict.fromkeys(legs))
             if plain or len(pieces) == 1:

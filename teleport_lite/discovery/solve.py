@@ -1,18 +1,18 @@
 r"""Solve the equations between labels: union-find, with sums resolved as they become known, and colour refinement.
 
-A solution is given by classes. For scalings and signs each class is a free number, and a variable is that number, its
-negative or 0; for permutations a class is what is carried along together. Everything is computed on whole tensors of
+A solution is given by classes. For scalings and signs each class is a free number, and a variable is a multiple of it,
+or 0; for permutations a class is what is carried along together. Everything is computed on whole tensors of
 labels, so that a model with a million of them costs a few passes over them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import PERM, SCALE, SIGN, Constraints, negative
+from teleport_lite.discovery.constraints import PERM, SCALE, SIGN, Constraints, rational
+
+ROUNDING = 1e-9  # relative, of multiples
 
 
 def solve_scalings(constraints: Constraints, zero_products: bool = False) -> tuple[Tensor, Tensor]:
@@ -22,67 +22,70 @@ def solve_scalings(constraints: Constraints, zero_products: bool = False) -> tup
     `zero_products`.
 
     Returns:
-        For each variable its class, 0 for those that do not move, and whether it moves inversely to the class.
+        For each variable its class, 0 for those that do not move, and which multiple of the class it is.
     """
-    labels = _solve(constraints, SCALE, lambda a: a, negative, zero_products)
-    plus, minus = labels[0::2], labels[1::2]
-    return torch.minimum(plus, minus), minus < plus
+    classes, factors = _solve(constraints, SCALE, zero_products)
+    values, which = factors.unique(return_inverse=True)
+    return classes, values.new_tensor([rational(v) for v in values.tolist()])[which]
 
 
-def solve_signs(constraints: Constraints) -> Tensor:
+def solve_signs(constraints: Constraints, zero_products: bool = False) -> Tensor:
     """Solve for flips of signs, the same system over the field of two elements, where $-s = s$.
 
     Returns:
         For each variable its class, 0 for those that do not move.
     """
-    return _solve(constraints, SIGN, lambda a: a & ~1, lambda a: a, False)[0::2]
+    return _solve(constraints, SIGN, zero_products)[0]
 
 
-def _solve(
-    constraints: Constraints,
-    system: int,
-    node: Callable[[Tensor], Tensor],
-    opposite: Callable[[Tensor], Tensor],
-    zero_products: bool,
-) -> Tensor:
-    """For each label the least one that is equal to it; `node` names what stands for a label, `opposite` its negative.
+def _solve(constraints: Constraints, system: int, zero_products: bool) -> tuple[Tensor, Tensor]:
+    """For each variable the least one of which it is a multiple, and which multiple; of signs, modulo 2.
 
-    Invariant: `classes` is a solution of all equalities read so far, closed under `opposite`, and a sum is `done` once
-    its equation is equivalent to equalities that were read.
+    Invariant: $s_v$ = `factors[v]` $s$ of `classes[v]` solves all equalities read so far; a sum is read once at most
+    two of its terms, like ones collected, remain: then it is an equality of two variables.
     """
+
+    def multiples(labels: Tensor) -> tuple[Tensor, Tensor]:
+        return labels >> 1, (1 - 2.0 * (labels & 1)).double() if system == SCALE else torch.ones(labels.shape).double()
+
+    def reduced(numbers: Tensor) -> Tensor:
+        return numbers % 2 if system == SIGN else torch.where(numbers.abs() < ROUNDING, 0.0, numbers)
+
     nothing = torch.zeros(0, dtype=torch.int64)
-    pairs = [(node(a), node(b)) for a, b, s in constraints.equalities if s & system]
-    pairs += [(node(a), torch.zeros_like(a)) for a, s, _ in constraints.fixed if s & system]
-    x, y = (torch.cat([torch.tensor([zero]), *(p[i] for p in pairs)]) for i, zero in enumerate((0, 1)))
-    a, b, o = (node(torch.cat(part)) for part in zip(*constraints.sums, (nothing,) * 3, strict=True))
-    done = torch.zeros_like(a, dtype=torch.bool)
-    everything = torch.arange(2 * constraints.count)
-    classes, decided = everything, False
+    equal = [(a, b, k) for a, b, s, k in constraints.equalities if s & system]
+    equal += [(a, torch.zeros_like(a), 1.0) for a, s, _ in constraints.fixed if s & system]
+    ones, others, powers = zip(*equal, (nothing, nothing, 1.0), strict=True)
+    (x, p), (y, q) = multiples(torch.cat(ones)), multiples(torch.cat(others))
+    ratios = p * q * p.new_tensor(powers).repeat_interleave(torch.tensor([len(a) for a in ones]))
+    sums = zip(*constraints.sums, (nothing, nothing, nothing), strict=True)
+    terms, signs = multiples(torch.stack([torch.cat(part) for part in sums]))
+    signs[2] *= -1
+    classes, factors = torch.arange(constraints.count), torch.ones(constraints.count, dtype=torch.float64)
     while True:
-        classes = components(classes, torch.cat([x, opposite(x)]), torch.cat([y, opposite(y)]))
-        mirror = classes[negative(everything)]
-        if opposite is negative:  # what equals its own negative is zero
-            own = ((classes == mirror) & (classes != 0)).nonzero()[:, 0]
-            if len(own):
-                x, y = own, torch.zeros_like(own)
-                continue
-        la, lb, lo = classes[a], classes[b], classes[o]
-        zero_a = (la == 0) | (lb == lo)  # each case says which two labels are zero or equal from then on
-        zero_b = (lb == 0) | (la == lo)
-        zero_o = (lo == 0) | (la == classes[opposite(b)])
-        x, y, before = nothing, nothing, int(done.sum())
-        for holds, zero, one, other in ((zero_a, a, b, o), (zero_b, b, a, o), (zero_o, o, a, opposite(b))):
-            new = holds & ~done
-            done = done | new
-            x = torch.cat([x, zero[new], one[new]])
-            y = torch.cat([y, torch.zeros_like(zero[new]), other[new]])
-        if int(done.sum()) > before:
+        classes, factors = join(classes, factors, x, y, ratios)
+        gaps = (factors[x] - ratios * factors[y]).abs() > ROUNDING * factors[x].abs()
+        wrong = gaps & (classes[x] != 0)  # two multiples of one number are equal where it is zero
+        if bool(wrong.any()):
+            x, y, ratios = x[wrong], torch.zeros_like(x[wrong]), torch.ones_like(ratios[wrong])
             continue
-        if decided or bool(done.all()):
-            return classes
-        decided = True
-        x = (o if zero_products else b)[~done]
-        y = torch.zeros_like(x)
+        roots = classes[terms]
+        numbers = torch.where(roots == 0, 0.0, factors[terms] * signs)
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            alike = roots[i] == roots[j]
+            numbers[i] += torch.where(alike, numbers[j], 0.0)
+            numbers[j] = torch.where(alike, 0.0, numbers[j])
+        numbers = reduced(numbers)
+        left = (numbers != 0).sum(0)
+        if not bool(left.any()):
+            return classes, factors
+        known = (left > 0) & (left < 3)
+        if bool(known.any()):
+            order = (numbers[:, known] == 0).byte().argsort(dim=0, stable=True)
+            (x, y, _), (p, q, _) = roots[:, known].gather(0, order), numbers[:, known].gather(0, order)
+            y, ratios = torch.where(q == 0, 0, y), torch.where(q == 0, 1.0, reduced(-q / p))
+        else:
+            x = terms[2 if zero_products else 1][left > 0]
+            y, ratios = torch.zeros_like(x), torch.ones(x.shape, dtype=torch.float64)
 
 
 def solve_permutations(constraints: Constraints) -> Tensor:
@@ -127,16 +130,13 @@ def reasons(constraints: Constraints, axes: list[Tensor]) -> list[str]:
 
 def _variables(constraints: Constraints, system: int, also: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The classes of variables, signs aside, under the equalities of one system."""
-    pairs = [(a, b) for a, b, s in constraints.equalities if s & system] + also
+    pairs = [(a, b) for a, b, s, _ in constraints.equalities if s & system] + also
     x, y = (torch.cat([torch.zeros(0, dtype=torch.int64), *(p[i] for p in pairs)]) >> 1 for i in (0, 1))
     return components(torch.arange(constraints.count), x, y)
 
 
 def components(classes: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Join the nodes x and y, pair by pair: the least node of each component.
-
-    Invariant: `parent` points from the least node of a class to a node that is smaller or itself, in the same
-    component, and is its own square. It is constant on every pair when nothing changes any more.
 
     Args:
         classes: the components so far, each named by its least node.
@@ -146,16 +146,35 @@ def components(classes: Tensor, x: Tensor, y: Tensor) -> Tensor:
     >>> components(torch.tensor([0, 1, 2, 3, 4, 4, 6, 7]), torch.tensor([1, 2]), torch.tensor([4, 5])).tolist()
     [0, 1, 1, 3, 1, 1, 6, 7]
     """
+    return join(classes, torch.ones(len(classes)), x, y, torch.ones(len(x)))[0]
+
+
+def join(classes: Tensor, factors: Tensor, x: Tensor, y: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor]:
+    """As `components`, where each node is a multiple of its class, and x `ratios` times y.
+
+    What contradicts that, around a circle of pairs, is left for the caller to see.
+
+    Invariant: `parent` points from the least node of a class to a node that is smaller or itself, in the same
+    component, and is its own square; the node is `weights` times that one. It is constant on every pair when nothing
+    changes any more.
+
+    >>> join(torch.arange(3), torch.ones(3), torch.tensor([2, 1]), torch.tensor([1, 0]), torch.tensor([2.0, -1.0]))
+    (tensor([0, 0, 0]), tensor([ 1., -1., -2.]))
+    """
+    ratios = ratios * factors[y] / factors[x]
     x, y = classes[x], classes[y]
-    parent = torch.arange(len(classes))
+    parent, weights = torch.arange(len(classes)), torch.ones_like(factors)
     while True:
         px, py = parent[x], parent[y]
-        low = torch.minimum(px, py)
         if torch.equal(px, py):
-            return parent[classes]
-        parent = parent.scatter_reduce(0, torch.cat([px, py, x, y]), low.repeat(4), "amin")
+            return parent[classes], factors * weights[classes]
+        high, low, between = torch.maximum(px, py), torch.minimum(px, py), ratios * weights[y] / weights[x]
+        parent = parent.scatter_reduce(0, high, low, "amin")
+        taken = (parent[high] == low) & (high != low)
+        between = torch.where(px > py, between, 1 / between)[taken]
+        weights = weights.scatter_reduce(0, high[taken], between, "amax", include_self=False)
         while not torch.equal(square := parent[parent], parent):
-            parent = square
+            parent, weights = square, weights * weights[parent]
 
 
 def _hash(numbers: Tensor) -> Tensor:

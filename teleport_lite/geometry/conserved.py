@@ -19,8 +19,8 @@ from teleport_lite.symmetries.product import check_symmetry
 def conserved_quantities(params: Params, symmetry: Symmetry) -> list[Tensor]:
     r"""What gradient flow conserves because of a symmetry, and a teleport changes; a tensor for each scaling or mixing.
 
-    For a scaling $\lVert V_i \rVert^2 - \lVert U_{:i} \rVert^2$, [n]; for a mixing $VV^\top - U^\top U$, [n, n].
-    Theorem 2.10 of the chapter *Symmetries of networks*.
+    For a scaling $\lVert V_i \rVert^2 - k \lVert U_{:i} \rVert^2$, [n], where U moves by $g^{-k}$, mostly with k = 1;
+    for a mixing $VV^\top - U^\top U$, [n, n]. Theorem 2.10 of the chapter *Symmetries of networks*.
 
     Args:
         params: the parameters by name.
@@ -40,6 +40,5 @@ def conserved_quantities(params: Params, symmetry: Symmetry) -> list[Tensor]:
         group: Any = factor.group
         if isinstance(factor, NeuronSymmetry) and not group.isometry:
             grams = [group.gram(factor.axis(params[leg.name], leg), 0) for leg in factor.legs]
-            signs = [-1 if leg.dual else 1 for leg in factor.legs]
-            found.append(torch.stack([s * g for s, g in zip(signs, grams, strict=True)]).sum(0))
+            found.append(torch.stack([leg.exponent * g for leg, g in zip(factor.legs, grams, strict=True)]).sum(0))
     return found

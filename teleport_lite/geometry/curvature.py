@@ -104,14 +104,14 @@ def scaling_kappas(params: Params, scalings: Product, curves: tuple[Tensor, ...]
     tables = []
     for name in scalings.names:
         moves = zip(scalings, curves, strict=True)
-        legs = [(f.group, xi, leg) for f, xi in moves for leg in f.legs if leg.name == name]
+        legs = [(xi, leg) for f, xi in moves for leg in f.legs if leg.name == name]
         w = params[name].double().square()
         w = w.flatten(2).sum(2) if w.ndim > 2 else w.reshape(len(w), -1)
         for dim in {0, 1} - {leg.dim for *_, leg in legs}:
             w = w.sum(dim, keepdim=True)
         rates = [w.new_zeros(len(curves[0]), n) for n in w.shape]
-        for group, xi, leg in legs:
-            rate = (group.dual(xi) if leg.dual else xi).repeat_interleave(leg.each, 1)
+        for xi, leg in legs:
+            rate = (leg.exponent * xi).repeat_interleave(leg.each, 1)
             rates[leg.dim].narrow(1, leg.start, rate.shape[1]).add_(rate)
         a, b = (torch.linalg.vander(rate, N=5) for rate in rates)
         tables.append(torch.einsum("kip,ij,kjq->pqk", a, w, b))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from teleport_lite.groups.base import Group, draw, multiply_along, wide
+
+NEWTON = 20  # steps, each of which doubles the digits in the end
 
 
 class PositiveScaling(Group):
@@ -54,17 +58,34 @@ class PositiveScaling(Group):
         """Squared length of each slice of `tensor` along `dim`: shape [n]."""
         return tensor.movedim(dim, 0).reshape(self.n, -1).square().sum(1)
 
-    def extremum(self, up: Tensor, down: Tensor, *, maximize: bool, radius: float) -> Tensor:
-        r"""Extremise $\sum_i u_i e^{2\xi_i} + d_i e^{-2\xi_i}$ over $|\xi_i| \le r$, in closed form.
+    def extremum(
+        self, *coefficients: Tensor, powers: Sequence[float] = (1.0, -1.0), maximize: bool, radius: float
+    ) -> Tensor:
+        r"""Extremise $\sum_p u_p e^{2p\xi}$ over $|\xi| \le r$, entry by entry.
 
-        Convex in each coordinate: the maximum is at the corner $\pm r$ on the side of the larger coefficient, the
-        minimum at $\tfrac14 \log(d_i / u_i)$, clipped. Where both coefficients are zero the coordinate stays at zero,
-        and so it does where one is and there is no minimum.
+        Convex: the maximum is at $\pm r$, the minimum where $\log \sum_{p>0} p u_p e^{2p\xi}$ equals the same for
+        the negative powers, clipped. Both are linear in $\xi$ with one power each: one Newton step gives
+        $\tfrac14 \log(d / u)$ for $u e^{2\xi} + d e^{-2\xi}$; with more powers steps are kept within a bracket.
+        Where all coefficients are zero the coordinate stays at zero, and so it does where there is no minimum.
 
         >>> PositiveScaling(1).extremum(torch.tensor([1.0]), torch.tensor([16.0]), maximize=False, radius=1.0)
         tensor([0.6931])
         """
-        if maximize:
-            return radius * torch.where((up == 0) & (down == 0), 0.0, torch.where(up >= down, 1.0, -1.0)).to(up)
-        balanced = ((down.log() - up.log()) / 4).clamp(-radius, radius)
-        return torch.where((up == 0) | (down == 0), 0.0, balanced)
+        u = torch.stack(coefficients)
+        p = u.new_tensor(powers).view(-1, *[1] * (u.ndim - 1))
+        size = p.abs()
+        if maximize:  # u_p sinh(2 p r), divided by what the largest power may overflow
+            ends = u * p.sign() * (2 * radius * (size - size.max())).exp() * -(-4 * radius * size).expm1()
+            return radius * torch.where((u == 0).all(0), 0.0, torch.where(ends.sum(0) >= 0, 1.0, -1.0)).to(u)
+        up, down = ([k for k, q in enumerate(powers) if (q > 0) == side] for side in (True, False))
+        xi = torch.zeros_like(u[0])
+        low, high = xi - torch.inf, xi + torch.inf
+        for _ in range(1 if len(powers) == 2 else NEWTON):
+            logs = (u * size).log() + 2 * p * xi
+            gap = logs[up].logsumexp(0) - logs[down].logsumexp(0)
+            slope = 2 * sum((logs[s].softmax(0) * size[s]).sum(0) for s in (up, down))
+            low, high = torch.where(gap < 0, xi, low), torch.where(gap > 0, xi, high)
+            step = xi - gap / slope
+            xi = torch.where((step >= low) & (step <= high), step, (low + high) / 2)
+        there = (u[up] > 0).any(0) & (u[down] > 0).any(0)
+        return torch.where(there, xi.clamp(-radius, radius), 0.0)

@@ -117,7 +117,7 @@ def _names(part: list[NeuronSymmetry]) -> list[str]:
 def _sweep_squares(
     factors: list[NeuronSymmetry], tensors: Params, *, gradients: bool, maximize: bool, radius: float, sweeps: int
 ) -> list[Tensor]:
-    r"""Scalings only: a squared norm is the contraction of the squared entries with vectors $e^{\pm 2\xi}$.
+    r"""Scalings only: a squared norm is the contraction of the squared entries with vectors $e^{2p\xi}$.
 
     A maximum is looked for from three starts at once, the identity and the two corners whose signs alternate from
     factor to factor: in a chain of layers no best corner lies outside of the last two (Proposition 4.4).
@@ -132,9 +132,11 @@ def _sweep_squares(
     vectors = {(name, dim): first.new_ones(len(starts), squares[name].shape[dim]) for name, dim in dims}
     xis = [starts[:, None] * (-1) ** k * first.new_ones(f.group.n) for k, f in enumerate(factors)]
 
+    side = -1 if gradients else 1
+
     def stretch(xi: Tensor, leg: Leg) -> Tensor:
-        power = (-2 if leg.dual != gradients else 2) * xi
-        return power.exp() if leg.each == 1 else power.exp().repeat_interleave(leg.each, 1)
+        power = (2 * side * leg.exponent * xi).exp()
+        return power if leg.each == 1 else power.repeat_interleave(leg.each, 1)
 
     def write(k: int, step: Tensor) -> None:
         """Move factor k by `step`; two factors may act along one dimension."""
@@ -157,14 +159,14 @@ def _sweep_squares(
         write(k, xi)
     for _ in range(sweeps):
         for k, factor in enumerate(factors):
-            totals = [torch.zeros_like(xis[k])] * 2  # coefficients of e^{2 xi} and of e^{-2 xi}
+            totals = dict.fromkeys((1.0, -1.0), torch.zeros_like(xis[k]))  # coefficients of e^{2 p xi} by p
             for leg in factor.legs:
+                p = side * leg.exponent
                 rest = contracted(leg.name, leg.dim) * vectors[leg.name, leg.dim]
                 rest = rest.narrow(1, leg.start, factor.group.n * leg.each) / stretch(xis[k], leg)
                 rest = rest if leg.each == 1 else rest.unflatten(1, (-1, leg.each)).sum(2)
-                totals[leg.dual != gradients] = totals[leg.dual != gradients] + rest
-            group: Any = factor.group
-            found = group.extremum(*totals, maximize=maximize, radius=radius).expand(len(starts), -1)
+                totals[p] = totals.get(p, 0) + rest
+            found = _extremum(factor.group, totals, maximize, radius).expand(len(starts), -1)
             write(k, found - xis[k])
             xis[k] = found
     values = torch.stack([contracted(name, None).sum(1) for name in squares]).sum(0)
@@ -182,25 +184,31 @@ def _sweep_tensors(
     dtype = wide(*(t.dtype for t in tensors.values())) if maximize else torch.float64
     state = {n: t.to(dtype) for n, t in tensors.items()}
     xis = [f.zeros(state) for f in factors]
+    side = -1 if gradients else 1
     elements = [(f.group.exp(xi), f.group.exp(xi)) for f, xi in zip(factors, xis, strict=True)]  # and their inverses
     for _ in range(sweeps):
         for k, factor in enumerate(factors):
             group: Any = factor.group
             g, inverse = elements[k]
-            totals = [torch.zeros_like(xis[k])] * 2
+            totals = dict.fromkeys((1.0, -1.0), torch.zeros_like(xis[k]))
             for leg in factor.legs:
-                gram = group.gram(factor.axis(state[leg.name], leg), 0)
-                totals[leg.dual != gradients] = totals[leg.dual != gradients] + gram
-            up, down = (
-                h @ t @ h if isinstance(group, GeneralLinear) else h * t * h
-                for h, t in zip((inverse, g), totals, strict=True)
-            )
-            xis[k] = group.extremum(up, down, maximize=maximize, radius=radius)
+                p = side * leg.exponent
+                totals[p] = totals.get(p, 0) + group.gram(factor.axis(state[leg.name], leg), 0)
+            for p, t in totals.items():
+                h = inverse if p > 0 else g
+                totals[p] = h @ t @ h if isinstance(group, GeneralLinear) else h ** (2 * abs(p)) * t
+            xis[k] = _extremum(group, totals, maximize, radius)
             elements[k] = new, new_inverse = group.exp(torch.stack([xis[k], -xis[k]])).unbind()
             steps = group.compose(new, inverse), group.compose(new_inverse, g)
             for leg in factor.legs:
                 factor.multiply_(steps[leg.dual != gradients], state[leg.name], leg)
     return xis
+
+
+def _extremum(group: Any, totals: dict[float, Tensor], maximize: bool, radius: float) -> Tensor:
+    """The extremum of a group, which has to know the powers when there are others than 1 and -1."""
+    powers = {} if len(totals) == 2 else {"powers": tuple(totals)}
+    return group.extremum(*totals.values(), **powers, maximize=maximize, radius=radius)
 
 
 def _summed_squares(tensor: Tensor, dims: set[int]) -> Tensor:

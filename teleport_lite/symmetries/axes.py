@@ -34,6 +34,7 @@ class Leg:
         start: first entry of the axis along that dimension, where it is a slice of a longer one.
         each: how many entries, side by side, belong to one neuron: the pixels of a channel after flattening.
         groups: for dimension 1 of a grouped convolution: the axis is that dimension in one group of rows after another.
+        power: k where a scaling acts by $g^k$, as behind an activation that is homogeneous of degree k.
     """
 
     name: str
@@ -42,13 +43,19 @@ class Leg:
     start: int = 0
     each: int = 1
     groups: int = 1
+    power: float = 1.0
+
+    @property
+    def exponent(self) -> float:
+        """The power of g that acts, negative for outgoing weights."""
+        return -self.power if self.dual else self.power
 
 
 class NeuronSymmetry(Symmetry):
     r"""A group acting on the hidden axis that the `legs` describe: $V \mapsto gV,\ b \mapsto gb,\ U \mapsto U g^{-1}$.
 
-    The gradient with respect to a leg transforms like its dual, so gradients are transported by the same code with
-    dual coordinates.
+    Scalings may act on a leg by a power, as $U \mapsto U g^{-k}$ behind $\mathrm{ReLU}^k$. The gradient with respect to
+    a leg transforms like its dual, so gradients are transported by the same code with dual coordinates.
     """
 
     homogeneous = True
@@ -75,7 +82,7 @@ class NeuronSymmetry(Symmetry):
         m, dual = self.group.algebra(xi), self.group.algebra(self.group.dual(xi))
         found = {name: torch.zeros_like(params[name]) for name in self.names}
         for leg in self.legs:
-            part = self.group.along(dual if leg.dual else m, self.axis(params[leg.name], leg), 0)
+            part = leg.power * self.group.along(dual if leg.dual else m, self.axis(params[leg.name], leg), 0)
             found[leg.name] = self._put(found[leg.name], self.axis(found[leg.name], leg) + part, leg)
         return found
 
@@ -119,7 +126,8 @@ class NeuronSymmetry(Symmetry):
         return tensor.slice_scatter(part, leg.dim, leg.start, leg.start + part.shape[leg.dim])
 
     def along(self, g: Tensor, tensor: Tensor, leg: Leg) -> Tensor:
-        """`tensor` with `g` applied to its slice of the hidden axis."""
+        """`tensor` with `g`, or its power, applied to its slice of the hidden axis."""
+        g = g if leg.power == 1 else g**leg.power
         if tensor.shape[leg.dim] == self.group.n and leg.groups == 1:
             return self.group.along(g, tensor, leg.dim)
         return self._put(tensor, self.group.along(g, self.axis(tensor, leg), 0), leg)
@@ -130,7 +138,7 @@ class NeuronSymmetry(Symmetry):
             tensor.copy_(self.along(g, tensor, leg))
         else:
             part = self.axis(tensor, leg)
-            part.copy_(self.group.along(g, part, 0))
+            part.copy_(self.group.along(g if leg.power == 1 else g**leg.power, part, 0))
 
     def to_dict(self) -> dict[str, Any]:
         group = {"kind": self.group.kind, "n": self.group.n, "blocks": getattr(self.group, "blocks", 1)}

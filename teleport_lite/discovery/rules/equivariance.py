@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from teleport_lite.discovery.constraints import rational
 from teleport_lite.discovery.labels import Labels, lift
 from teleport_lite.discovery.operation import Operation, RuleMisfit
 
@@ -18,20 +20,20 @@ SCALES = (1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12)  # magnitudes at which a funct
 
 @dataclass(frozen=True)
 class Equivariance:
-    """How a function answers when some of its arguments are multiplied.
+    """How a function answers when some of its arguments are multiplied by c.
 
     Args:
-        scale: "equivariant" when it is multiplied likewise, "invariant" when it stays, else "neither".
-        sign: the same for -1.
+        scale: its degree k, where c > 0 multiplies it by $c^k$: 1 for ReLU, 0 for a comparison with zero; or None.
+        sign: 1 where c = -1 multiplies it likewise, 0 where it stays, else None.
         linear: whether it is linear in them.
     """
 
-    scale: str
-    sign: str
+    scale: float | None
+    sign: int | None
     linear: bool = False
 
 
-NEITHER = Equivariance("neither", "neither")
+NEITHER = Equivariance(None, None)
 Ask = Callable[[list[int]], Equivariance]
 
 
@@ -106,29 +108,34 @@ def _probe(op: Operation, found: Operands, which: list[int]) -> Equivariance:
         args, kwargs = tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in arguments], found.spec)
         return op.func(*args, **kwargs).double()
 
-    holds = dict.fromkeys(("same", "free", "odd", "even", "linear"), True)
+    holds, degree = dict.fromkeys(("degree", "odd", "even", "linear"), True), 1.0
     for scale in SCALES:
         trial = [sample(i, x, scale) for i, x in enumerate(found.leaves)]
         other = [scale * normal() if i in moving else x for i, x in enumerate(trial)]
-        one, big, flipped, none = (
-            value([c * x if i in moving else x for i, x in enumerate(trial)]) for c in (1.0, 3.7, -1.0, 0.0)
+        one, big, small, flipped, none = (
+            value([c * x if i in moving else x for i, x in enumerate(trial)]) for c in (1.0, 3.7, 0.3, -1.0, 0.0)
         )
+        size = one.abs().nan_to_num(0, torch.inf).max()
+        if scale == SCALES[0] and 0 < size < torch.inf:
+            degree = rational(float((big.abs().nan_to_num(0).max() / size).log()) / math.log(3.7))
         total = value([x + y if i in moving else x for i, (x, y) in enumerate(zip(trial, other, strict=True))])
         for claim, got, expected in (
-            ("same", big, 3.7 * one),
-            ("free", big, one),
+            ("degree", big / 3.7**degree, one),
+            ("degree", small / 0.3**degree, one),
             ("odd", flipped, -one),
             ("even", flipped, one),
             ("linear", total, one + value(other)),
             ("linear", none, 0 * none),
         ):
-            holds[claim] &= _is_close(got, expected, one.abs().max())
+            holds[claim] &= _is_close(got, expected, size)
     return Equivariance(
-        "equivariant" if holds["same"] else "invariant" if holds["free"] else "neither",
-        "equivariant" if holds["odd"] else "invariant" if holds["even"] else "neither",
-        bool(moving) and holds["linear"] and holds["same"],
+        degree if holds["degree"] else None,
+        1 if holds["odd"] else 0 if holds["even"] else None,
+        bool(moving) and holds["linear"] and degree == 1,
     )
 
 
 def _is_close(a: Tensor, b: Tensor, size: Tensor) -> bool:
-    return bool(size.isfinite()) and bool(((a - b).abs() <= 1e-9 * size).all())
+    """Whether tensors agree, also in where they are not a number, which must not be everywhere."""
+    alike = ((a - b).abs() <= 1e-9 * size) | (a.isnan() & b.isnan())
+    return bool(size.isfinite()) and not bool(b.isnan().all()) and bool(alike.all())

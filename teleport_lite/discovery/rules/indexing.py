@@ -41,7 +41,7 @@ def _restrict_to(op: Operation, labels: Labels, kind: str) -> None:
     """What a reduction of several entries with these labels asks of them."""
     how = REDUCTIONS[kind]
     for system, answer, word in ((SCALE, how.scale, "rescaling"), (SIGN, how.sign, "flipping")):
-        if answer != "equivariant":
+        if answer != 1:
             op.fix(labels, f"{kind} does not commute with {word} them", system)
     if not how.linear:
         op.keep_entries_apart(labels)

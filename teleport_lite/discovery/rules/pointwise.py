@@ -34,9 +34,9 @@ def declared(equivariance: Equivariance, op: Operation) -> list[Labels]:
 
 words_for(
     pointwise=pointwise,
-    homogeneous=partial(declared, Equivariance("equivariant", "neither")),
-    odd=partial(declared, Equivariance("neither", "equivariant")),
-    linear=partial(declared, Equivariance("equivariant", "equivariant", linear=True)),
+    homogeneous=partial(declared, Equivariance(1, None)),
+    odd=partial(declared, Equivariance(None, 1)),
+    linear=partial(declared, Equivariance(1, 1, linear=True)),
 )
 rule_for("max.other min.other")(pointwise)
 
@@ -67,8 +67,6 @@ def multiply_labels(op: Operation) -> list[Labels]:
         return [[_free_product(op, a) for a in found.labels[found.bearers[0]]]]
     if op.kwargs:
         return pointwise(op)
-    if len(found.bearers) == 1 and "div" in op.name and 1 in found.bearers:
-        return [_inverted(op, found)]
     if len(found.bearers) < 2:
         return pointwise(op)
     out: Labels = []
@@ -85,21 +83,6 @@ def multiply_labels(op: Operation) -> list[Labels]:
         elif b is not None:
             out.append(negative(b) if inverse else b)
     return [out]
-
-
-@rule_for("reciprocal")
-def invert_labels(op: Operation) -> list[Labels]:
-    """What is multiplied comes out divided."""
-    return [_inverted(op, operands_of(op))]
-
-
-def _inverted(op: Operation, found: Operands) -> Labels:
-    labels = found.labels[found.bearers[0]]
-    for a in labels:
-        for constant in found.constants:
-            op.color_by_values(constant, a)
-    op.keep_entries_apart(labels)
-    return [negative(a) for a in labels]
 
 
 def _free_product(op: Operation, labels: Tensor) -> Tensor:
@@ -144,7 +127,7 @@ def _commute(op: Operation, found: Operands, ask: Ask) -> Labels:
         moving = {i: a for i, a in there.items() if i in found.floating} or there
         answer, passing = _answer(op, found, ask, moving)
         result = next(iter(moving.values())) if passing is None else passing
-        if "invariant" in (answer.scale, answer.sign):
+        if answer.scale not in (1, None) or answer.sign == 0:
             result = op.constraints.fresh(*shape)
             op.constraints.equate(result, first, PERM)
         _restrict(op, result.expand(shape), moving if passing is None else {0: passing}, answer)
@@ -158,14 +141,14 @@ def _answer(op: Operation, found: Operands, ask: Ask, moving: dict[int, Tensor])
     joint = ask(found.bearers)
     refused = replace(NEITHER, linear=joint.linear)
     joint = joint if len(moving) == len(floating) else refused
-    if len(floating) > 1 and joint.scale != "equivariant":
+    if len(floating) > 1 and joint.scale != 1:
         for i, a in moving.items():
             alone = ask([i])
-            if alone.scale == "equivariant":
+            if alone.scale:
                 others = [x for k, x in moving.items() if k != i]
                 op.fix(others, f"{op.short_name} does not commute with rescaling them", SCALE | SIGN)
                 return alone, a
-    if len(floating) > 1 and joint.scale == "invariant":  # all by the same factor, which nothing makes sure of
+    if len(floating) > 1 and joint.scale == 0:  # all by the same factor, which nothing makes sure of
         return refused, None
     return joint, None
 
@@ -173,9 +156,9 @@ def _answer(op: Operation, found: Operands, ask: Ask, moving: dict[int, Tensor])
 def _restrict(op: Operation, result: Tensor, moving: dict[int, Tensor], answer: Equivariance) -> None:
     """Write down what an answer asks of the labels that go in and of the result's."""
     for system, how, word in ((SCALE, answer.scale, "rescaling"), (SIGN, answer.sign, "flipping")):
-        if how == "equivariant":
+        if how:
             for a in moving.values():
-                op.constraints.equate(result, a, system)
+                op.constraints.equate(result, a, system, how)
         else:
-            stays = [result] + (list(moving.values()) if how == "neither" else [])
+            stays = [result] + (list(moving.values()) if how is None else [])
             op.fix(stays, f"{op.short_name} does not commute with {word} them", system)

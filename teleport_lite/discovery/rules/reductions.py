@@ -11,11 +11,12 @@ from teleport_lite.discovery.operation import Operation, RuleMisfit
 from teleport_lite.discovery.registry import rule_for, words_for
 from teleport_lite.discovery.rules.equivariance import NEITHER, Equivariance
 
-LINEAR = Equivariance("equivariant", "equivariant", linear=True)
-EXTREME = Equivariance("equivariant", "neither")
-ABSOLUTE = Equivariance("equivariant", "invariant")
-COUNTED = Equivariance("invariant", "invariant")
-RANKED = Equivariance("invariant", "neither")
+LINEAR = Equivariance(1, 1, linear=True)
+EXTREME = Equivariance(1, None)
+ABSOLUTE = Equivariance(1, 0)
+SQUARED = Equivariance(2, 0)
+COUNTED = Equivariance(0, 0)
+RANKED = Equivariance(0, None)
 REDUCTIONS = {  # what a reduction commutes with, entry by entry of what is left
     "sum": LINEAR,
     "mean": LINEAR,
@@ -34,7 +35,7 @@ REDUCTIONS = {  # what a reduction commutes with, entry by entry of what is left
     "count_nonzero": COUNTED,
     "argmax": RANKED,
     "argmin": RANKED,
-    "var": NEITHER,
+    "var": SQUARED,
     "var_mean": NEITHER,
     "prod": NEITHER,
     "logsumexp": NEITHER,
@@ -127,13 +128,13 @@ def gather_over(
         op.keep_entries_apart([a])
     out = op.constraints.fresh(*first.shape)
     for system, answer, verb in ((SCALE, how.scale, "rescaling"), (SIGN, how.sign, "flipping")):
-        if answer == "neither":
+        if answer is None:
             op.fix([a, out], f"{word} {verb} them", system)
             continue
-        if inside and not (entrywise and (system == SIGN or how.scale == "invariant")):
+        if inside and not (entrywise and (system == SIGN or how.scale == 0)):
             op.constraints.tie_along(a, inside, system)
-        if answer == "equivariant":
-            op.constraints.equate(out, first, system)
+        if answer:
+            op.constraints.equate(out, first, system, answer)
         else:
             op.fix([out], f"{op.short_name} does not change with them", system)
     if not inside:
