@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from teleport_lite.discovery.draws import WithoutDropout
 from teleport_lite.discovery.inputs import Arguments
@@ -76,13 +77,16 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
         probe.perturb(generator)
         check = Verifier(probe, Arguments.of(example_inputs), generator)
         propagation = propagated(probe, check.planned.informative())
+        propagation.fix_idle_matrices(check.matters)
         factors, reasons = solve_and_verify(propagation, check)
     return Product(factors, [*reasons, *check.notes(), *_unmoved(propagation, probe.params, factors)])
 
 
 def propagated(probe: Probe, trials: Iterable[Trial]) -> Propagation:
     """The constraints that all these runs put on the parameters together."""
-    propagation = Propagation(probe.params)
+    kernels = {id(m.weight) for m in probe.module.modules() if isinstance(m, (_ConvNd, nn.Bilinear))}
+    stacks = [n for n, p in probe.params.items() if p.ndim == 3 and len(p) > 1 and id(p) not in kernels]
+    propagation = Propagation(probe.params, stacks)
     for name, p in probe.params.items():
         if not p.requires_grad:
             propagation.freeze(name, f"{name} is frozen")

@@ -57,6 +57,19 @@ def vary_together(a: Tensor, b: Tensor) -> bool:
     return bool(one & other) or not (one or other)
 
 
+def step_along(labels: Tensor, dims: Iterable[int]) -> int:
+    """By how much labels differ along some dimensions: those of one axis are neighbours, those of stacked axes far."""
+    dims = [d for d in dims if labels.shape[d] > 1] if labels.numel() else []
+    first = labels.flatten()[:1]
+    return max((int((labels.select(d, 1).flatten()[0] - first).abs()) for d in dims), default=0)
+
+
+def order_along(labels: Tensor, dims: Iterable[int]) -> Tensor:
+    """A number for each place along some dimensions, which broadcasts to `labels`."""
+    shape = [n if d in {*dims} else 1 for d, n in enumerate(labels.shape)]
+    return torch.arange(torch.Size(shape).numel()).reshape(shape)
+
+
 def along_last(out: Tensor) -> Callable[[Tensor], Tensor]:
     """Stand along the last dimensions of `out`."""
     return lambda t: lift(t, out.ndim)

@@ -89,7 +89,7 @@ class Probe:
         moved = False
         for module, attributes in self.attributes:
             for name, b in attributes["_buffers"].items():
-                if b is None or not b.is_floating_point():
+                if b is None or not b.is_floating_point() or b.layout is not torch.strided:
                     continue
                 if id(module._buffers.get(name)) != id(b) or not torch.equal(b, self.buffers[b]):
                     self.buffers[b] += self.buffers[b].abs().mean().clamp(min=1.0) * normal(b, generator)

@@ -10,6 +10,7 @@ without a rule is taken apart into others where PyTorch, or we, know how; otherw
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ MOVING = VIEWS | IDENTITIES | {"embedding"}  # what only carries entries to anot
 class Propagation(DispatchMode):
     """The constraints that a run of a model puts on the axes of `params`.
 
+    Args:
+        params: the parameters by name.
+        stacks: names of those that hold a matrix, with axes of its own, for each index of their first dimension.
+
     Attributes:
         constraints: the equations between labels.
         parameter_axes: for each axis of each parameter its labels; an axis is a parameter, a dimension and a number of
@@ -42,7 +47,7 @@ class Propagation(DispatchMode):
         answers: what elementwise functions were found to commute with.
     """
 
-    def __init__(self, params: dict[str, Tensor]) -> None:
+    def __init__(self, params: dict[str, Tensor], stacks: Collection[str] = ()) -> None:
         super().__init__()
         self.constraints = Constraints()
         self.parameter_axes: dict[tuple[str, int, int], Tensor] = {}
@@ -58,9 +63,13 @@ class Propagation(DispatchMode):
         for name, p in params.items():
             own = self._labels[id(p)] = []
             for dim in (d for d in range(p.ndim) if p.ndim <= 2 or p.shape[d] > 1):
-                labels = self.constraints.fresh(*(p.shape[dim] if d == dim else 1 for d in range(p.ndim)))
-                self.parameter_axes[name, dim, 1] = labels.reshape(-1)
-                own.append(labels)
+                groups = p.shape[0] if dim and name in stacks else 1
+                own.append(
+                    self.constraints.fresh(*(n if d == dim else 1 if d else groups for d, n in enumerate(p.shape)))
+                )
+                self.parameter_axes[name, dim, groups] = own[-1].reshape(-1)
+                if not dim and name in stacks:  # as many multiples as another dimension has for each index
+                    self.constraints.fix(own[-1], "", SCALE | SIGN)
 
     def labels_of(self, tensor: Tensor) -> Labels:
         """The labels of a tensor."""
@@ -87,6 +96,13 @@ class Propagation(DispatchMode):
         for tensor in outputs:
             self.memory.mark_read(tensor)
             self._fix_all([tensor], "the model returns them")
+
+    def fix_idle_matrices(self, matters: Mapping[str, Tensor]) -> None:
+        """Keep the matrices of a stack, as experts that no token visits, of which no entry `matters`."""
+        for (name, _, groups), labels in self.parameter_axes.items():
+            idle = ~matters[name].flatten(1).any(1).cpu() if groups == len(self._params[name]) > 1 else None
+            if idle is not None and not bool(idle.all()):
+                self.constraints.fix(labels.view(groups, -1)[idle], Operation.NOT_EXERCISED, SCALE | SIGN | PERM)
 
     def fix_unexercised(self) -> None:
         """After all runs, keep the entries of parameters that none read, and parameters whose siblings took no part.
@@ -200,7 +216,8 @@ class Propagation(DispatchMode):
                     self.memory.mark_read(t)
             tracked = []
         made = kind in FACTORIES or (kind == "lift_fresh" and results[0].numel() == 1)
-        uniform = bool(op.tensors) and all(self.memory.origin(t) == "uniform" for t in op.tensors)
+        sources = op.moved_tensors() if kind in VIEWS else op.tensors
+        uniform = bool(sources) and all(self.memory.origin(t) == "uniform" for t in sources)
         uniform &= kind in MOVING or torch.Tag.pointwise in op.func.tags
         origin = "empty" if made and "empty" in kind else "uniform" if made or uniform else "computed"
         here = {storage_key(t) for t in op.tensors}

@@ -114,9 +114,9 @@ def _entries(axes: list[Axis], classes: Tensor, factors: Tensor) -> dict[int, li
 
 def _covered(axes: list[Axis], symmetries: list[NeuronSymmetry]) -> set[tuple[int, int]]:
     """The places, by axis, that symmetries move."""
-    where = {(name, dim): k for k, (name, dim, groups, _) in reversed(list(enumerate(axes)))}
+    where = {axis[:3]: k for k, axis in reversed(list(enumerate(axes)))}
     return {
-        (where[leg.name, leg.dim], leg.start + i)
+        (where[leg.name, leg.dim, leg.groups], leg.start + i)
         for s in symmetries
         for leg in s.legs
         for i in range(s.group.n * leg.each)
@@ -142,10 +142,7 @@ def _proposals(
         )
         families[shape, of_class.get(c, 0)].append(there)
     for (shape, _), members in families.items():
-        plain = all(axes[k][2] == 1 for k, _, _ in shape)
         if kind is GeneralLinear and any(abs(power) != 1 for _, power, _ in shape):
-            continue
-        if not plain and kind in (GeneralLinear, Permutation):
             continue
         pieces = list(_pieces(members))
         if len(pieces) > PIECES:
@@ -158,13 +155,11 @@ def _proposals(
             for entry in piece[0]:
                 name, dim, groups, _ = axes[entry.axis]
                 each = _block(entry.indices)
-                starts = [0] if groups > 1 else list(entry.indices[::each])
                 dual, power = (entry.power < 0, abs(entry.power)) if dual_sign else (dim == 1, 1.0)
-                legs += [Leg(name, dim, dual, start, each if groups == 1 else 1, groups, power) for start in starts]
+                legs += [Leg(name, dim, dual, start, each, groups, power) for start in entry.indices[::each]]
             if kind is Permutation:  # in and out of a depthwise convolution: one place, moved once
                 legs = list(dict.fromkeys(legs))
-            if plain or len(pieces) == 1:
-                yield NeuronSymmetry(kind(len(piece)), legs)
+            yield NeuronSymmetry(kind(len(piece)), legs)
 
 
 def _trivial(symmetry: NeuronSymmetry, check: Verifier) -> bool:

@@ -90,9 +90,8 @@ class Verifier:
         """Whether no entry that a leg moves matters, as in rows of a table that nothing reads."""
         if symmetry.axis(self.matters[leg.name], leg).any():
             return False
-        where = torch.zeros_like(self.matters[leg.name])
-        symmetry.axis(where, leg).fill_(True)
-        return self._same({leg.name: where})
+        nowhere = torch.zeros_like(self.matters[leg.name])
+        return self._same({leg.name: symmetry.put(nowhere, ~symmetry.axis(nowhere, leg), leg)})
 
     def notes(self) -> list[str]:
         """What was left out, and why."""

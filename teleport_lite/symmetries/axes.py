@@ -9,7 +9,7 @@ parameters are all the same case. Proved in the chapter *Symmetries of networks*
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ class Leg:
         dual: False for incoming weights and biases (they transform by g), True for outgoing weights.
         start: first entry of the axis along that dimension, where it is a slice of a longer one.
         each: how many entries, side by side, belong to one neuron: the pixels of a channel after flattening.
-        groups: for dimension 1 of a grouped convolution: the axis is that dimension in one group of rows after another.
+        groups: number of parts of dimension 0, where the axis is dimension `dim` in one part after another: of a
+            grouped convolution, or of a stack of matrices, as the experts of a mixture.
         power: k where a scaling acts by $g^k$, as behind an activation that is homogeneous of degree k.
     """
 
@@ -83,7 +84,7 @@ class NeuronSymmetry(Symmetry):
         found = {name: torch.zeros_like(params[name]) for name in self.names}
         for leg in self.legs:
             part = leg.power * self.group.along(dual if leg.dual else m, self.axis(params[leg.name], leg), 0)
-            found[leg.name] = self._put(found[leg.name], self.axis(found[leg.name], leg) + part, leg)
+            found[leg.name] = self.put(found[leg.name], self.axis(found[leg.name], leg) + part, leg)
         return found
 
     def transport(self, grads: Params, xi: Tensor, params: Params | None = None) -> Params:
@@ -102,23 +103,25 @@ class NeuronSymmetry(Symmetry):
         super().check(params)
         for leg in self.legs:
             shape = params[leg.name].shape
-            size = shape[leg.dim] * (leg.groups if leg.groups > 1 else 1) if leg.dim < len(shape) else 0
+            size = shape[leg.dim] * leg.groups if leg.dim < len(shape) else 0
             stop = leg.start + self.group.n * leg.each
-            if size < stop or (leg.groups > 1 and (size > stop or shape[0] % leg.groups)):
+            if size < stop or (leg.groups > 1 and (leg.dim == 0 or shape[0] % leg.groups)):
                 expected = f"at least {stop} along dimension {leg.dim}"
                 raise ShapeError(leg.name, expected, tuple(shape), "pass the parameters that the symmetry was made for")
 
     def axis(self, tensor: Tensor, leg: Leg) -> Tensor:
         """The slice of a parameter-like tensor on which the group acts, with the hidden axis first: [n, ...]."""
+        dim = leg.dim
         if leg.groups > 1:
-            return tensor.unflatten(0, (leg.groups, -1)).movedim(2, 1).flatten(0, 1)
-        part = tensor.narrow(leg.dim, leg.start, self.group.n * leg.each)
-        return (part if leg.each == 1 else part.unflatten(leg.dim, (self.group.n, leg.each))).movedim(leg.dim, 0)
+            tensor, dim = _in_a_row(tensor, leg), 0
+        part = tensor.narrow(dim, leg.start, self.group.n * leg.each)
+        return (part if leg.each == 1 else part.unflatten(dim, (self.group.n, leg.each))).movedim(dim, 0)
 
-    def _put(self, tensor: Tensor, part: Tensor, leg: Leg) -> Tensor:
+    def put(self, tensor: Tensor, part: Tensor, leg: Leg) -> Tensor:
         """`tensor` with `part` in place of its `axis`."""
         if leg.groups > 1:
-            return part.unflatten(0, (leg.groups, -1)).movedim(1, 2).flatten(0, 1)
+            whole = self.put(_in_a_row(tensor, leg), part, replace(leg, dim=0, groups=1))
+            return whole.unflatten(0, (leg.groups, -1)).movedim(1, leg.dim + 1).flatten(0, 1)
         part = part.movedim(0, leg.dim)
         part = part if leg.each == 1 else part.flatten(leg.dim, leg.dim + 1)
         if part.shape == tensor.shape:
@@ -130,7 +133,7 @@ class NeuronSymmetry(Symmetry):
         g = g if leg.power == 1 else g**leg.power
         if tensor.shape[leg.dim] == self.group.n and leg.groups == 1:
             return self.group.along(g, tensor, leg.dim)
-        return self._put(tensor, self.group.along(g, self.axis(tensor, leg), 0), leg)
+        return self.put(tensor, self.group.along(g, self.axis(tensor, leg), 0), leg)
 
     def multiply_(self, g: Tensor, tensor: Tensor, leg: Leg) -> None:
         """`along`, in place."""
@@ -163,6 +166,11 @@ class NeuronSymmetry(Symmetry):
 
 
 SAVED["neurons"] = NeuronSymmetry
+
+
+def _in_a_row(tensor: Tensor, leg: Leg) -> Tensor:
+    """Dimension `dim` of one part after another as dimension 0: [groups * n, rows of a part, ...]."""
+    return tensor.unflatten(0, (leg.groups, -1)).movedim(leg.dim + 1, 1).flatten(0, 1)
 
 
 def _legs(incoming: str, outgoing: str, bias: str | None) -> list[Leg]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from teleport_lite.discovery.constraints import negative
-from teleport_lite.discovery.labels import Labels, along_last
+from teleport_lite.discovery.labels import Labels, along_last, order_along, step_along
 from teleport_lite.discovery.operation import Operation, RuleMisfit
 from teleport_lite.discovery.registry import RULES, Rule
 
@@ -55,7 +54,8 @@ def contract(op: Operation, equation: str, a: Tensor, b: Tensor) -> Labels:
 
     Everything is laid out over all letters of the equation, with length 1 along those that a tensor does not have. A
     label that varies along a letter that is summed over may vary along those that both tensors have, and along no
-    other: otherwise the two sides could not cancel. All others pass.
+    other: otherwise the two sides could not cancel. All others pass. So does one that varies along both: of axes that
+    were stacked, and are summed over, each moves as the others.
     """
     inputs, output = equation.replace(" ", "").split("->")
     left, right = inputs.split(",")
@@ -72,6 +72,8 @@ def contract(op: Operation, equation: str, a: Tensor, b: Tensor) -> Labels:
         scalars: Labels = []
         for x in _factor_labels(op, tensor, other):
             spread = _over(x, own, letters)
+            if step_along(spread, summed) > step_along(spread, free) > 0:
+                spread = op.constraints.tie_along(spread, summed)
             if any(spread.shape[d] > 1 for d in summed):
                 meeting.append(spread)
             elif single and summed and x.numel() == 1:
@@ -87,8 +89,7 @@ def contract(op: Operation, equation: str, a: Tensor, b: Tensor) -> Labels:
     for x in [*(side for side in sides if side is not None), *passing]:
         for d in shared:
             if x.shape[d] > 1:  # one product for each index: nothing moves from one to another
-                order = torch.arange(x.shape[d])
-                op.constraints.distinguish(x, order.reshape([-1 if i == d else 1 for i in range(x.ndim)]))
+                op.constraints.distinguish(x, order_along(x, [d]))
     kept = [letters.index(k) for k in output]
     return [
         x.permute([*kept, *(d for d in range(x.ndim) if d not in kept)])[(...,) + (0,) * len(summed)] for x in passing

@@ -42,6 +42,7 @@ def _sides_of_weight(op: Operation, weight: Tensor, transposed: bool) -> tuple[T
     inner, outer = (0, 1) if transposed else (1, 0)
     sides: dict[int, Labels] = {0: [], 1: []}
     for a in op.labels(weight):
+        a = op.constraints.tie_along(a, [0]) if any(n > 1 for n in a.shape[1:]) else a
         vary = [d for d in range(a.ndim) if a.shape[d] > 1]
         if len(vary) > 1 or vary > [1]:
             op.fix([a], "a convolution sums over them")

@@ -8,7 +8,15 @@ from functools import partial
 from torch import Tensor
 
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN, negative
-from teleport_lite.discovery.labels import Labels, cluster_by_dims, common_shape, compact, varying_dims
+from teleport_lite.discovery.labels import (
+    Labels,
+    cluster_by_dims,
+    common_shape,
+    compact,
+    order_along,
+    step_along,
+    varying_dims,
+)
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.registry import rule_for, words_for
 from teleport_lite.discovery.rules.equivariance import (
@@ -75,6 +83,7 @@ def multiply_labels(op: Operation) -> list[Labels]:
         _tell_apart(op, found, parts)
         inverse = "div" in op.name
         if a is not None and b is not None:
+            a, b = _one_each(op, a, b), _one_each(op, b, a)
             product = op.constraints.sum_of(a, negative(b) if inverse else b)
             op.keep_entries_apart([product, a, b])
             out.append(product)
@@ -83,6 +92,17 @@ def multiply_labels(op: Operation) -> list[Labels]:
         elif b is not None:
             out.append(negative(b) if inverse else b)
     return [out]
+
+
+def _one_each(op: Operation, a: Tensor, b: Tensor) -> Tensor:
+    """Labels of a factor that has one entry for each of several axes that are stacked in the other, which stay."""
+    missing = [d for d in range(a.ndim) if a.shape[d] < b.shape[d]]
+    if step_along(b, set(range(a.ndim)) - {*missing}) <= step_along(b, missing) or not missing:
+        return a
+    op.fix([a], "axes are stacked along them", PERM)
+    weights = op.constraints.fresh(*b.shape)
+    op.constraints.equate(weights, a, SCALE | SIGN)
+    return weights
 
 
 def _free_product(op: Operation, labels: Tensor) -> Tensor:
@@ -100,8 +120,9 @@ def _tell_apart(op: Operation, found: Operands, parts: list[Tensor | None]) -> N
             op.color_by_values(constant, a)
         for i, part in zip(found.bearers, parts, strict=True):
             t = found.leaves[i]
-            if part is None and any(-d <= t.ndim and t.shape[d] > 1 for d in varying_dims(a)):
-                op.constraints.distinguish(a)
+            seen = [d + a.ndim for d in varying_dims(a) if -d <= t.ndim and t.shape[d] > 1]
+            if part is None and seen:
+                op.constraints.distinguish(a, order_along(a, seen))
 
 
 def _commute(op: Operation, found: Operands, ask: Ask) -> Labels:

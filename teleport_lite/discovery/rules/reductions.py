@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN
-from teleport_lite.discovery.labels import Labels
+from teleport_lite.discovery.labels import Labels, order_along, step_along
 from teleport_lite.discovery.operation import Operation, RuleMisfit
 from teleport_lite.discovery.registry import rule_for, words_for
 from teleport_lite.discovery.rules.equivariance import NEITHER, Equivariance
@@ -124,7 +124,9 @@ def gather_over(
         first = first.narrow(d, 0, 1)
     if not inside and how.linear:
         return a
-    if not how.linear or inside:
+    kept = [d for d in range(a.ndim) if d not in dims]
+    stacked = step_along(a, inside) > step_along(a, kept) > 0  # axes that are reduced entry by entry
+    if not how.linear or (inside and not stacked):
         op.keep_entries_apart([a])
     out = op.constraints.fresh(*first.shape)
     for system, answer, verb in ((SCALE, how.scale, "rescaling"), (SIGN, how.sign, "flipping")):
@@ -137,16 +139,15 @@ def gather_over(
             op.constraints.equate(out, first, system, answer)
         else:
             op.fix([out], f"{op.short_name} does not change with them", system)
-    if not inside:
+    if not inside or stacked:
+        op.constraints.tie_along(a, inside, PERM)
         op.constraints.equate(out, first, PERM)
         return out
     op.fix([out], "", PERM)
-    kept = [d for d in range(a.ndim) if d not in dims]
     if not symmetric:
         op.fix([a], f"{op.short_name} goes over them", PERM)
     elif any(a.shape[d] > 1 for d in kept):
-        order = torch.arange(torch.Size([a.shape[d] for d in kept]).numel())
-        op.constraints.distinguish(a, order.reshape([a.shape[d] if d in kept else 1 for d in range(a.ndim)]), PERM)
+        op.constraints.distinguish(a, order_along(a, kept), PERM)
     return out
 
 

@@ -82,8 +82,8 @@ def move_labels(op: Operation) -> list[Labels]:
                 labels += _of_nothing(op, [a for a in parts if a is not None], inputs[0], result)
     if op.short_name in ("diagonal", "masked_select", "index"):  # axes that are read side by side
         for labels in found:
-            for a, b in combinations(labels, 2):
-                if vary_together(a, b):
+            for (x, a), (y, b) in combinations(zip(sides[0], labels, strict=False), 2):
+                if vary_together(a, b) and not vary_together(x, y):
                     op.fix([a, b], "they are read along with another axis", PERM)
                     op.keep_entries_apart([a, b])
     return found
