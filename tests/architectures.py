@@ -351,7 +351,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], object], int]] =
     "Decoder, Llama style, grouped queries": (lambda: Decoder("llama", kv=1), _tokens, 2 * (2 + 16 + 12) + 5 * 8),
     "Encoder and decoder": (Translate, _pair, 3 * 2 * 2 * 16 + 2 * 12 + 8),
     "Vision transformer": (Vision, SMALL, 2 * 2 * 16 + 3 * 8),
-    "Attention by einsum": (Einsum, _x(2, 5, 8), 2 + 2 + 16),
+    "Attention by einsum": (Einsum, _x(2, 5, 8), 2 * (2 * 16)),
     "LoRA": (Lora, _x(7, 6), 4),
     "LSTM": (lambda: Recurrent(nn.LSTM), _x(2, 4, 3), 0),
     "GRU": (lambda: Recurrent(nn.GRU), _x(2, 4, 3), 0),

@@ -12,6 +12,8 @@ from teleport_lite.discovery.verify import TOLERANCE, Verifier
 from teleport_lite.groups import GeneralLinear, Permutation
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 
+NEARBY = 3  # parameters that are tried as what chooses among the matrices of a stack
+
 
 def join_side_by_side(mixings: list[NeuronSymmetry]) -> list[NeuronSymmetry]:
     """Mixings of equal size that stand right behind one another on every axis, the heads of a layer, as one."""
@@ -65,6 +67,33 @@ def permute_blocks(found: list[NeuronSymmetry], check: Verifier) -> list[NeuronS
 
     blocks = pairs(lambda _: True)
     return blocks if not blocks or verified(blocks) else pairs(verified)
+
+
+def permute_stacks(found: list[NeuronSymmetry], check: Verifier) -> list[NeuronSymmetry]:
+    """Permutations of the matrices of stacks: experts with the rows of a router, heads with those of another stack."""
+    stacks: list[set[str]] = []
+    for s in found:
+        if all(leg.groups > 1 for leg in s.legs):
+            near = [names for names in stacks if names & {*s.names}]
+            stacks = [names for names in stacks if names not in near] + [{*s.names}.union(*near)]
+    place = {name: i for i, name in enumerate(check.params)}
+    rows: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for name, p in check.params.items():
+        if 0 < p.ndim < 3:
+            rows[name.rpartition(".")[0], len(p)].add(name)
+    made: list[NeuronSymmetry] = []
+    for names in stacks:
+        first = min(names, key=place.__getitem__)
+        count = len(check.params[first])
+        others = [o for o in stacks if o is not names and len(check.params[min(o)]) == count]
+        others += [o for (_, n), o in rows.items() if n == count]
+        others.sort(key=lambda o: min(abs(place[name] - place[first]) for name in o))
+        for other in others[:NEARBY]:
+            s = NeuronSymmetry(Permutation(count), [Leg(name, 0) for name in place if name in names | other])
+            if s in made or check.keep([s], lambda *_: None):
+                made += [s] if s not in made else []
+                break
+    return made
 
 
 def _contiguous_runs(symmetry: NeuronSymmetry) -> list[tuple[str, int, int, int]]:

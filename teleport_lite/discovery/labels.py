@@ -57,11 +57,14 @@ def vary_together(a: Tensor, b: Tensor) -> bool:
     return bool(one & other) or not (one or other)
 
 
-def step_along(labels: Tensor, dims: Iterable[int]) -> int:
-    """By how much labels differ along some dimensions: those of one axis are neighbours, those of stacked axes far."""
-    dims = [d for d in dims if labels.shape[d] > 1] if labels.numel() else []
-    first = labels.flatten()[:1]
-    return max((int((labels.select(d, 1).flatten()[0] - first).abs()) for d in dims), default=0)
+def are_stacked(labels: Tensor, dims: Iterable[int], others: Iterable[int]) -> bool:
+    """Whether several axes, along `others`, are stacked along `dims`: the labels of one axis are near each other."""
+
+    def step(along: Iterable[int]) -> int:
+        steps = [s for d in along if labels.shape[d] > 1 for s in labels.diff(dim=d).abs().unique()[:2].tolist()]
+        return min(filter(None, steps), default=0)
+
+    return step(dims) > step(others) > 0
 
 
 def order_along(labels: Tensor, dims: Iterable[int]) -> Tensor:

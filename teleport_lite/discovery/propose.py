@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from teleport_lite.discovery.constraints import MIX, PERM, rational
-from teleport_lite.discovery.heads import join_side_by_side, permute_blocks, split_blocks
+from teleport_lite.discovery.heads import join_side_by_side, permute_blocks, permute_stacks, split_blocks
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.solve import signatures, solve_permutations, solve_scalings, solve_signs
@@ -78,7 +78,7 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
         return min(first[leg.name, leg.dim] for leg in s.legs), rank.index(type(s.group))
 
     found.sort(key=sort_key)
-    found += permute_blocks([part for s in found for part in split_blocks(s)], check)
+    found += permute_blocks([part for s in found for part in split_blocks(s)], check) + permute_stacks(found, check)
     return sorted(found, key=sort_key), reasons
 
 
@@ -144,22 +144,41 @@ def _proposals(
     for (shape, _), members in families.items():
         if kind is GeneralLinear and any(abs(power) != 1 for _, power, _ in shape):
             continue
-        pieces = list(_pieces(members))
-        if len(pieces) > PIECES:
-            names = ", ".join(dict.fromkeys(axes[k][0] for k, _, _ in shape))
-            reasons.append(f"{names}: a {kind.__name__} whose places are scattered")
-            continue
-        for piece in pieces:
+        made: list[NeuronSymmetry] = []
+        for piece in _pieces(members):
             dual_sign = kind in (PositiveScaling, GeneralLinear)
             legs = []
             for entry in piece[0]:
                 name, dim, groups, _ = axes[entry.axis]
                 each = _block(entry.indices)
                 dual, power = (entry.power < 0, abs(entry.power)) if dual_sign else (dim == 1, 1.0)
-                legs += [Leg(name, dim, dual, start, each, groups, power) for start in entry.indices[::each]]
+                legs += [Leg(name, dim, dual, start, each, groups, power=power) for start in entry.indices[::each]]
             if kind is Permutation:  # in and out of a depthwise convolution: one place, moved once
                 legs = list(dict.fromkeys(legs))
-            yield NeuronSymmetry(kind(len(piece)), legs)
+            made.append(NeuronSymmetry(kind(len(piece)), legs))
+        if kind in (PositiveScaling, Signs):
+            made = _whole_stack(made, {a[:3]: len(a[3]) // a[2] for a in axes})
+        if len(made) > PIECES:
+            reasons.append(f"{', '.join(made[0].names)}: a {kind.__name__} whose places are scattered")
+            continue
+        yield from made
+
+
+def _whole_stack(parts: list[NeuronSymmetry], sizes: dict[tuple[str, int, int], int]) -> list[NeuronSymmetry]:
+    """One symmetry of a stack in place of the same one for each of its matrices; `sizes` are those of their axes."""
+    first, count = parts[0], len(parts)
+    shifts = {leg: sizes[leg.name, leg.dim, leg.groups] for leg in first.legs}
+    if (
+        count == 1
+        or any(leg.groups != count or leg.each > 1 for leg in first.legs)
+        or any(
+            part.legs != tuple(replace(leg, start=leg.start + k * shifts[leg]) for leg in first.legs)
+            for k, part in enumerate(parts)
+        )
+    ):
+        return parts
+    group: Any = type(first.group)
+    return [NeuronSymmetry(group(count * first.group.n), [replace(leg, run=first.group.n) for leg in first.legs])]
 
 
 def _trivial(symmetry: NeuronSymmetry, check: Verifier) -> bool:

@@ -135,18 +135,18 @@ class Trials:
         return distance(trial.run(), trial.before) <= REPEATED
 
     def widen(self) -> bool:
-        """Add a trial with many rows that index tables anew, where it reads what no other has read."""
-        if not self.tables:
-            return False
+        """Add a trial with many more rows, which are drawn anew, where the model takes them."""
         call = self.calm[-1].call
-        count = next(len(x) for x in call.tensors() if x.ndim)
-        found = self._varied(Trial(self.probe, inputs.resized(call, count, 8 * count, 0)))[:1]
-        if not found or found[0].reads <= set().union(*(s.reads for s in self.calm)):
-            return False
+        count = next((len(x) for x in call.tensors() if x.ndim), 0)
+        found = self._varied(Trial(self.probe, inputs.resized(call, count, 8 * count, 0)))[:1] if count else []
+        for trials in (self.calm, self.trials, self.even) if found else ():
+            trials.append(found[0])
+        return bool(found)
+
+    def take_back(self) -> None:
+        """Undo `widen`."""
         for trials in (self.calm, self.trials, self.even):
-            if found[0] not in trials:
-                trials.append(found[0])
-        return True
+            trials.pop()
 
     def informative(self) -> list[Trial]:
         """The longest trial, then those that read what none before has read, and parts that training may leave out."""

@@ -45,10 +45,14 @@ class Verifier:
         self.params: Params = probe.values
         self.untouched = self._unexercised()
         for _ in range(WIDER):
-            stacked = (m for m in self.matters.values() if m.ndim > 2 and not m.flatten(1).any(1).all())
-            if not (self.untouched or any(True for _ in stacked)) or not self.planned.widen():
+            idle = sum(self._idle_parts().values())
+            if not idle or not self.planned.widen():
                 break
             self.untouched = self._unexercised()
+            if sum(self._idle_parts().values()) == idle:
+                self.planned.take_back()
+                self.untouched = self._unexercised()
+                break
         read = {name for trial in self.trials for _, *names, _ in trial.reads for name in names}
         self.unread = [name for name in self.untouched if name not in read or name in self.connected]
         self.withheld: dict[str, None] = {}
@@ -62,13 +66,19 @@ class Verifier:
         params = self.probe.params
         self.matters, self.connected = exercised(params, [s.run for s in telling])
         for trial in self.trials[len(telling) :]:
-            idle = {n: params[n] for n, m in self.matters.items() if not m.any()}
+            idle = {n: params[n] for n in self._idle_parts()}
             if not idle:
                 return []
             matters, connected = exercised(idle, [trial.run])
-            self.matters, self.connected = self.matters | matters, self.connected | connected
+            self.matters |= {n: m | self.matters[n] for n, m in matters.items()}
+            self.connected = self.connected | connected
         rest = [n for n, m in self.matters.items() if not m.any()]
         return without_effect(rest, lambda names: self._same({n: ~self.matters[n] for n in names}))
+
+    def _idle_parts(self) -> dict[str, int]:
+        """For each parameter how many of its matrices, several for a stack, have no effect, where any has none."""
+        parts = {n: m.flatten(1) if m.ndim == 3 else m.reshape(1, -1) for n, m in self.matters.items()}
+        return {n: idle for n, m in parts.items() if (idle := int((~m.any(1)).sum()))}
 
     def _same(self, entries: Params) -> bool:
         """Whether all outputs stay, bit for bit, when these entries are changed."""

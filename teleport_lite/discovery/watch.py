@@ -21,7 +21,7 @@ class Watch(DispatchMode):
 
     Attributes:
         reads: operator, parameter and the integers beside it, for each reading: two runs with the same reads go
-            through the same parts of the model.
+            through the same parts of the model. What is read beside an empty tensor is not read.
         tables: for the k-th tensor among the inputs, of integers, the length of the shortest table that it indexes.
     """
 
@@ -40,7 +40,7 @@ class Watch(DispatchMode):
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
         names = [self._names[id(x)] for x in leaves if id(x) in self._names]
-        if names:
+        if names and all(x.numel() for x in leaves if isinstance(x, Tensor)):
             beside = tuple(x for x in leaves if isinstance(x, int) and not isinstance(x, bool))
             self.reads.add((func, *names, beside))
         name = func._schema.name.split("::")[1]

@@ -35,6 +35,7 @@ class Leg:
         each: how many entries, side by side, belong to one neuron: the pixels of a channel after flattening.
         groups: number of parts of dimension 0, where the axis is dimension `dim` in one part after another: of a
             grouped convolution, or of a stack of matrices, as the experts of a mixture.
+        run: how many entries of each part belong to the axis, from `start` on; 0 where it is a slice of all in a row.
         power: k where a scaling acts by $g^k$, as behind an activation that is homogeneous of degree k.
     """
 
@@ -44,6 +45,7 @@ class Leg:
     start: int = 0
     each: int = 1
     groups: int = 1
+    run: int = 0
     power: float = 1.0
 
     @property
@@ -105,6 +107,7 @@ class NeuronSymmetry(Symmetry):
             shape = params[leg.name].shape
             size = shape[leg.dim] * leg.groups if leg.dim < len(shape) else 0
             stop = leg.start + self.group.n * leg.each
+            stop = stop if not leg.run else size if leg.start + leg.run <= shape[leg.dim] else size + 1
             if size < stop or (leg.groups > 1 and (leg.dim == 0 or shape[0] % leg.groups)):
                 expected = f"at least {stop} along dimension {leg.dim}"
                 raise ShapeError(leg.name, expected, tuple(shape), "pass the parameters that the symmetry was made for")
@@ -113,15 +116,23 @@ class NeuronSymmetry(Symmetry):
         """The slice of a parameter-like tensor on which the group acts, with the hidden axis first: [n, ...]."""
         dim = leg.dim
         if leg.groups > 1:
-            tensor, dim = _in_a_row(tensor, leg), 0
+            parts, dim = _parts(tensor, leg), 0
+            if leg.run:
+                return parts.narrow(1, leg.start, leg.run).flatten(0, 1)
+            tensor = parts.flatten(0, 1)
         part = tensor.narrow(dim, leg.start, self.group.n * leg.each)
         return (part if leg.each == 1 else part.unflatten(dim, (self.group.n, leg.each))).movedim(dim, 0)
 
     def put(self, tensor: Tensor, part: Tensor, leg: Leg) -> Tensor:
         """`tensor` with `part` in place of its `axis`."""
         if leg.groups > 1:
-            whole = self.put(_in_a_row(tensor, leg), part, replace(leg, dim=0, groups=1))
-            return whole.unflatten(0, (leg.groups, -1)).movedim(1, leg.dim + 1).flatten(0, 1)
+            parts = _parts(tensor, leg)
+            if leg.run:
+                new = part.unflatten(0, (leg.groups, -1))
+                parts = parts.slice_scatter(new, 1, leg.start, leg.start + leg.run)
+            else:
+                parts = self.put(parts.flatten(0, 1), part, replace(leg, dim=0, groups=1)).view(parts.shape)
+            return parts.movedim(1, leg.dim + 1).flatten(0, 1)
         part = part.movedim(0, leg.dim)
         part = part if leg.each == 1 else part.flatten(leg.dim, leg.dim + 1)
         if part.shape == tensor.shape:
@@ -168,9 +179,9 @@ class NeuronSymmetry(Symmetry):
 SAVED["neurons"] = NeuronSymmetry
 
 
-def _in_a_row(tensor: Tensor, leg: Leg) -> Tensor:
-    """Dimension `dim` of one part after another as dimension 0: [groups * n, rows of a part, ...]."""
-    return tensor.unflatten(0, (leg.groups, -1)).movedim(leg.dim + 1, 1).flatten(0, 1)
+def _parts(tensor: Tensor, leg: Leg) -> Tensor:
+    """The parts of dimension 0, and then dimension `dim`: [groups, shape[dim], rows of a part, ...]."""
+    return tensor.unflatten(0, (leg.groups, -1)).movedim(leg.dim + 1, 1)
 
 
 def _legs(incoming: str, outgoing: str, bias: str | None) -> list[Leg]:

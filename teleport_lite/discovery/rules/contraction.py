@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from teleport_lite.discovery.constraints import negative
-from teleport_lite.discovery.labels import Labels, along_last, order_along, step_along
+from teleport_lite.discovery.labels import Labels, along_last, are_stacked, order_along
 from teleport_lite.discovery.operation import Operation, RuleMisfit
 from teleport_lite.discovery.registry import RULES, Rule
 
@@ -72,7 +72,7 @@ def contract(op: Operation, equation: str, a: Tensor, b: Tensor) -> Labels:
         scalars: Labels = []
         for x in _factor_labels(op, tensor, other):
             spread = _over(x, own, letters)
-            if step_along(spread, summed) > step_along(spread, free) > 0:
+            if are_stacked(spread, summed, free):
                 spread = op.constraints.tie_along(spread, summed)
             if any(spread.shape[d] > 1 for d in summed):
                 meeting.append(spread)

@@ -10,11 +10,11 @@ from torch import Tensor
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN, negative
 from teleport_lite.discovery.labels import (
     Labels,
+    are_stacked,
     cluster_by_dims,
     common_shape,
     compact,
     order_along,
-    step_along,
     varying_dims,
 )
 from teleport_lite.discovery.operation import Operation
@@ -97,7 +97,7 @@ def multiply_labels(op: Operation) -> list[Labels]:
 def _one_each(op: Operation, a: Tensor, b: Tensor) -> Tensor:
     """Labels of a factor that has one entry for each of several axes that are stacked in the other, which stay."""
     missing = [d for d in range(a.ndim) if a.shape[d] < b.shape[d]]
-    if step_along(b, set(range(a.ndim)) - {*missing}) <= step_along(b, missing) or not missing:
+    if not are_stacked(b, {*range(a.ndim)} - {*missing}, missing):
         return a
     op.fix([a], "axes are stacked along them", PERM)
     weights = op.constraints.fresh(*b.shape)

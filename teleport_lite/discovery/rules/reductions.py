@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN
-from teleport_lite.discovery.labels import Labels, order_along, step_along
+from teleport_lite.discovery.labels import Labels, are_stacked, order_along
 from teleport_lite.discovery.operation import Operation, RuleMisfit
 from teleport_lite.discovery.registry import rule_for, words_for
 from teleport_lite.discovery.rules.equivariance import NEITHER, Equivariance
@@ -125,7 +125,7 @@ def gather_over(
     if not inside and how.linear:
         return a
     kept = [d for d in range(a.ndim) if d not in dims]
-    stacked = step_along(a, inside) > step_along(a, kept) > 0  # axes that are reduced entry by entry
+    stacked = are_stacked(a, inside, kept)  # axes that are reduced entry by entry
     if not how.linear or (inside and not stacked):
         op.keep_entries_apart([a])
     out = op.constraints.fresh(*first.shape)
