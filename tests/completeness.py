@@ -86,9 +86,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         y = x if y is None else y
-        q, k, v = (
-            f(t).unflatten(-1, (-1, 4)).transpose(1, 2) for f, t in ((self.q, x), (self.k, y), (self.v, y))
-        )
+        q, k, v = (f(t).unflatten(-1, (-1, 4)).transpose(1, 2) for f, t in ((self.q, x), (self.k, y), (self.v, y)))
         q, k = self.qn(q), self.kn(k)
         if self.layout:
             q, k = rotary(q, self.layout, self.part), rotary(k, self.layout, self.part)
@@ -205,7 +203,11 @@ class Pooled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.value, self.score, self.head = nn.Linear(4, 5), nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)), nn.Linear(5, 3)
+        self.value, self.score, self.head = (
+            nn.Linear(4, 5),
+            nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)),
+            nn.Linear(5, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head((self.score(x).softmax(1) * self.value(x)).sum(1))
@@ -324,7 +326,11 @@ class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.down, self.deep = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
-        self.up, self.join, self.last = nn.ConvTranspose2d(4, 3, 2, 2), nn.Conv2d(6, 3, 3, padding=1), nn.Conv2d(3, 1, 1)
+        self.up, self.join, self.last = (
+            nn.ConvTranspose2d(4, 3, 2, 2),
+            nn.Conv2d(6, 3, 3, padding=1),
+            nn.Conv2d(3, 1, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         a = F.leaky_relu(self.down(x))

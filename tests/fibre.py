@@ -45,7 +45,9 @@ def fibre(model: nn.Module, example: tuple[Tensor, ...]) -> Fibre:
 
         def outputs(p: Params, inputs: tuple[Tensor, ...] = inputs) -> Tensor:
             found = torch.cat([t.reshape(-1) for t in tensors_of(functional_call(model, p, inputs))])
-            mixed = torch.randn(4 * BATCH, len(found), generator=torch.Generator().manual_seed(count), dtype=found.dtype)
+            mixed = torch.randn(
+                4 * BATCH, len(found), generator=torch.Generator().manual_seed(count), dtype=found.dtype
+            )
             return found if len(found) <= 4 * BATCH else mixed @ found
 
         rows = torch.cat([j.reshape(len(j), -1) for j in jacrev(outputs)(params).values()], 1)
