@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return x if self.weight is None else x * (self.plus + self.weight)
+        return x if self.weight is None else x * (self.plus + self.weight if self.plus else self.weight)
 
 
 def rotary(x: Tensor, layout: str, part: int) -> Tensor:
@@ -146,7 +146,7 @@ class Encoder(nn.Module):
 
     def __init__(self, norm_first: bool, act: str) -> None:
         super().__init__()
-        self.embed, self.head = nn.Linear(6, D), nn.Linear(D, 3)
+        self.embed, self.head = nn.Linear(6, D), nn.Linear(D, 5)
         self.layer = nn.TransformerEncoderLayer(D, 1, 5, 0.0, act, batch_first=True, norm_first=norm_first)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class Vision(nn.Module):
         self.patch, self.token = nn.Conv2d(1, D, 3, 3), nn.Parameter(torch.randn(1, 1, D))
         self.place = nn.Parameter(torch.randn(1, 5, D))
         self.block = Block(Attention(D), feed(D, 5), nn.LayerNorm, False)
-        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, 3)
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch(x).flatten(2).transpose(1, 2)
@@ -190,7 +190,7 @@ class Mixer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.one, self.two = nn.Linear(6, D), nn.LayerNorm(D), nn.LayerNorm(D)
-        self.tokens, self.channels, self.head = feed(LENGTH, 3), feed(D, 5), nn.Linear(D, 3)
+        self.tokens, self.channels, self.head = feed(LENGTH, 6), feed(D, 5), nn.Linear(D, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
@@ -275,7 +275,7 @@ class Flow(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.field, self.head = nn.Linear(5, 3), feed(3, 4, nn.Tanh), nn.Linear(3, 2)
+        self.embed, self.field, self.head = nn.Linear(5, 3), feed(3, 4, nn.Tanh), nn.Linear(3, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
@@ -343,7 +343,7 @@ class ConvNext(nn.Module):
         super().__init__()
         self.stem, self.wide = nn.Conv2d(2, D, 2, 2), nn.Conv2d(D, D, 3, padding=1, groups=D)
         self.norm, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, 5), nn.Linear(5, D)
-        self.gamma, self.last, self.head = nn.Parameter(torch.ones(D)), nn.LayerNorm(D), nn.Linear(D, 3)
+        self.gamma, self.last, self.head = nn.Parameter(torch.ones(D)), nn.LayerNorm(D), nn.Linear(D, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
