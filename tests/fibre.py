@@ -1,0 +1,61 @@
+"""How many continuous symmetries a model has, by counting: the kernel of the Jacobian of its parameters."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+
+from teleport_lite.functional import Params
+from teleport_lite.outputs import tensors_of
+
+ROWS = 2  # equations for each unknown, at least
+BATCH = 32
+
+
+class Fibre(NamedTuple):
+    """The local fibre of w -> f(w, .) through the weights of a model.
+
+    Attributes:
+        dim: its dimension, that of the kernel of the Jacobian.
+        gap: decades between the last singular value that counts and the first one that does not.
+    """
+
+    dim: int
+    gap: float
+
+
+def fibre(model: nn.Module, example: tuple[Tensor, ...]) -> Fibre:
+    """Count, in float64 and evaluation mode, on random inputs of the example's shapes."""
+    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    size = sum(p.numel() for p in params.values())
+    generator = torch.Generator().manual_seed(2)
+
+    def drawn(x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return 2 * torch.randn(BATCH, *x.shape[1:], generator=generator, dtype=torch.float64)
+        return torch.randint(0, int(x.max()) + 1, (BATCH, *x.shape[1:]), generator=generator)
+
+    triangle = torch.zeros(0, size, dtype=torch.float64)  # R of a QR decomposition of all rows
+    count = 0
+    while count < ROWS * size:
+        inputs = tuple(drawn(x) for x in example)
+
+        def outputs(p: Params, inputs: tuple[Tensor, ...] = inputs) -> Tensor:
+            found = torch.cat([t.reshape(-1) for t in tensors_of(functional_call(model, p, inputs))])
+            mixed = torch.randn(
+                4 * BATCH, len(found), generator=torch.Generator().manual_seed(count), dtype=found.dtype
+            )
+            return found if len(found) <= 4 * BATCH else mixed @ found
+
+        rows = torch.cat([j.reshape(len(j), -1) for j in jacrev(outputs)(params).values()], 1)
+        rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300)
+        triangle = torch.linalg.qr(torch.cat([triangle, rows]), mode="r")[1]
+        count += len(rows)
+    values = torch.linalg.svdvals(triangle)
+    drops = (values[:-1] / values[1:].clamp(min=1e-17 * float(values[0]))).clamp(min=1).log10()
+    last = int(drops.argmax())
+    gap = float(drops[last])
+    return Fibre(size - 1 - last, gap) if gap > 4 else Fibre(0, gap)
