@@ -14,9 +14,18 @@ from teleport_lite.discovery.constraints import MIX, PERM
 from teleport_lite.discovery.heads import join_side_by_side, permute_blocks, split_blocks
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.propagate import Propagation
+from teleport_lite.discovery.rotations import rotations
 from teleport_lite.discovery.solve import signatures, solve_permutations, solve_scalings, solve_signs
 from teleport_lite.discovery.verify import TOLERANCE, Verifier, distance, told
-from teleport_lite.groups import GeneralLinear, Group, Permutation, PositiveScaling, Signs
+from teleport_lite.groups import (
+    GeneralLinear,
+    Group,
+    PairRotations,
+    Permutation,
+    PositiveScaling,
+    Signs,
+    SpecialOrthogonal,
+)
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 
 PIECES = 64  # an axis in more pieces than that is left out
@@ -71,13 +80,14 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
         found += check.keep([s for s in proposals if kind is Signs or s.group.n > 1], drop)
     found = [s for s in found if not _trivial(s, check)]
     first = {(a[0], a[1]): i for i, a in reversed(list(enumerate(axes)))}
-    rank = [GeneralLinear, PositiveScaling, Signs, Permutation]
+    rank = [GeneralLinear, PositiveScaling, SpecialOrthogonal, PairRotations, Signs, Permutation]
 
     def sort_key(s: NeuronSymmetry) -> tuple[int, int]:
         return min(first[leg.name, leg.dim] for leg in s.legs), rank.index(type(s.group))
 
     found.sort(key=sort_key)
-    found += permute_blocks([part for s in found for part in split_blocks(s)], check)
+    turning = rotations(found, propagation.constraints, orders, {a[:2]: a[3] for a in axes}, check)
+    found += permute_blocks([part for s in found for part in split_blocks(s)], check) + turning
     return sorted(found, key=sort_key), reasons
 
 

@@ -12,19 +12,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import PERM, SCALE, SIGN, Constraints, negative
+from teleport_lite.discovery.constraints import PERM, SCALE, SHIFTED, SIGN, Constraints, negative
 
 
-def solve_scalings(constraints: Constraints, zero_products: bool = False) -> tuple[Tensor, Tensor]:
+def solve_scalings(
+    constraints: Constraints, zero_products: bool = False, offsets: bool = False
+) -> tuple[Tensor, Tensor]:
     """Solve for rescalings.
 
     A sum $s_o = s_a + s_b$ that nothing else decides has several solutions; taken is $s_b = 0$, or $s_o = 0$ with
-    `zero_products`.
+    `zero_products`. With `offsets` gains of the form 1 + w are rescaled too, which no change of w does.
 
     Returns:
         For each variable its class, 0 for those that do not move, and whether it moves inversely to the class.
     """
-    labels = _solve(constraints, SCALE, lambda a: a, negative, zero_products)
+    labels = _solve(constraints, SCALE if offsets else SCALE | SHIFTED, lambda a: a, negative, zero_products)
     plus, minus = labels[0::2], labels[1::2]
     return torch.minimum(plus, minus), minus < plus
 
@@ -93,6 +95,9 @@ def solve_permutations(constraints: Constraints) -> Tensor:
     """
     stays = [(a, torch.zeros_like(a)) for a, s, _ in constraints.fixed if s & PERM]
     classes = _variables(constraints, PERM, stays)
+    if constraints.blocks:
+        b, out = (torch.cat(part) >> 1 for part in zip(*constraints.blocks, strict=True))
+        classes = components(classes, out, torch.where(classes[b] == 0, out, b))
     for a, b, out in constraints.crossings:
         options = []
         for moves, rests in ((b, a), (a, b)):

@@ -17,10 +17,18 @@ from torch import Tensor
 
 from teleport_lite.errors import ShapeError, TeleportError
 from teleport_lite.functional import Params
-from teleport_lite.groups import GeneralLinear, Group, Permutation, PositiveScaling, Signs
+from teleport_lite.groups import (
+    GeneralLinear,
+    Group,
+    PairRotations,
+    Permutation,
+    PositiveScaling,
+    Signs,
+    SpecialOrthogonal,
+)
 from teleport_lite.symmetries.base import SAVED, Symmetry
 
-GROUPS = {group.kind: group for group in (PositiveScaling, GeneralLinear, Permutation, Signs)}
+GROUPS = {group.kind: group for group in (PositiveScaling, GeneralLinear, SpecialOrthogonal, Permutation, Signs)}
 
 
 @dataclass(frozen=True)
@@ -134,14 +142,19 @@ class NeuronSymmetry(Symmetry):
 
     def to_dict(self) -> dict[str, Any]:
         group = {"kind": self.group.kind, "n": self.group.n, "blocks": getattr(self.group, "blocks", 1)}
-        return {"symmetry": "neurons", "group": group, "legs": [asdict(leg) for leg in self.legs]}
+        options = {key: vars(self.group)[key] for key in ("centered", "halves") if key in vars(self.group)}
+        return {"symmetry": "neurons", "group": group | options, "legs": [asdict(leg) for leg in self.legs]}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> NeuronSymmetry:
         """What `to_dict` gave."""
-        kind, n, blocks = saved["group"]["kind"], saved["group"]["n"], saved["group"]["blocks"]
-        group = GeneralLinear(n // blocks, blocks) if kind == "mixing" else GROUPS[kind](n)
-        return cls(group, [Leg(**leg) for leg in saved["legs"]])
+        return cls(cls._group(**saved["group"]), [Leg(**leg) for leg in saved["legs"]])
+
+    @staticmethod
+    def _group(kind: str, n: int, blocks: int, **options: bool) -> Group:
+        if kind == "mixing":
+            return GeneralLinear(n // blocks, blocks)
+        return PairRotations(n, **options) if "halves" in options else GROUPS[kind](n, **options)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, NeuronSymmetry) and (self.group, set(self.legs)) == (other.group, set(other.legs))
