@@ -348,7 +348,11 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], object], int]] =
     "Decoder, post-norm, ReLU": (lambda: Decoder("relu", post=True), _tokens, 2 * (2 * 2 * 16 + 12) + 8),
     "Decoder, tied embedding": (lambda: Decoder("gelu", tied=True), _tokens, 2 * 2 * 2 * 16 + 4 * 8),
     "Decoder, Llama style": (lambda: Decoder("llama"), _tokens, 2 * (2 * 2 * 2 + 2 * 16 + 12) + 5 * 8 + 28),
-    "Decoder, Llama style, grouped queries": (lambda: Decoder("llama", kv=1), _tokens, 2 * (2 * 2 + 16 + 12) + 5 * 8 + 28),
+    "Decoder, Llama style, grouped queries": (
+        lambda: Decoder("llama", kv=1),
+        _tokens,
+        2 * (2 * 2 + 16 + 12) + 5 * 8 + 28,
+    ),
     "Encoder and decoder": (Translate, _pair, 3 * 2 * 2 * 16 + 2 * 12 + 8),
     "Vision transformer": (Vision, SMALL, 2 * 2 * 16 + 3 * 8 + 21),
     "Attention by einsum": (Einsum, _x(2, 5, 8), 2 + 2 + 16 + 6),

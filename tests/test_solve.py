@@ -12,6 +12,8 @@ import torch
 
 from teleport_lite.discovery.constraints import ALL, MIX, PERM, SCALE, SIGN, Constraints, negative
 from teleport_lite.discovery.solve import (
+    PRODUCT,
+    SECOND,
     components,
     reasons,
     signatures,
@@ -107,8 +109,8 @@ def test_scalings_and_signs_solve_the_system_exactly(sums):
     draw, whole = random.Random(sums), 0
     for _ in range(200):
         c, rows = random_system(draw, sums)
-        for zero_products in (False, True):
-            classes, inverse = solve_scalings(c, zero_products)
+        for zero in (SECOND, PRODUCT):
+            classes, inverse = solve_scalings(c, zero)
             values = {k: draw.randint(-9, 9) for k in classes.tolist()} | {0: 0}
             s = [values[k] * (-1 if i else 1) for k, i in zip(classes.tolist(), inverse.tolist(), strict=True)]
             assert all(sum(v * x for v, x in zip(row, s, strict=True)) == 0 for row in rows[SCALE])

@@ -35,8 +35,8 @@ class Constraints:
         equalities: labels that are equal, pair by pair, and in which systems.
         sums: labels a, b, o with $s_o = s_a + s_b$.
         crossings: labels a, b, o of the entries of one tensor, which are permuted as those of a, or as those of b.
-        blocks: labels b of a factor that is the same for blocks of entries, and o of the product: the entries of a block
-            move with b where it moves, and inside of the block where it stays.
+        blocks: labels b of a factor that is the same for blocks of entries, and o of the product: a block is permuted
+            with b where b moves, and its entries among themselves where b stays.
         fixed: labels that do not move, in which systems, and why.
         colors: labels, a colour for each, and in which systems different colours are told apart.
         gains: labels of what multiplies an axis and consists of parameters.

@@ -15,7 +15,15 @@ from teleport_lite.discovery.heads import join_side_by_side, permute_blocks, spl
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.rotations import rotations
-from teleport_lite.discovery.solve import signatures, solve_permutations, solve_scalings, solve_signs
+from teleport_lite.discovery.solve import (
+    FIRST,
+    PRODUCT,
+    SECOND,
+    signatures,
+    solve_permutations,
+    solve_scalings,
+    solve_signs,
+)
 from teleport_lite.discovery.verify import TOLERANCE, Verifier, distance, told
 from teleport_lite.groups import (
     GeneralLinear,
@@ -55,8 +63,9 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
 
     found: list[NeuronSymmetry] = []
     covered: set[tuple[int, int]] = set()
-    for zero_products in (False, True) if propagation.constraints.sums else (False,):
-        classes, inverse = solve_scalings(propagation.constraints, zero_products)
+    sums = bool(propagation.constraints.sums)
+    for zero in (SECOND, PRODUCT) if sums else (SECOND,):
+        classes, inverse = solve_scalings(propagation.constraints, zero)
         entries = _entries(axes, classes, inverse)
         single = _proposals(
             axes, entries, GeneralLinear, signatures(propagation.constraints, classes, MIX), classes, reasons
@@ -68,16 +77,18 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
         rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.indices)}
         scaled = [s for s in _proposals(axes, rest, PositiveScaling, None, classes, reasons) if s not in found]
         found += kept + check.keep(scaled, drop)
-    flips = solve_signs(propagation.constraints)
     orders = solve_permutations(propagation.constraints)
     for kind, classes, signature in (
-        (Signs, flips, None),
+        *(
+            (Signs, solve_signs(propagation.constraints, zero), None)
+            for zero in ((SECOND, FIRST) if sums else (SECOND,))
+        ),
         (Permutation, orders, signatures(propagation.constraints, orders, PERM)),
     ):
         entries = _entries(axes, classes, torch.zeros_like(classes, dtype=torch.bool))
         rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.indices)}
         proposals = list(_proposals(axes, rest, kind, signature, classes, reasons))
-        found += check.keep([s for s in proposals if kind is Signs or s.group.n > 1], drop)
+        found += check.keep([s for s in proposals if (kind is Signs or s.group.n > 1) and s not in found], drop)
     found = [s for s in found if not _trivial(s, check)]
     first = {(a[0], a[1]): i for i, a in reversed(list(enumerate(axes)))}
     rank = [GeneralLinear, PositiveScaling, SpecialOrthogonal, PairRotations, Signs, Permutation]

@@ -14,30 +14,30 @@ from torch import Tensor
 
 from teleport_lite.discovery.constraints import PERM, SCALE, SHIFTED, SIGN, Constraints, negative
 
+FIRST, SECOND, PRODUCT = 0, 1, 2  # the terms of a sum
 
-def solve_scalings(
-    constraints: Constraints, zero_products: bool = False, offsets: bool = False
-) -> tuple[Tensor, Tensor]:
+
+def solve_scalings(constraints: Constraints, vanishing: int = SECOND, offsets: bool = False) -> tuple[Tensor, Tensor]:
     """Solve for rescalings.
 
-    A sum $s_o = s_a + s_b$ that nothing else decides has several solutions; taken is $s_b = 0$, or $s_o = 0$ with
-    `zero_products`. With `offsets` gains of the form 1 + w are rescaled too, which no change of w does.
+    A sum $s_o = s_a + s_b$ that nothing else decides has several solutions; taken is that in which the
+    `vanishing` term is zero. With `offsets` gains of the form 1 + w are rescaled too, which no change of w does.
 
     Returns:
         For each variable its class, 0 for those that do not move, and whether it moves inversely to the class.
     """
-    labels = _solve(constraints, SCALE if offsets else SCALE | SHIFTED, lambda a: a, negative, zero_products)
+    labels = _solve(constraints, SCALE if offsets else SCALE | SHIFTED, lambda a: a, negative, vanishing)
     plus, minus = labels[0::2], labels[1::2]
     return torch.minimum(plus, minus), minus < plus
 
 
-def solve_signs(constraints: Constraints) -> Tensor:
+def solve_signs(constraints: Constraints, vanishing: int = SECOND) -> Tensor:
     """Solve for flips of signs, the same system over the field of two elements, where $-s = s$.
 
     Returns:
         For each variable its class, 0 for those that do not move.
     """
-    return _solve(constraints, SIGN, lambda a: a & ~1, lambda a: a, False)[0::2]
+    return _solve(constraints, SIGN, lambda a: a & ~1, lambda a: a, vanishing)[0::2]
 
 
 def _solve(
@@ -45,7 +45,7 @@ def _solve(
     system: int,
     node: Callable[[Tensor], Tensor],
     opposite: Callable[[Tensor], Tensor],
-    zero_products: bool,
+    vanishing: int,
 ) -> Tensor:
     """For each label the least one that is equal to it; `node` names what stands for a label, `opposite` its negative.
 
@@ -83,7 +83,7 @@ def _solve(
         if decided or bool(done.all()):
             return classes
         decided = True
-        x = (o if zero_products else b)[~done]
+        x = (a, b, o)[vanishing][~done]
         y = torch.zeros_like(x)
 
 

@@ -1,14 +1,14 @@
-r"""Rotations of a residual stream, which only norms and linear maps read.
+r"""Rotations of a residual stream, which nothing but norms and linear maps reads.
 
 Behind an RMSNorm all rotations R are free, behind a LayerNorm those that keep the vector of ones. What writes to the
-stream, rows of matrices, biases and embeddings, moves by $w \\mapsto Rw$; what reads it behind a norm with gain g, with
-D = diag(g), by $W \\mapsto W D R^{\\top} D^{-1}$, and the shift of that norm by $\\beta \\mapsto D R D^{-1} \\beta$. The
-gains stay. Derived in the chapter *Modern architectures*.
+stream, rows of matrices, biases and embeddings, moves by $w \mapsto Rw$. What reads it behind a norm with gain g moves
+by $W \mapsto W D R^\top D^{-1}$ with D = diag(g), the shift of that norm by $\beta \mapsto D R D^{-1} \beta$; g stays.
+Without gains this is a `NeuronSymmetry`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,49 +50,62 @@ class GainedRotation(NeuronSymmetry):
         self.names = tuple(dict.fromkeys([*self.names, *(gain.name for gain in self.gains if gain)]))
 
     def move(self, params, xi):
-        return self._between(params, params, lambda scaled: self._apply(scaled, *self.group.pair(xi)))
+        g, moved = self.group.exp(xi), {name: params[name] for name in self.names}
+        for leg, gain in self._pairs:
+            moved[leg.name] = self._turned(moved[leg.name], g, leg, self._stretch(params, leg, gain))
+        return moved
 
-    def velocity(self, params, xi):
-        return self._between(params, params, lambda scaled: super(GainedRotation, self).velocity(scaled, xi))
+    velocity = Symmetry.velocity
+    transport = Symmetry.transport
 
     def jet(self, params, xi):
         first = self.velocity(params, xi)
-        return first, self.velocity({**first, **{gain.name: params[gain.name] for gain in self.gains if gain}}, xi)
+        return first, self.velocity({**first, **{gain.name: params[gain.name] for _, gain in self._pairs if gain}}, xi)
 
-    def transport(self, grads, xi, params=None):
-        return Symmetry.transport(self, grads, xi, params)
+    def spread(self, tensors, xi, entry, *, dual=True, params=None):
+        if params is None:
+            return Symmetry.spread(self, tensors, xi, entry, dual=dual)  # which says so
+        self.check(tensors)
+        self._check_coordinates(tensors, xi)
+        matrix = self.group.exp(xi)
+        g, diagonal = entry(matrix), matrix.diagonal()
+        point, moved = dict(params), dict(tensors)
+        for leg, gain in self._pairs:
+            stretch, x, old = self._stretch(params, leg, gain), *(self.axis(p[leg.name], leg) for p in (point, moved))
+            point[leg.name] = self._turned(point[leg.name], matrix, leg, stretch)
+            moved[leg.name] = self._turned(moved[leg.name], g, leg, entry(1 / stretch if dual else stretch))
+            if gain is None:
+                continue
+            # y_k = R_kj e_j x_j / e_k has the derivative (R_kj x_j - [k = j] y_k) / e_k by e_j, which is slope * gain_j
+            y, kept = self.axis(point[leg.name], leg), diagonal.view_as(stretch)
+            slope, moves = entry(stretch.new_ones(()) if leg.dual else -(stretch**2)), self.axis(moved[gain.name], gain)
+            if dual:
+                old = old / entry(stretch)
+                row = entry(y) * (self.group.along(g, old, 0) - entry(kept) * old) + entry(kept * y - x) * old
+                moves = moves + (slope * row).reshape(self.group.n, -1).sum(1).view_as(moves)
+                moved[gain.name] = self._put(moved[gain.name], moves.to(moved[gain.name].dtype), gain)
+            else:
+                old = slope * moves.view_as(stretch)
+                row = self.group.along(g, entry(x) * old, 0) - entry(kept * x) * old + entry(kept * x - y) * old
+                new = self.axis(moved[leg.name], leg) + row / entry(stretch)
+                moved[leg.name] = self._put(moved[leg.name], new.to(moved[leg.name].dtype), leg)
+        return moved
 
-    def _between(
-        self,
-        tensors: Params,
-        params: Params,
-        turn: Callable[[Params], Params],
-        entry: Callable[[Tensor], Tensor] = lambda gain: gain,
-        dual: bool = False,
-    ) -> Params:
-        """`tensors`, multiplied by the gains in `params` or divided by them, turned, and divided or multiplied back.
+    @property
+    def _pairs(self) -> Iterator[tuple[Leg, Gain | None]]:
+        return zip(self.legs, self.gains, strict=True)
 
-        Args:
-            tensors: what moves.
-            params: where the gains are.
-            turn: a linear map of what moves.
-            entry: applied to each gain first.
-            dual: for what moves as gradients do.
-        """
-        moved = {name: tensors[name].to(wide(tensors[name].dtype)) for name in self.names}
-        pairs = [(leg, gain) for leg, gain in zip(self.legs, self.gains, strict=True) if gain]
+    def _stretch(self, params: Params, leg: Leg, gain: Gain | None) -> Tensor:
+        """What a leg is multiplied by, along its axis, before it is turned, and divided by after that: [n, 1, ...]."""
+        if gain is None:
+            return params[leg.name].new_ones(())
+        vector = self.axis(params[gain.name], gain).flatten() + gain.offset
+        vector = (vector if leg.dual else 1 / vector).to(wide(vector.dtype))
+        return vector.reshape(-1, *[1] * (self.axis(params[leg.name], leg).ndim - 1))
 
-        def scale(up: bool) -> None:
-            for leg, gain in pairs:
-                part = self.axis(moved[leg.name], leg)
-                factor = entry(self.axis(params[gain.name], gain).reshape(-1, *[1] * (part.ndim - 1)) + gain.offset)
-                part = part * factor if (leg.dual != dual) == up else part / factor
-                moved[leg.name] = self._put(moved[leg.name], part, leg)
-
-        scale(True)
-        moved = turn({**tensors, **moved})
-        scale(False)
-        return {name: moved[name].to(tensors[name].dtype) for name in self.names}
+    def _turned(self, tensor: Tensor, g: Tensor, leg: Leg, stretch: Tensor) -> Tensor:
+        part = self.group.along(g, self.axis(tensor, leg) * stretch, 0) / stretch
+        return self._put(tensor, part.to(tensor.dtype), leg)
 
     def check(self, params):
         super().check(params)
