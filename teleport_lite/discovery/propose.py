@@ -64,8 +64,8 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
     found: list[NeuronSymmetry] = []
     covered: set[tuple[int, int]] = set()
     sums = bool(propagation.constraints.sums)
-    for zero in (SECOND, PRODUCT) if sums else (SECOND,):
-        classes, inverse = solve_scalings(propagation.constraints, zero)
+    for term in (SECOND, PRODUCT) if sums else (SECOND,):
+        classes, inverse = solve_scalings(propagation.constraints, term)
         entries = _entries(axes, classes, inverse)
         single = _proposals(
             axes, entries, GeneralLinear, signatures(propagation.constraints, classes, MIX), classes, reasons
@@ -77,12 +77,10 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
         rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.indices)}
         scaled = [s for s in _proposals(axes, rest, PositiveScaling, None, classes, reasons) if s not in found]
         found += kept + check.keep(scaled, drop)
+    signs = [solve_signs(propagation.constraints, term) for term in ((SECOND, FIRST) if sums else (SECOND,))]
     orders = solve_permutations(propagation.constraints)
     for kind, classes, signature in (
-        *(
-            (Signs, solve_signs(propagation.constraints, zero), None)
-            for zero in ((SECOND, FIRST) if sums else (SECOND,))
-        ),
+        *((Signs, flips, None) for flips in signs),
         (Permutation, orders, signatures(propagation.constraints, orders, PERM)),
     ):
         entries = _entries(axes, classes, torch.zeros_like(classes, dtype=torch.bool))

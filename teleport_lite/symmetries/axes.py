@@ -60,6 +60,7 @@ class NeuronSymmetry(Symmetry):
     """
 
     homogeneous = True
+    gains: tuple[Leg | None, ...] = ()  # that the legs stand behind, which the group does not act on
 
     def __init__(self, group: Group, legs: Iterable[Leg]) -> None:
         self.group, self.legs = group, tuple(legs)
@@ -101,7 +102,7 @@ class NeuronSymmetry(Symmetry):
 
     def check(self, params: Params) -> None:
         super().check(params)
-        for leg in self.legs:
+        for leg in (*self.legs, *filter(None, self.gains)):
             shape = params[leg.name].shape
             size = shape[leg.dim] * (leg.groups if leg.groups > 1 else 1) if leg.dim < len(shape) else 0
             stop = leg.start + self.group.n * leg.each
@@ -157,7 +158,9 @@ class NeuronSymmetry(Symmetry):
         return PairRotations(n, **options) if "halves" in options else GROUPS[kind](n, **options)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, NeuronSymmetry) and (self.group, set(self.legs)) == (other.group, set(other.legs))
+        if not isinstance(other, NeuronSymmetry):
+            return False
+        return (self.group, {*self.legs}, self.gains) == (other.group, {*other.legs}, other.gains)
 
     def __hash__(self) -> int:
         return hash((self.group, self.legs[0]))

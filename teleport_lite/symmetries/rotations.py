@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from teleport_lite.errors import ShapeError
 from teleport_lite.functional import Params
 from teleport_lite.groups import Group
 from teleport_lite.groups.base import wide
@@ -99,21 +98,13 @@ class GainedRotation(NeuronSymmetry):
         """What a leg is multiplied by, along its axis, before it is turned, and divided by after that: [n, 1, ...]."""
         if gain is None:
             return params[leg.name].new_ones(())
-        vector = self.axis(params[gain.name], gain).flatten() + gain.offset
-        vector = (vector if leg.dual else 1 / vector).to(wide(vector.dtype))
-        return vector.reshape(-1, *[1] * (self.axis(params[leg.name], leg).ndim - 1))
+        vector = self.axis(params[gain.name], gain).flatten()
+        vector = vector.to(wide(vector.dtype)) + gain.offset
+        return (vector if leg.dual else 1 / vector).reshape(-1, *[1] * (self.axis(params[leg.name], leg).ndim - 1))
 
     def _turned(self, tensor: Tensor, g: Tensor, leg: Leg, stretch: Tensor) -> Tensor:
         part = self.group.along(g, self.axis(tensor, leg) * stretch, 0) / stretch
         return self._put(tensor, part.to(tensor.dtype), leg)
-
-    def check(self, params):
-        super().check(params)
-        for gain in filter(None, self.gains):
-            expected, shape = self.group.n, tuple(params[gain.name].shape)
-            if params[gain.name].numel() < gain.start + expected:
-                remedy = "pass the parameters that the symmetry was made for"
-                raise ShapeError(gain.name, f"at least {gain.start + expected} entries", shape, remedy)
 
     def to_dict(self):
         gains = [gain and asdict(gain) for gain in self.gains]
@@ -124,11 +115,6 @@ class GainedRotation(NeuronSymmetry):
         """What `to_dict` gave."""
         legs = [Leg(**leg) for leg in saved["legs"]]
         return cls(cls._group(**saved["group"]), legs, [gain and Gain(**gain) for gain in saved["gains"]])
-
-    def __eq__(self, other: object) -> bool:
-        return super().__eq__(other) and getattr(other, "gains", None) == self.gains
-
-    __hash__ = NeuronSymmetry.__hash__
 
 
 SAVED["rotation"] = GainedRotation
