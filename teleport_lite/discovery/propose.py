@@ -79,10 +79,9 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
         found += kept + check.keep(scaled, drop)
     signs = [solve_signs(propagation.constraints, term) for term in ((SECOND, FIRST) if sums else (SECOND,))]
     orders = solve_permutations(propagation.constraints)
-    for kind, classes, signature in (
-        *((Signs, flips, None) for flips in signs),
-        (Permutation, orders, signatures(propagation.constraints, orders, PERM)),
-    ):
+    finite: list[Any] = [(Signs, flips, None) for flips in signs]
+    finite.append((Permutation, orders, signatures(propagation.constraints, orders, PERM)))
+    for kind, classes, signature in finite:
         entries = _entries(axes, classes, torch.zeros_like(classes, dtype=torch.bool))
         rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.indices)}
         proposals = list(_proposals(axes, rest, kind, signature, classes, reasons))

@@ -45,7 +45,7 @@ class GainedRotation(NeuronSymmetry):
 
     def __init__(self, group: Group, legs: Iterable[Leg], gains: Iterable[Gain | None]) -> None:
         super().__init__(group, legs)
-        self.gains = tuple(gains)
+        self.gains: tuple[Gain | None, ...] = tuple(gains)
         self.names = tuple(dict.fromkeys([*self.names, *(gain.name for gain in self.gains if gain)]))
 
     def move(self, params, xi):
