@@ -32,6 +32,7 @@ from teleport_lite.runtime import (
     unwrap_compiled,
 )
 from teleport_lite.search import search as find
+from teleport_lite.search import searched
 from teleport_lite.symmetries.base import Symmetry, check_radius
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
 from teleport_lite.symmetries.product import Product, check_symmetry
@@ -88,6 +89,7 @@ def teleport(
             may move as far as rounding the weights moves it, if the outputs agree.
         generator: for random choices; needed by search="random".
         search: "closed_form", "ascent" or "random"; by default the closed form where there is one, ascent elsewhere.
+            Factors without a closed form stay as long as others have one; `report.symmetry` are those that moved.
 
     Returns:
         A `Report`.
@@ -170,6 +172,8 @@ def carry_out(
             product = product.continuous
             if not len(product):
                 raise NoSymmetryError(["all its groups are finite: only search='random' moves along them"])
+        if search in (None, "closed_form"):
+            product = searched(product, goal)
 
         ranks.check_same(
             parameters=params,

@@ -106,6 +106,23 @@ def at_random(world: World):
     return found(model, first, second)
 
 
+def rotations(world: World):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(5, 6), nn.RMSNorm(6), nn.Linear(6, 3)).double()
+    symmetry, model = tl.find_symmetries(inner, X[:4]).select(kind="rotation"), world.wrap(inner)
+    assert symmetry.dim == 15
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    teleporter = tl.Teleporter(model, optimizer, symmetry, every=1, radius=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        world.loss_fn(model).backward()
+        optimizer.step()
+        teleporter.step(world.loss_fn)
+    assert teleporter.report is not None
+    return found(model, teleporter.report)
+
+
 def trained(state: str, every: Any):
     def case(world: World):
         model = world.wrap(build())
@@ -154,6 +171,7 @@ AGREE = {
     "one_step_loss on a mini-batch": mini_batch("one_step_loss", "one_step_loss"),
     "an objective of one's own": own_objective,
     "mixings": mixing,
+    "rotations": rotations,
     "random elements, random starts": at_random,
     "Teleporter, transport": trained("transport", {1, 3}),
     "Teleporter, reset": trained("reset", {1, 3}),

@@ -15,7 +15,7 @@ import torch
 from rule_cases import CASES, Draw
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import MIX, PERM, SCALE, SIGN
+from teleport_lite.discovery.constraints import MIX, PERM, SCALE, SHIFTED, SIGN
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.solve import signatures, solve_permutations, solve_scalings, solve_signs
 
@@ -176,7 +176,7 @@ def rank(matrix: Tensor) -> int:
 def test_multiples(name):
     for seed in range(DRAWS):
         op = Followed(name, seed)
-        solutions = nullspace(op.rows(SCALE))
+        solutions = nullspace(op.rows(SCALE | SHIFTED))
         for _ in range(3 if solutions.shape[1] and op.variables else 0):
             s = solutions @ torch.randn(solutions.shape[1], dtype=torch.float64)
             factors = (s / s.abs().max().clamp(min=1)).exp()
@@ -341,5 +341,5 @@ def test_the_solver_finds_what_the_equations_allow():
             op = Followed(name, seed)
             if not op.constraints.sums:
                 classes, _ = solve_scalings(op.constraints)
-                assert len({*classes.tolist()} - {0}) == nullspace(op.rows(SCALE)).shape[1]
+                assert len({*classes.tolist()} - {0}) == nullspace(op.rows(SCALE | SHIFTED)).shape[1]
                 assert len({*solve_signs(op.constraints).tolist()} - {0}) == len(binary_nullspace(op.rows(SIGN)))

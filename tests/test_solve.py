@@ -12,6 +12,8 @@ import torch
 
 from teleport_lite.discovery.constraints import ALL, MIX, PERM, SCALE, SIGN, Constraints, negative
 from teleport_lite.discovery.solve import (
+    PRODUCT,
+    SECOND,
     components,
     reasons,
     signatures,
@@ -109,8 +111,8 @@ def test_scalings_and_signs_solve_the_system_exactly(sums):
     draw, whole = random.Random(sums), 0
     for _ in range(200):
         c, rows = random_system(draw, sums)
-        for zero_products in (False, True):
-            classes, factors = solve_scalings(c, zero_products)
+        for zero in (SECOND, PRODUCT):
+            classes, factors = solve_scalings(c, zero)
             values = {k: draw.randint(-9, 9) for k in classes.tolist()} | {0: 0}
             s = [values[k] * f for k, f in zip(classes.tolist(), factors.tolist(), strict=True)]
             assert all(abs(sum(v * x for v, x in zip(row, s, strict=True))) < 1e-6 for row in rows[SCALE])

@@ -19,7 +19,8 @@ from teleport_lite.errors import (
     TeleportError,
     UnknownNameError,
 )
-from teleport_lite.symmetries import permutation, scaling
+from teleport_lite.groups import PositiveScaling
+from teleport_lite.symmetries import Leg, NeuronSymmetry, permutation, scaling
 from teleport_lite.transaction import commit
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -53,6 +54,18 @@ def test_gradient_norm(model, maximize):
     assert report.objective_after > 1.5 * before if maximize else report.objective_after < 0.99 * before
     assert report.invariance_error < 1e-12 and relative(model(X), outputs) < 1e-12
     assert ids == [id(p) for p in model.parameters()]
+
+
+def test_what_has_no_closed_form_stays_where_others_have_one(model):
+    tied = NeuronSymmetry(PositiveScaling(12), [Leg("0.weight", 0), Leg("0.bias", 0), Leg("2.weight", 1, True)] * 2)
+    solvable = hidden_product(scaling, model)
+    before = copy.deepcopy(model.state_dict())
+    report = tl.teleport(model, loss_fn, tl.Product([tied, *solvable]))
+    assert report.accepted and report.symmetry == solvable
+    for symmetry, how in ((tied, None), (tl.Product([tied, *solvable]), "ascent")):
+        model.load_state_dict(before)
+        report = tl.teleport(model, loss_fn, symmetry, search=how)
+        assert report.accepted and report.symmetry[0] == tied and bool(report.xi[0].any())
 
 
 def test_the_report_prints_as_a_short_table(model):

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 SCALE, SIGN, PERM, MIX = 1, 2, 4, 8  # the systems, as bits
+TURN = 16  # that of rotations, which is MIX but for norms and their gains
+SHIFTED = 32  # what does not move because a number is added to it, and may be a gain
 ALL = SCALE | SIGN | PERM
 
 
@@ -45,16 +47,23 @@ class Constraints:
         equalities: labels a, b with $s_a = k s_b$, pair by pair, in which systems, and k, which is 1 but for scalings.
         sums: labels a, b, o with $s_o = s_a + s_b$.
         crossings: labels a, b, o of the entries of one tensor, which are permuted as those of a, or as those of b.
+        blocks: labels b of a factor that is the same for blocks of entries, and o of the product: a block is permuted
+            with b where b moves, and its entries among themselves where b stays.
         fixed: labels that do not move, in which systems, and why.
         colors: labels, a colour for each, and in which systems different colours are told apart.
+        gains: labels of what multiplies an axis and consists of parameters.
+        offsets: labels of parameters to which a number was added, those of the parameters themselves, and the number.
     """
 
     count: int = 1
     equalities: list[tuple[Tensor, Tensor, int, float]] = field(default_factory=list)
     sums: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     crossings: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    blocks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     fixed: list[tuple[Tensor, int, str]] = field(default_factory=list)
     colors: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+    gains: list[Tensor] = field(default_factory=list)
+    offsets: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
 
     def fresh(self, *shape: int) -> Tensor:
         """Labels of new variables."""
@@ -85,14 +94,18 @@ class Constraints:
             crossing: whether both are of one tensor, whose entries are permuted along one of two axes; by default they
                 are of the factors of a product, and all three are permuted together.
         """
+        sizes = a.numel(), b.numel()
         a, b = torch.broadcast_tensors(a, b)
         out = self.fresh(*a.shape)
         self.sums.append((a.reshape(-1), b.reshape(-1), out.reshape(-1)))
         if crossing:
             self.crossings.append(self.sums[-1])
-        else:
-            self.equate(a, out, PERM)
-            self.equate(b, out, PERM)
+            return out
+        for factor, size in zip((a, b), sizes, strict=True):
+            if size < out.numel():
+                self.blocks.append((factor.reshape(-1), out.reshape(-1)))
+            else:
+                self.equate(factor, out, PERM)
         return out
 
     def distinguish(self, labels: Tensor, colors: Tensor | None = None, systems: int = PERM | MIX) -> None:

@@ -34,10 +34,11 @@ RETURNED = "the model returns them"
 def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
     """The symmetries of `model` that hold on all inputs.
 
-    Works on any model that runs: modules, functions and loops are all followed, operation by operation. What moves
-    may be neurons and channels (scalings, signs, permutations, mixings where nothing stands between two linear maps),
-    the queries and keys or the values of attention heads, or a residual stream. Mixings of the heads of a layer are one
-    factor, GL(d)^heads. Frozen parameters stay. The model is only read, and the global random state is left as it was.
+    Works on any model that runs: modules, functions and loops are all followed, operation by operation. What moves may
+    be neurons and channels (scalings, signs, permutations, mixings where nothing stands between two linear maps), the
+    queries and keys or the values of attention heads, which rotate with rotary positions, or a residual stream, which
+    is rotated where nothing but norms and linear maps reads it. Mixings of the heads of a layer are one factor,
+    GL(d)^heads. Frozen parameters stay. The model is only read, and the global random state is left as it was.
 
     Each factor is verified on a copy of the whole model, in float64: on the example and on values near it, on larger
     and smaller ones, other integers, batches and lengths, as far as the model takes them, in evaluation and training

@@ -95,10 +95,15 @@ class Operation:
         for a in labels:
             self.constraints.fix(a, why, systems)
 
-    def keep_entries_apart(self, labels: Iterable[Tensor]) -> None:
+    def keep_entries_apart(self, labels: Iterable[Tensor], systems: int = MIX) -> None:
         """No mixing of the entries of an axis."""
         for a in labels:
-            self.constraints.distinguish(a, systems=MIX)
+            self.constraints.distinguish(a, systems=systems)
+
+    def note_gain(self, tensor: Any, labels: Tensor | None) -> None:
+        """Note that `tensor`, with these labels, multiplies an axis, if it consists of parameters."""
+        if labels is not None and self.memory.is_tracked(tensor):
+            self.constraints.gains.append(labels)
 
     @property
     def is_in_place(self) -> bool:

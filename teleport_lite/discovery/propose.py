@@ -14,9 +14,26 @@ from teleport_lite.discovery.constraints import MIX, PERM, rational
 from teleport_lite.discovery.heads import join_side_by_side, permute_blocks, permute_stacks, split_blocks
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.propagate import Propagation
-from teleport_lite.discovery.solve import signatures, solve_permutations, solve_scalings, solve_signs
+from teleport_lite.discovery.rotations import rotations
+from teleport_lite.discovery.solve import (
+    FIRST,
+    PRODUCT,
+    SECOND,
+    signatures,
+    solve_permutations,
+    solve_scalings,
+    solve_signs,
+)
 from teleport_lite.discovery.verify import TOLERANCE, Verifier, distance, told
-from teleport_lite.groups import GeneralLinear, Group, Permutation, PositiveScaling, Signs
+from teleport_lite.groups import (
+    GeneralLinear,
+    Group,
+    PairRotations,
+    Permutation,
+    PositiveScaling,
+    Signs,
+    SpecialOrthogonal,
+)
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 
 PIECES = 64  # an axis in more pieces than that is left out
@@ -46,9 +63,9 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
 
     found: list[NeuronSymmetry] = []
     covered: set[tuple[int, int]] = set()
-    options = (False, True) if propagation.constraints.sums else (False,)
-    for zero_products in options:
-        classes, factors = solve_scalings(propagation.constraints, zero_products)
+    sums = bool(propagation.constraints.sums)
+    for term in (SECOND, PRODUCT) if sums else (SECOND,):
+        classes, factors = solve_scalings(propagation.constraints, term)
         entries = _entries(axes, classes, factors)
         single = _proposals(
             axes, entries, GeneralLinear, signatures(propagation.constraints, classes, MIX), classes, reasons
@@ -62,7 +79,10 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
         found += kept + check.keep(scaled, drop)
     orders = solve_permutations(propagation.constraints)
     kinds: list[tuple[type[Group], Tensor, Tensor | None]] = [
-        *((Signs, solve_signs(propagation.constraints, zero_products), None) for zero_products in options),
+        *(
+            (Signs, solve_signs(propagation.constraints, term), None)
+            for term in ((SECOND, FIRST, PRODUCT) if sums else (SECOND,))
+        ),
         (Permutation, orders, signatures(propagation.constraints, orders, PERM)),
     ]
     for kind, classes, signature in kinds:
@@ -72,13 +92,15 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
         found += check.keep([s for s in proposals if kind is Signs or s.group.n > 1], drop)
     found = [s for s in found if not _trivial(s, check)]
     first = {(a[0], a[1]): i for i, a in reversed(list(enumerate(axes)))}
-    rank = [GeneralLinear, PositiveScaling, Signs, Permutation]
+    rank = [GeneralLinear, PositiveScaling, SpecialOrthogonal, PairRotations, Signs, Permutation]
 
     def sort_key(s: NeuronSymmetry) -> tuple[int, int]:
         return min(first[leg.name, leg.dim] for leg in s.legs), rank.index(type(s.group))
 
     found.sort(key=sort_key)
-    found += permute_blocks([part for s in found for part in split_blocks(s)], check) + permute_stacks(found, check)
+    turning = rotations(found, propagation.constraints, orders, {a[:2]: a[3] for a in axes}, check)
+    found += permute_blocks([part for s in found for part in split_blocks(s)], check)
+    found += permute_stacks(found, check) + turning
     return sorted(found, key=sort_key), reasons
 
 

@@ -10,35 +10,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import PERM, SCALE, SIGN, Constraints, rational
+from teleport_lite.discovery.constraints import PERM, SCALE, SHIFTED, SIGN, Constraints, rational
 
 ROUNDING = 1e-9  # relative, of multiples
+FIRST, SECOND, PRODUCT = 0, 1, 2  # the terms of a sum
 
 
-def solve_scalings(constraints: Constraints, zero_products: bool = False) -> tuple[Tensor, Tensor]:
+def solve_scalings(constraints: Constraints, vanishing: int = SECOND, offsets: bool = False) -> tuple[Tensor, Tensor]:
     """Solve for rescalings.
 
-    A sum $s_o = s_a + s_b$ that nothing else decides has several solutions; taken is $s_b = 0$, or $s_o = 0$ with
-    `zero_products`.
+    A sum $s_o = s_a + s_b$ that nothing else decides has several solutions; taken is that in which the
+    `vanishing` term is zero. With `offsets` gains of the form 1 + w are rescaled too, which no change of w does.
 
     Returns:
         For each variable its class, 0 for those that do not move, and which multiple of the class it is.
     """
-    classes, factors = _solve(constraints, SCALE, zero_products)
+    classes, factors = _solve(constraints, SCALE if offsets else SCALE | SHIFTED, vanishing)
     values, which = factors.unique(return_inverse=True)
     return classes, values.new_tensor([rational(v) for v in values.tolist()])[which]
 
 
-def solve_signs(constraints: Constraints, zero_products: bool = False) -> Tensor:
+def solve_signs(constraints: Constraints, vanishing: int = SECOND) -> Tensor:
     """Solve for flips of signs, the same system over the field of two elements, where $-s = s$.
 
     Returns:
         For each variable its class, 0 for those that do not move.
     """
-    return _solve(constraints, SIGN, zero_products)[0]
+    return _solve(constraints, SIGN, vanishing)[0]
 
 
-def _solve(constraints: Constraints, system: int, zero_products: bool) -> tuple[Tensor, Tensor]:
+def _solve(constraints: Constraints, system: int, vanishing: int) -> tuple[Tensor, Tensor]:
     """For each variable the least one of which it is a multiple, and which multiple; of signs, modulo 2.
 
     Invariant: $s_v$ = `factors[v]` $s$ of `classes[v]` solves all equalities read so far; a sum is read once at most
@@ -46,7 +47,7 @@ def _solve(constraints: Constraints, system: int, zero_products: bool) -> tuple[
     """
 
     def multiples(labels: Tensor) -> tuple[Tensor, Tensor]:
-        return labels >> 1, (1 - 2.0 * (labels & 1)).double() if system == SCALE else torch.ones(labels.shape).double()
+        return labels >> 1, (1 - 2.0 * (labels & 1)).double() if system != SIGN else torch.ones(labels.shape).double()
 
     def reduced(numbers: Tensor) -> Tensor:
         return numbers % 2 if system == SIGN else torch.where(numbers.abs() < ROUNDING, 0.0, numbers)
@@ -84,7 +85,7 @@ def _solve(constraints: Constraints, system: int, zero_products: bool) -> tuple[
             (x, y, _), (p, q, _) = roots[:, known].gather(0, order), numbers[:, known].gather(0, order)
             y, ratios = torch.where(q == 0, 0, y), torch.where(q == 0, 1.0, reduced(-q / p))
         else:
-            x = terms[2 if zero_products else 1][left > 0]
+            x = terms[vanishing][left > 0]
             y, ratios = torch.zeros_like(x), torch.ones(x.shape, dtype=torch.float64)
 
 
@@ -96,6 +97,9 @@ def solve_permutations(constraints: Constraints) -> Tensor:
     """
     stays = [(a, torch.zeros_like(a)) for a, s, _ in constraints.fixed if s & PERM]
     classes = _variables(constraints, PERM, stays)
+    if constraints.blocks:
+        b, out = (torch.cat(part) >> 1 for part in zip(*constraints.blocks, strict=True))
+        classes = components(classes, out, torch.where(classes[b] == 0, out, b))
     for a, b, out in constraints.crossings:
         options = []
         for moves, rests in ((b, a), (a, b)):

@@ -120,9 +120,9 @@ class Verifier:
         """Those that hold."""
         symmetries = [s for s in symmetries if self.allowed(s)]
         kinds = [[s for s in symmetries if s.dim], [s for s in symmetries if not s.dim]]
-        return [s for kind in kinds for s in self._holding(kind, drop)]
+        return [s for kind in kinds for s in self.holding(kind, drop)]
 
-    def _holding(self, symmetries: list[NeuronSymmetry], drop: Drop) -> list[NeuronSymmetry]:
+    def holding(self, symmetries: list[NeuronSymmetry], drop: Drop) -> list[NeuronSymmetry]:
         """All at once; where that fails, by halves on the trial that shows it."""
         while symmetries and (failure := self._failure(symmetries)):
             found = self._culprits(symmetries, *failure)

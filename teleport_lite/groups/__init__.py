@@ -2,9 +2,9 @@
 
 from teleport_lite.groups.base import Group
 from teleport_lite.groups.general_linear import GeneralLinear
-from teleport_lite.groups.orthogonal import SpecialOrthogonal
+from teleport_lite.groups.orthogonal import PairRotations, SpecialOrthogonal
 from teleport_lite.groups.permutation import Permutation
 from teleport_lite.groups.scaling import PositiveScaling
 from teleport_lite.groups.signs import Signs
 
-__all__ = ["GeneralLinear", "Group", "Permutation", "PositiveScaling", "Signs", "SpecialOrthogonal"]
+__all__ = ["GeneralLinear", "Group", "PairRotations", "Permutation", "PositiveScaling", "Signs", "SpecialOrthogonal"]

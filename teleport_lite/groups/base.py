@@ -99,7 +99,7 @@ class Group(ABC):
         return self.symbol
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and isinstance(other, Group) and self.n == other.n
+        return type(self) is type(other) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
         return hash((type(self), self.n))

@@ -109,12 +109,6 @@ class GeneralLinear(Group):
         logs = (values.clamp(min=0).log() / 2).clamp(-radius, radius)
         return keep @ (vectors * logs.unsqueeze(-2)) @ vectors.mT @ keep
 
-    def __eq__(self, other: object) -> bool:
-        return super().__eq__(other) and isinstance(other, GeneralLinear) and self.shape == other.shape
-
-    def __hash__(self) -> int:
-        return super().__hash__()
-
 
 def _projector(matrix: Tensor, *, kernel: bool = True) -> Tensor:
     """The projector on the kernel of a positive semidefinite matrix, or on its range."""

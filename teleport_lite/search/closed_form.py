@@ -30,13 +30,25 @@ SWEEPS_DOWN = 100  # balancing converges linearly, by about cos^2(pi / depth) a 
 
 
 def has_closed_form(symmetry: Product, objective: Objective) -> bool:
-    """Whether each factor can be optimised exactly given the others."""
-    return objective.quadratic is not None and all(_is_solvable(f) or _is_neutral(f) for f in symmetry)
+    """Whether `searched` leaves factors alone that can be optimised exactly given the others, or that need not be."""
+    return objective.quadratic is not None and (
+        any(_is_solvable(f) for f in symmetry) or all(_is_neutral(f) for f in symmetry)
+    )
+
+
+def searched(symmetry: Product, objective: Objective) -> Product:
+    """The factors that a search moves by default.
+
+    Those without a closed form stay at the identity as long as others have one; ascent moves them when there is nothing
+    else, or when it is asked for.
+    """
+    solvable = [f for f in symmetry if objective.quadratic is not None and _is_solvable(f)]
+    return Product(solvable, symmetry.reasons) if solvable else symmetry
 
 
 def _is_neutral(factor: Symmetry) -> bool:
     """A factor that preserves all norms: nothing to choose."""
-    return isinstance(factor, NeuronSymmetry) and factor.group.isometry
+    return isinstance(factor, NeuronSymmetry) and factor.group.isometry and factor.linear
 
 
 def _is_solvable(factor: Symmetry) -> bool:
@@ -60,13 +72,13 @@ def closed_form(
     a sweep costs less than one pass over the parameters.
 
     Args:
-        symmetry: scalings, mixings, and norm-preserving factors, which stay at the identity.
+        symmetry: scalings and mixings; other factors stay at the identity, as `searched` says.
         tensors: parameters, or gradients with respect to them.
         gradients: whether `tensors` transform like gradients.
         maximize: to a corner of the box, or down to the balanced point.
         radius: bound on the operator norm of each factor.
     """
-    moving = [f for f in symmetry if isinstance(f, NeuronSymmetry) and not _is_neutral(f)]
+    moving = [f for f in symmetry if isinstance(f, NeuronSymmetry) and _is_solvable(f)]
     found: dict[int, Tensor] = {}
     for parts in _alike(_components(moving), tensors):
         first = parts[0]

@@ -17,10 +17,18 @@ from torch import Tensor
 
 from teleport_lite.errors import ShapeError, TeleportError
 from teleport_lite.functional import Params
-from teleport_lite.groups import GeneralLinear, Group, Permutation, PositiveScaling, Signs
+from teleport_lite.groups import (
+    GeneralLinear,
+    Group,
+    PairRotations,
+    Permutation,
+    PositiveScaling,
+    Signs,
+    SpecialOrthogonal,
+)
 from teleport_lite.symmetries.base import SAVED, Symmetry
 
-GROUPS = {group.kind: group for group in (PositiveScaling, GeneralLinear, Permutation, Signs)}
+GROUPS = {group.kind: group for group in (PositiveScaling, GeneralLinear, SpecialOrthogonal, Permutation, Signs)}
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class NeuronSymmetry(Symmetry):
     """
 
     homogeneous = True
+    gains: tuple[Leg | None, ...] = ()  # that the legs stand behind, which the group does not act on
 
     def __init__(self, group: Group, legs: Iterable[Leg]) -> None:
         self.group, self.legs = group, tuple(legs)
@@ -103,7 +112,7 @@ class NeuronSymmetry(Symmetry):
 
     def check(self, params: Params) -> None:
         super().check(params)
-        for leg in self.legs:
+        for leg in (*self.legs, *filter(None, self.gains)):
             shape = params[leg.name].shape
             size = shape[leg.dim] * leg.groups if leg.dim < len(shape) else 0
             stop = leg.start + self.group.n * leg.each
@@ -156,17 +165,24 @@ class NeuronSymmetry(Symmetry):
 
     def to_dict(self) -> dict[str, Any]:
         group = {"kind": self.group.kind, "n": self.group.n, "blocks": getattr(self.group, "blocks", 1)}
-        return {"symmetry": "neurons", "group": group, "legs": [asdict(leg) for leg in self.legs]}
+        options = {key: vars(self.group)[key] for key in ("centered", "halves") if key in vars(self.group)}
+        return {"symmetry": "neurons", "group": group | options, "legs": [asdict(leg) for leg in self.legs]}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> NeuronSymmetry:
         """What `to_dict` gave."""
-        kind, n, blocks = saved["group"]["kind"], saved["group"]["n"], saved["group"]["blocks"]
-        group = GeneralLinear(n // blocks, blocks) if kind == "mixing" else GROUPS[kind](n)
-        return cls(group, [Leg(**leg) for leg in saved["legs"]])
+        return cls(cls._group(**saved["group"]), [Leg(**leg) for leg in saved["legs"]])
+
+    @staticmethod
+    def _group(kind: str, n: int, blocks: int, **options: bool) -> Group:
+        if kind == "mixing":
+            return GeneralLinear(n // blocks, blocks)
+        return PairRotations(n, **options) if "halves" in options else GROUPS[kind](n, **options)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, NeuronSymmetry) and (self.group, set(self.legs)) == (other.group, set(other.legs))
+        if not isinstance(other, NeuronSymmetry):
+            return False
+        return (self.group, {*self.legs}, self.gains) == (other.group, {*other.legs}, other.gains)
 
     def __hash__(self) -> int:
         return hash((self.group, self.legs[0]))

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import PERM, SCALE, SIGN, negative
+from teleport_lite.discovery.constraints import MIX, PERM, SCALE, SHIFTED, SIGN, TURN, negative
 from teleport_lite.discovery.labels import (
     Labels,
     are_stacked,
@@ -27,6 +27,8 @@ from teleport_lite.discovery.rules.equivariance import (
     ask_once,
     operands_of,
 )
+
+UNMARKED = ("add", "pow", "square")  # after which an axis may still be rotated, as where squares are summed over it
 
 
 def pointwise(op: Operation) -> list[Labels]:
@@ -63,7 +65,20 @@ def add_labels(op: Operation) -> list[Labels]:
     found = operands_of(op)
     if len(found.bearers) == 1 and found.constants and all(map(op.is_zero, found.constants)):
         return [found.labels[found.bearers[0]]]
-    return pointwise(op)
+    labels = pointwise(op)
+    if op.short_name == "add" and isinstance(op.args[1], (int, float)) and op.memory.is_tracked(op.args[0]):
+        return [[_shifted(op, a, float(op.args[1])) for a in labels[0]]]
+    return labels
+
+
+def _shifted(op: Operation, labels: Tensor, number: float) -> Tensor:
+    """Labels of a parameter to which a number was added: it does not move, but for what stands behind it as a gain."""
+    shifted = op.constraints.fresh(*labels.shape)
+    op.constraints.equate(shifted, labels, PERM)
+    op.constraints.fix(shifted, "a number is added to them", SHIFTED | SIGN)
+    op.keep_entries_apart([shifted])
+    op.constraints.offsets.append((shifted, labels, number))
+    return shifted
 
 
 @rule_for("mul.Tensor div.Tensor")
@@ -81,6 +96,8 @@ def multiply_labels(op: Operation) -> list[Labels]:
     for cluster in cluster_by_dims([found.labels[i] for i in found.bearers]):
         a, b = parts = [op.constraints.sum_labels(part) for part in cluster]
         _tell_apart(op, found, parts)
+        for i, part in zip(found.bearers, parts, strict=True):
+            op.note_gain(found.leaves[i], part)
         inverse = "div" in op.name
         if a is not None and b is not None:
             a, b = _one_each(op, a, b), _one_each(op, b, a)
@@ -120,7 +137,7 @@ def _tell_apart(op: Operation, found: Operands, parts: list[Tensor | None]) -> N
             op.color_by_values(constant, a)
         for i, part in zip(found.bearers, parts, strict=True):
             t = found.leaves[i]
-            seen = [d + a.ndim for d in varying_dims(a) if -d <= t.ndim and t.shape[d] > 1]
+            seen = [d + a.ndim for d in varying_dims(a) if -d <= t.ndim and t.shape[d] > 1 and t.stride(d)]
             if part is None and seen:
                 op.constraints.distinguish(a, order_along(a, seen))
 
@@ -143,7 +160,7 @@ def _commute(op: Operation, found: Operands, ask: Ask) -> Labels:
         if not joint.linear or len(there) > len(
             [i for i in there if i in found.floating]
         ):  # a mask holds entry by entry
-            op.keep_entries_apart(there.values())
+            op.keep_entries_apart(there.values(), MIX if op.short_name in UNMARKED else MIX | TURN)
         shape = common_shape(a.shape for a in there.values())
         moving = {i: a for i, a in there.items() if i in found.floating} or there
         answer, passing = _answer(op, found, ask, moving)

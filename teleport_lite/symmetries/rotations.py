@@ -1,0 +1,120 @@
+r"""Rotations of a residual stream, which nothing but norms and linear maps reads.
+
+Behind an RMSNorm all rotations R are free, behind a LayerNorm those that keep the vector of ones. What writes to the
+stream, rows of matrices, biases and embeddings, moves by $w \mapsto Rw$. What reads it behind a norm with gain g moves
+by $W \mapsto W D R^\top D^{-1}$ with D = diag(g), the shift of that norm by $\beta \mapsto D R D^{-1} \beta$; g stays.
+Without gains this is a `NeuronSymmetry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from teleport_lite.functional import Params
+from teleport_lite.groups import Group
+from teleport_lite.groups.base import wide
+from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
+from teleport_lite.symmetries.base import SAVED, Symmetry
+
+
+@dataclass(frozen=True)
+class Gain(Leg):
+    """A vector of parameters that multiplies an axis, entry by entry, with `offset` added to it first."""
+
+    offset: float = 0.0
+
+
+class GainedRotation(NeuronSymmetry):
+    r"""A rotation of the axis that the `legs` describe, some of them behind a gain.
+
+    With D = diag(gain + offset) a leg that is dual is multiplied by $D^{-1} R D$ along its axis, and one that is not by
+    $D R D^{-1}$. So the action is linear in what it moves and not in the gains, which stay where they are. It is not
+    finite where a gain is zero, and a teleport is refused there.
+
+    Args:
+        group: the rotations.
+        legs: what moves.
+        gains: for each leg the gain that it stands behind, or None.
+    """
+
+    linear = homogeneous = False
+
+    def __init__(self, group: Group, legs: Iterable[Leg], gains: Iterable[Gain | None]) -> None:
+        super().__init__(group, legs)
+        self.gains: tuple[Gain | None, ...] = tuple(gains)
+        self.names = tuple(dict.fromkeys([*self.names, *(gain.name for gain in self.gains if gain)]))
+
+    def move(self, params, xi):
+        g, moved = self.group.exp(xi), {name: params[name] for name in self.names}
+        for leg, gain in self._pairs:
+            moved[leg.name] = self._turned(moved[leg.name], g, leg, self._stretch(params, leg, gain))
+        return moved
+
+    velocity = Symmetry.velocity
+    transport = Symmetry.transport
+
+    def jet(self, params, xi):
+        first = self.velocity(params, xi)
+        return first, self.velocity({**first, **{gain.name: params[gain.name] for _, gain in self._pairs if gain}}, xi)
+
+    def spread(self, tensors, xi, entry, *, dual=True, params=None):
+        if params is None:
+            return Symmetry.spread(self, tensors, xi, entry, dual=dual)  # which says so
+        self.check(tensors)
+        self._check_coordinates(tensors, xi)
+        matrix = self.group.exp(xi)
+        g, diagonal = entry(matrix), matrix.diagonal()
+        point, moved = dict(params), dict(tensors)
+        for leg, gain in self._pairs:
+            stretch, x, old = self._stretch(params, leg, gain), *(self.axis(p[leg.name], leg) for p in (point, moved))
+            point[leg.name] = self._turned(point[leg.name], matrix, leg, stretch)
+            moved[leg.name] = self._turned(moved[leg.name], g, leg, entry(1 / stretch if dual else stretch))
+            if gain is None:
+                continue
+            # y_k = R_kj e_j x_j / e_k has the derivative (R_kj x_j - [k = j] y_k) / e_k by e_j, which is slope * gain_j
+            y, kept = self.axis(point[leg.name], leg), diagonal.view_as(stretch)
+            slope, moves = entry(stretch.new_ones(()) if leg.dual else -(stretch**2)), self.axis(moved[gain.name], gain)
+            if dual:
+                old = old / entry(stretch)
+                row = entry(y) * (self.group.along(g, old, 0) - entry(kept) * old) + entry(kept * y - x) * old
+                moves = moves + (slope * row).reshape(self.group.n, -1).sum(1).view_as(moves)
+                moved[gain.name] = self._put(moved[gain.name], moves.to(moved[gain.name].dtype), gain)
+            else:
+                old = slope * moves.view_as(stretch)
+                row = self.group.along(g, entry(x) * old, 0) - entry(kept * x) * old + entry(kept * x - y) * old
+                new = self.axis(moved[leg.name], leg) + row / entry(stretch)
+                moved[leg.name] = self._put(moved[leg.name], new.to(moved[leg.name].dtype), leg)
+        return moved
+
+    @property
+    def _pairs(self) -> Iterator[tuple[Leg, Gain | None]]:
+        return zip(self.legs, self.gains, strict=True)
+
+    def _stretch(self, params: Params, leg: Leg, gain: Gain | None) -> Tensor:
+        """What a leg is multiplied by, along its axis, before it is turned, and divided by after that: [n, 1, ...]."""
+        if gain is None:
+            return params[leg.name].new_ones(())
+        vector = self.axis(params[gain.name], gain).flatten()
+        vector = vector.to(wide(vector.dtype)) + gain.offset
+        return (vector if leg.dual else 1 / vector).reshape(-1, *[1] * (self.axis(params[leg.name], leg).ndim - 1))
+
+    def _turned(self, tensor: Tensor, g: Tensor, leg: Leg, stretch: Tensor) -> Tensor:
+        part = self.group.along(g, self.axis(tensor, leg) * stretch, 0) / stretch
+        return self._put(tensor, part.to(tensor.dtype), leg)
+
+    def to_dict(self):
+        gains = [gain and asdict(gain) for gain in self.gains]
+        return {**super().to_dict(), "symmetry": "rotation", "gains": gains}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> GainedRotation:
+        """What `to_dict` gave."""
+        legs = [Leg(**leg) for leg in saved["legs"]]
+        return cls(cls._group(**saved["group"]), legs, [gain and Gain(**gain) for gain in saved["gains"]])
+
+
+SAVED["rotation"] = GainedRotation
