@@ -82,12 +82,12 @@ class GainedRotation(NeuronSymmetry):
                 old = old / entry(stretch)
                 row = entry(y) * (self.group.along(g, old, 0) - entry(kept) * old) + entry(kept * y - x) * old
                 moves = moves + (slope * row).reshape(self.group.n, -1).sum(1).view_as(moves)
-                moved[gain.name] = self._put(moved[gain.name], moves.to(moved[gain.name].dtype), gain)
+                moved[gain.name] = self.put(moved[gain.name], moves.to(moved[gain.name].dtype), gain)
             else:
                 old = slope * moves.view_as(stretch)
                 row = self.group.along(g, entry(x) * old, 0) - entry(kept * x) * old + entry(kept * x - y) * old
                 new = self.axis(moved[leg.name], leg) + row / entry(stretch)
-                moved[leg.name] = self._put(moved[leg.name], new.to(moved[leg.name].dtype), leg)
+                moved[leg.name] = self.put(moved[leg.name], new.to(moved[leg.name].dtype), leg)
         return moved
 
     @property
@@ -104,7 +104,7 @@ class GainedRotation(NeuronSymmetry):
 
     def _turned(self, tensor: Tensor, g: Tensor, leg: Leg, stretch: Tensor) -> Tensor:
         part = self.group.along(g, self.axis(tensor, leg) * stretch, 0) / stretch
-        return self._put(tensor, part.to(tensor.dtype), leg)
+        return self.put(tensor, part.to(tensor.dtype), leg)
 
     def to_dict(self):
         gains = [gain and asdict(gain) for gain in self.gains]
