@@ -18,7 +18,7 @@ from teleport_lite.groups import PairRotations, SpecialOrthogonal
 from teleport_lite.optim.state_rules import move
 from teleport_lite.symmetries import Leg
 from teleport_lite.symmetries.base import Symmetry
-from teleport_lite.symmetries.rotations import Gain, GainedRotation
+from teleport_lite.symmetries.rotations import GainedRotation
 
 WORDS = 7
 
@@ -312,8 +312,41 @@ def test_other_types(dtype, generator):
 
 
 def test_what_is_wrong_is_told():
-    rotation = GainedRotation(SpecialOrthogonal(3), [Leg("w", 1, dual=True)], [Gain("g", 0)])
+    rotation = GainedRotation(SpecialOrthogonal(3), [Leg("w", 1, dual=True)], [Leg("g", 0)])
     with pytest.raises(ShapeError, match="g"):
         rotation.check({"w": torch.ones(2, 3), "g": torch.ones(2)})
     with pytest.raises(TeleportError, match="even"):
         PairRotations(3)
+
+
+def test_gains_of_the_form_one_plus_w_are_scaled_affinely():
+    class Plus(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.first, self.second = nn.Parameter(torch.randn(4)), nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(F.normalize(self.first(x), dim=-1) * (1 + self.gain))
+
+    torch.manual_seed(0)
+    model, x, y = Plus().double(), torch.randn(9, 5, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
+    symmetry = tl.find_symmetries(model, x).select(kind="scaling", name="gain")
+    assert symmetry.dim == 4
+    params = params_of(model)
+    xi = symmetry.sample(params, radius=0.5, generator=torch.Generator().manual_seed(1))
+    loss = lambda w: (functional_call(model, w, (x,)) - y).square().mean()
+    moved = symmetry.act(params, xi)
+    assert torch.allclose(1 + moved["gain"], xi[0].exp() * (1 + params["gain"]), rtol=1e-14)
+    assert abs(float(loss(moved) - loss(params))) < 1e-14
+    carried, real = symmetry.transport(torch.func.grad(loss)(params), xi), torch.func.grad(loss)(moved)
+    assert all(torch.allclose(carried[n], real[n], rtol=1e-10, atol=1e-13) for n in params)
+    back = symmetry.act(moved, symmetry.inverse(xi))
+    assert all(torch.allclose(back[n], params[n], rtol=1e-13, atol=1e-14) for n in params)
+    step = 1e-6
+    ahead, behind = (symmetry.act(params, tuple(s * x for x in xi)) for s in (step, -step))
+    speed = symmetry.velocity(params, xi)
+    assert all(torch.allclose((ahead[n] - behind[n]) / (2 * step), speed[n], atol=1e-8) for n in symmetry.names)
+    assert tl.Product.from_dict(symmetry.to_dict()) == symmetry
+    for objective in ("gradient_norm", "weight_norm"):
+        report = tl.teleport(model, lambda net: (net(x) - y).square().mean(), symmetry, objective=objective)
+        assert report.accepted and report.objective_after != report.objective_before

@@ -19,7 +19,6 @@ from torch import Tensor
 
 SCALE, SIGN, PERM, MIX = 1, 2, 4, 8  # the systems, as bits
 TURN = 16  # that of rotations, which is MIX but for norms and their gains
-SHIFTED = 32  # what does not move because a number is added to it, and may be a gain
 ALL = SCALE | SIGN | PERM
 
 

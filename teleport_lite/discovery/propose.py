@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import MIX, PERM, rational
+from teleport_lite.discovery.constraints import MIX, PERM, Constraints, rational
 from teleport_lite.discovery.heads import join_side_by_side, permute_blocks, permute_stacks, split_blocks
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.propagate import Propagation
@@ -63,20 +63,20 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
 
     found: list[NeuronSymmetry] = []
     covered: set[tuple[int, int]] = set()
-    sums = bool(propagation.constraints.sums)
+    sums, scaled = bool(propagation.constraints.sums), _with_offsets(axes, propagation.constraints)
     for term in (SECOND, PRODUCT) if sums else (SECOND,):
         classes, factors = solve_scalings(propagation.constraints, term)
-        entries = _entries(axes, classes, factors)
+        entries = _entries(scaled, classes, factors)
         single = _proposals(
-            axes, entries, GeneralLinear, signatures(propagation.constraints, classes, MIX), classes, reasons
+            scaled, entries, GeneralLinear, signatures(propagation.constraints, classes, MIX), classes, reasons
         )
         mixed = [s for s in join_side_by_side([s for s in single if s.group.n > 1]) if s not in found]
         kept = check.keep(mixed, lambda *_: None)
         kept += check.keep([part for s in mixed if s not in kept for part in split_blocks(s)], lambda *_: None)
         covered |= _covered(axes, kept)
         rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.indices)}
-        scaled = [s for s in _proposals(axes, rest, PositiveScaling, None, classes, reasons) if s not in found]
-        found += kept + check.keep(scaled, drop)
+        made = [s for s in _proposals(scaled, rest, PositiveScaling, None, classes, reasons) if s not in found]
+        found += kept + check.keep(made, drop)
     orders = solve_permutations(propagation.constraints)
     kinds: list[tuple[type[Group], Tensor, Tensor | None]] = [
         *(
@@ -104,7 +104,14 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
     return sorted(found, key=sort_key), reasons
 
 
-Axis = tuple[str, int, int, Tensor]  # parameter, dimension, groups, labels
+class Axis(NamedTuple):
+    """An axis of a parameter; scalings act on it with `offset` added, as on the gain 1 + w of a norm."""
+
+    name: str
+    dim: int
+    groups: int
+    labels: Tensor
+    offset: float = 0.0
 
 
 def _axes(propagation: Propagation) -> list[Axis]:
@@ -112,18 +119,31 @@ def _axes(propagation: Propagation) -> list[Axis]:
     axes: list[Axis] = []
     for (name, dim, groups), labels in propagation.parameter_axes.items():
         if groups > 1 and len(labels) == groups:
-            axes.append((name, 0, 1, labels.repeat_interleave(len(propagation.parameter_axes[name, 0, 1]) // groups)))
+            each = len(propagation.parameter_axes[name, 0, 1]) // groups
+            axes.append(Axis(name, 0, 1, labels.repeat_interleave(each)))
         else:
-            axes.append((name, dim, groups, labels))
+            axes.append(Axis(name, dim, groups, labels))
     return axes
+
+
+def _with_offsets(axes: list[Axis], constraints: Constraints) -> list[Axis]:
+    """The axes with the labels that parameters have once a number was added to them."""
+    found = {int(parameter.reshape(-1)[0]): (s.reshape(-1), number) for s, parameter, number in constraints.offsets}
+    return [
+        axis._replace(labels=shifted, offset=number) if len(shifted) == len(axis.labels) else axis
+        for axis in axes
+        for shifted, number in [
+            found.get(int(axis.labels[0]), (axis.labels, 0.0)) if len(axis.labels) else (axis.labels, 0.0)
+        ]
+    ]
 
 
 def _entries(axes: list[Axis], classes: Tensor, factors: Tensor) -> dict[int, list[_Entry]]:
     """For each class that moves, where it shows up; it moves the first rows directly."""
     places: dict[int, dict[tuple[int, float], list[int]]] = defaultdict(lambda: defaultdict(list))
-    for k, (_, _, _, labels) in enumerate(axes):
-        variables = labels >> 1
-        powers = factors[variables] * (1 - 2 * (labels & 1))
+    for k, axis in enumerate(axes):
+        variables = axis.labels >> 1
+        powers = factors[variables] * (1 - 2 * (axis.labels & 1))
         for i, (c, power) in enumerate(zip(classes[variables].tolist(), powers.tolist(), strict=True)):
             if c:
                 places[c][k, power].append(i)
@@ -171,10 +191,11 @@ def _proposals(
             dual_sign = kind in (PositiveScaling, GeneralLinear)
             legs = []
             for entry in piece[0]:
-                name, dim, groups, _ = axes[entry.axis]
+                name, dim, groups, _, offset = axes[entry.axis]
                 each = _block(entry.indices)
                 dual, power = (entry.power < 0, abs(entry.power)) if dual_sign else (dim == 1, 1.0)
-                legs += [Leg(name, dim, dual, start, each, groups, power=power) for start in entry.indices[::each]]
+                own = Leg(name, dim, dual, 0, each, groups, 0, power, offset)
+                legs += [replace(own, start=start) for start in entry.indices[::each]]
             if kind is Permutation:  # in and out of a depthwise convolution: one place, moved once
                 legs = list(dict.fromkeys(legs))
             made.append(NeuronSymmetry(kind(len(piece)), legs))

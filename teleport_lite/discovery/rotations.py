@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from teleport_lite.discovery.verify import Verifier
 from teleport_lite.functional import Params
 from teleport_lite.groups import PairRotations, Permutation, PositiveScaling, SpecialOrthogonal
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
-from teleport_lite.symmetries.rotations import Gain, GainedRotation
+from teleport_lite.symmetries.rotations import GainedRotation
 
 TRIED = 8  # entries of a stream that are rotated to verify it: with its permutations they generate all rotations
 Rotate = Callable[[int, bool], NeuronSymmetry]  # so many entries of a stream, all rotations or those that are centered
@@ -84,7 +84,7 @@ def _streams(
     permuted = [s for s in permuted if not marks[label(s.legs[0]) >> 1]]
     if not permuted:
         return
-    classes, factors = solve_scalings(constraints, offsets=True)
+    classes, factors = solve_scalings(constraints)
     gain_of, number = torch.arange(2 * constraints.count), torch.zeros(2 * constraints.count, dtype=torch.float64)
     for shifted, parameter, offset in constraints.offsets:
         gain_of[parameter], number[parameter] = shifted, offset
@@ -96,12 +96,12 @@ def _streams(
         return int(classes[k >> 1]), bool(factors[k >> 1] < 0) != bool(k & 1)
 
     for s in permuted:
-        gains: dict[int, tuple[Gain, bool]] = {}
-        legs: list[tuple[Leg, Gain | None]] = []
+        gains: dict[int, tuple[Leg, bool]] = {}
+        legs: list[tuple[Leg, Leg | None]] = []
         for leg in s.legs:
             vector = params[leg.name].numel() == params[leg.name].shape[leg.dim]
             if vector and multiplies[k := int(gain_of[label(leg)])] and moved(k)[0]:
-                gains[moved(k)[0]] = Gain(**asdict(leg), offset=float(number[label(leg)])), moved(k)[1]
+                gains[moved(k)[0]] = replace(leg, offset=float(number[label(leg)])), moved(k)[1]
             else:
                 legs.append((leg, None))
         for i, (leg, _) in enumerate(legs):
@@ -112,7 +112,7 @@ def _streams(
             yield s.group.n, partial(_rotation, legs)
 
 
-def _rotation(legs: list[tuple[Leg, Gain | None]], n: int, centered: bool) -> NeuronSymmetry:
+def _rotation(legs: list[tuple[Leg, Leg | None]], n: int, centered: bool) -> NeuronSymmetry:
     group = SpecialOrthogonal(n, centered)
     if any(gain for _, gain in legs):
         return GainedRotation(group, *zip(*legs, strict=True))

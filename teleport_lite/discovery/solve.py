@@ -10,22 +10,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import PERM, SCALE, SHIFTED, SIGN, Constraints, rational
+from teleport_lite.discovery.constraints import PERM, SCALE, SIGN, Constraints, rational
 
 ROUNDING = 1e-9  # relative, of multiples
 FIRST, SECOND, PRODUCT = 0, 1, 2  # the terms of a sum
 
 
-def solve_scalings(constraints: Constraints, vanishing: int = SECOND, offsets: bool = False) -> tuple[Tensor, Tensor]:
+def solve_scalings(constraints: Constraints, vanishing: int = SECOND) -> tuple[Tensor, Tensor]:
     """Solve for rescalings.
 
     A sum $s_o = s_a + s_b$ that nothing else decides has several solutions; taken is that in which the
-    `vanishing` term is zero. With `offsets` gains of the form 1 + w are rescaled too, which no change of w does.
+    `vanishing` term is zero.
 
     Returns:
         For each variable its class, 0 for those that do not move, and which multiple of the class it is.
     """
-    classes, factors = _solve(constraints, SCALE if offsets else SCALE | SHIFTED, vanishing)
+    classes, factors = _solve(constraints, SCALE, vanishing)
     values, which = factors.unique(return_inverse=True)
     return classes, values.new_tensor([rational(v) for v in values.tolist()])[which]
 
@@ -47,7 +47,7 @@ def _solve(constraints: Constraints, system: int, vanishing: int) -> tuple[Tenso
     """
 
     def multiples(labels: Tensor) -> tuple[Tensor, Tensor]:
-        return labels >> 1, (1 - 2.0 * (labels & 1)).double() if system != SIGN else torch.ones(labels.shape).double()
+        return labels >> 1, (1 - 2.0 * (labels & 1)).double() if system == SCALE else torch.ones(labels.shape).double()
 
     def reduced(numbers: Tensor) -> Tensor:
         return numbers % 2 if system == SIGN else torch.where(numbers.abs() < ROUNDING, 0.0, numbers)

@@ -39,6 +39,6 @@ def conserved_quantities(params: Params, symmetry: Symmetry) -> list[Tensor]:
         factor.check(params)
         group: Any = factor.group
         if isinstance(factor, NeuronSymmetry) and not group.isometry:
-            grams = [group.gram(factor.axis(params[leg.name], leg), 0) for leg in factor.legs]
+            grams = [group.gram(factor.axis(params[leg.name], leg) + leg.offset, 0) for leg in factor.legs]
             found.append(torch.stack([leg.exponent * g for leg, g in zip(factor.legs, grams, strict=True)]).sum(0))
     return found

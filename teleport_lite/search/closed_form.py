@@ -32,7 +32,8 @@ SWEEPS_DOWN = 100  # balancing converges linearly, by about cos^2(pi / depth) a 
 def has_closed_form(symmetry: Product, objective: Objective) -> bool:
     """Whether `searched` leaves factors alone that can be optimised exactly given the others, or that need not be."""
     return objective.quadratic is not None and (
-        any(_is_solvable(f) for f in symmetry) or all(_is_neutral(f) for f in symmetry)
+        any(_is_solvable(f, objective.quadratic == "gradient") for f in symmetry)
+        or all(_is_neutral(f) for f in symmetry)
     )
 
 
@@ -42,7 +43,7 @@ def searched(symmetry: Product, objective: Objective) -> Product:
     Those without a closed form stay at the identity as long as others have one; ascent moves them when there is nothing
     else, or when it is asked for.
     """
-    solvable = [f for f in symmetry if objective.quadratic is not None and _is_solvable(f)]
+    solvable = [f for f in symmetry if objective.quadratic and _is_solvable(f, objective.quadratic == "gradient")]
     return Product(solvable, symmetry.reasons) if solvable else symmetry
 
 
@@ -51,12 +52,12 @@ def _is_neutral(factor: Symmetry) -> bool:
     return isinstance(factor, NeuronSymmetry) and factor.group.isometry and factor.linear
 
 
-def _is_solvable(factor: Symmetry) -> bool:
-    """A scaling or mixing that multiplies no entry of a tensor twice."""
+def _is_solvable(factor: Symmetry, gradients: bool) -> bool:
+    """A scaling or mixing that multiplies no entry of a tensor twice; of gradients, which no offset moves, or linear."""
     if not isinstance(factor, NeuronSymmetry) or not isinstance(factor.group, (PositiveScaling, GeneralLinear)):
         return False
     legs = sorted(factor.legs, key=lambda leg: (leg.name, leg.start))
-    return all(
+    return (gradients or factor.homogeneous) and all(
         a.name != b.name or (a.dim == b.dim and a.start + a.each * factor.group.n <= b.start and a.groups == 1)
         for a, b in pairwise(legs)
     )
@@ -78,7 +79,7 @@ def closed_form(
         maximize: to a corner of the box, or down to the balanced point.
         radius: bound on the operator norm of each factor.
     """
-    moving = [f for f in symmetry if isinstance(f, NeuronSymmetry) and _is_solvable(f)]
+    moving = [f for f in symmetry if isinstance(f, NeuronSymmetry) and _is_solvable(f, gradients)]
     found: dict[int, Tensor] = {}
     for parts in _alike(_components(moving), tensors):
         first = parts[0]

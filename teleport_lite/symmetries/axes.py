@@ -33,7 +33,7 @@ GROUPS = {group.kind: group for group in (PositiveScaling, GeneralLinear, Specia
 
 @dataclass(frozen=True)
 class Leg:
-    """One place where the hidden axis shows up: dimension `dim` of parameter `name`, from entry `start` on.
+    r"""One place where the hidden axis shows up: dimension `dim` of parameter `name`, from entry `start` on.
 
     Args:
         name: name of the parameter.
@@ -45,6 +45,7 @@ class Leg:
             grouped convolution, or of a stack of matrices, as the experts of a mixture.
         run: how many entries of each part belong to the axis, from `start` on; 0 where it is a slice of all in a row.
         power: k where a scaling acts by $g^k$, as behind an activation that is homogeneous of degree k.
+        offset: c where the group acts on c + w, as on the gain 1 + w of a norm: $w \mapsto g(c + w) - c$.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Leg:
     groups: int = 1
     run: int = 0
     power: float = 1.0
+    offset: float = 0.0
 
     @property
     def exponent(self) -> float:
@@ -69,7 +71,6 @@ class NeuronSymmetry(Symmetry):
     a leg transforms like its dual, so gradients are transported by the same code with dual coordinates.
     """
 
-    homogeneous = True
     gains: tuple[Leg | None, ...] = ()  # that the legs stand behind, which the group does not act on
 
     def __init__(self, group: Group, legs: Iterable[Leg]) -> None:
@@ -78,9 +79,17 @@ class NeuronSymmetry(Symmetry):
             raise TeleportError("at least one leg", "none", "name the incoming and outgoing weights")
         self.names = tuple(dict.fromkeys(leg.name for leg in self.legs))
         self.monomial = isinstance(group, (PositiveScaling, Signs, Permutation))
+        self.homogeneous = not any(leg.offset for leg in self.legs)
 
     def move(self, params, xi):
-        return self._apply(params, *self.group.pair(xi))
+        return self._shifted(self._apply(self._shifted(params, 1), *self.group.pair(xi)), -1)
+
+    def _shifted(self, params: Params, sign: int) -> Params:
+        """`params` with the offsets of the legs added or taken away."""
+        for leg in (leg for leg in self.legs if leg.offset):
+            part = self.axis(params[leg.name], leg) + sign * leg.offset
+            params = {**params, leg.name: self.put(params[leg.name], part, leg)}
+        return params
 
     def _apply(self, params: Params, g: Tensor, dual: Tensor) -> Params:
         """The entries in `names`, with `g` applied to the legs that are not dual and `dual` to those that are."""
@@ -94,13 +103,16 @@ class NeuronSymmetry(Symmetry):
         m, dual = self.group.algebra(xi), self.group.algebra(self.group.dual(xi))
         found = {name: torch.zeros_like(params[name]) for name in self.names}
         for leg in self.legs:
-            part = leg.power * self.group.along(dual if leg.dual else m, self.axis(params[leg.name], leg), 0)
+            part = self.axis(params[leg.name], leg) + leg.offset
+            part = leg.power * self.group.along(dual if leg.dual else m, part, 0)
             found[leg.name] = self.put(found[leg.name], self.axis(found[leg.name], leg) + part, leg)
         return found
 
     def transport(self, grads: Params, xi: Tensor, params: Params | None = None) -> Params:
         r"""Carry a gradient along: incoming weights by $g^{-\top}$, outgoing weights by g; see `Symmetry.transport`."""
-        return self.act(grads, self.group.dual(xi))
+        self.check(grads)
+        self._check_coordinates(grads, xi)
+        return {**grads, **self._apply(grads, *self.group.pair(self.group.dual(xi)))}
 
     def spread(self, tensors, xi, entry, *, dual=True, params=None):
         self.check(tensors)

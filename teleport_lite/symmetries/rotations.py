@@ -9,7 +9,7 @@ Without gains this is a `NeuronSymmetry`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -19,13 +19,6 @@ from teleport_lite.groups import Group
 from teleport_lite.groups.base import wide
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 from teleport_lite.symmetries.base import SAVED, Symmetry
-
-
-@dataclass(frozen=True)
-class Gain(Leg):
-    """A vector of parameters that multiplies an axis, entry by entry, with `offset` added to it first."""
-
-    offset: float = 0.0
 
 
 class GainedRotation(NeuronSymmetry):
@@ -38,14 +31,14 @@ class GainedRotation(NeuronSymmetry):
     Args:
         group: the rotations.
         legs: what moves.
-        gains: for each leg the gain that it stands behind, or None.
+        gains: for each leg the vector that it stands behind, with its `offset` added, or None.
     """
 
     linear = homogeneous = False
 
-    def __init__(self, group: Group, legs: Iterable[Leg], gains: Iterable[Gain | None]) -> None:
+    def __init__(self, group: Group, legs: Iterable[Leg], gains: Iterable[Leg | None]) -> None:
         super().__init__(group, legs)
-        self.gains: tuple[Gain | None, ...] = tuple(gains)
+        self.gains: tuple[Leg | None, ...] = tuple(gains)
         self.names = tuple(dict.fromkeys([*self.names, *(gain.name for gain in self.gains if gain)]))
 
     def move(self, params, xi):
@@ -91,10 +84,10 @@ class GainedRotation(NeuronSymmetry):
         return moved
 
     @property
-    def _pairs(self) -> Iterator[tuple[Leg, Gain | None]]:
+    def _pairs(self) -> Iterator[tuple[Leg, Leg | None]]:
         return zip(self.legs, self.gains, strict=True)
 
-    def _stretch(self, params: Params, leg: Leg, gain: Gain | None) -> Tensor:
+    def _stretch(self, params: Params, leg: Leg, gain: Leg | None) -> Tensor:
         """What a leg is multiplied by, along its axis, before it is turned, and divided by after that: [n, 1, ...]."""
         if gain is None:
             return params[leg.name].new_ones(())
@@ -114,7 +107,7 @@ class GainedRotation(NeuronSymmetry):
     def from_dict(cls, saved: dict[str, Any]) -> GainedRotation:
         """What `to_dict` gave."""
         legs = [Leg(**leg) for leg in saved["legs"]]
-        return cls(cls._group(**saved["group"]), legs, [gain and Gain(**gain) for gain in saved["gains"]])
+        return cls(cls._group(**saved["group"]), legs, [gain and Leg(**gain) for gain in saved["gains"]])
 
 
 SAVED["rotation"] = GainedRotation

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import MIX, PERM, SCALE, SHIFTED, SIGN, TURN, negative
+from teleport_lite.discovery.constraints import MIX, PERM, SCALE, SIGN, TURN, negative
 from teleport_lite.discovery.labels import (
     Labels,
     are_stacked,
@@ -66,16 +67,24 @@ def add_labels(op: Operation) -> list[Labels]:
     if len(found.bearers) == 1 and found.constants and all(map(op.is_zero, found.constants)):
         return [found.labels[found.bearers[0]]]
     labels = pointwise(op)
-    if op.short_name == "add" and isinstance(op.args[1], (int, float)) and op.memory.is_tracked(op.args[0]):
+    if (
+        op.short_name == "add"
+        and isinstance(op.args[1], (int, float))
+        and op.args[1]
+        and op.memory.is_tracked(op.args[0])
+    ):
         return [[_shifted(op, a, float(op.args[1])) for a in labels[0]]]
     return labels
 
 
 def _shifted(op: Operation, labels: Tensor, number: float) -> Tensor:
-    """Labels of a parameter to which a number was added: it does not move, but for what stands behind it as a gain."""
+    """Labels of a parameter w to which a number was added: the sum moves as a gain, and w with it."""
+    for shifted, parameter, added in op.constraints.offsets:
+        if added == number and torch.equal(parameter, labels):
+            return shifted
     shifted = op.constraints.fresh(*labels.shape)
     op.constraints.equate(shifted, labels, PERM)
-    op.constraints.fix(shifted, "a number is added to them", SHIFTED | SIGN)
+    op.constraints.fix(shifted, "a number is added to them", SIGN)
     op.keep_entries_apart([shifted])
     op.constraints.offsets.append((shifted, labels, number))
     return shifted
