@@ -79,7 +79,7 @@ class NeuronSymmetry(Symmetry):
             raise TeleportError("at least one leg", "none", "name the incoming and outgoing weights")
         self.names = tuple(dict.fromkeys(leg.name for leg in self.legs))
         self.monomial = isinstance(group, (PositiveScaling, Signs, Permutation))
-        self.homogeneous = not any(leg.offset for leg in self.legs)
+        self.homogeneous = self.linear and not any(leg.offset for leg in self.legs)
 
     def move(self, params, xi):
         return self._shifted(self._apply(self._shifted(params, 1), *self.group.pair(xi)), -1)
