@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -266,9 +267,29 @@ NUMBERS["mnist slow"] = lambda: f"{mnist_slow(LARGE):.2f}"
 NUMBERS["mnist change"] = lambda: f"{mnist_change():.0e}".replace("e-0", "e-")
 
 
+STATUSES = ("proved", "confirmed", "corrected", "not confirmed", "not decided")
+STATUS = re.compile(rf"\*\*({'|'.join(STATUSES)})\*\*", re.I)
+
+
+def statuses() -> str:
+    """How many rows of the scorecard have each status; a row counts once, by the first that it names."""
+    rows = [line for line in (RESULTS.parent / "scorecard.md").read_text("utf8").split("\n") if line[:2] == "| "]
+    first = Counter(found[1].lower() for row in rows if (found := STATUS.search(row)))
+    return ", ".join(f"**{status}** {first[status]}" for status in STATUSES)
+
+
+NUMBERS["statuses"] = statuses
+
+
 def fill_in(markdown: str) -> str:
     """A page with its numbers."""
     return ROLE.sub(lambda match: NUMBERS[match[1]](), markdown)
+
+
+def badges(markdown: str) -> str:
+    """Statuses as coloured labels."""
+    label = '<span class="tl-status tl-{}">{}</span>'
+    return STATUS.sub(lambda match: label.format(match[1].lower().replace(" ", "-"), match[1]), markdown)
 
 
 README = RESULTS.parent.parent / "README.md"
@@ -287,6 +308,8 @@ def on_source_read(app, docname: str, source: list[str]) -> None:
     if ROLE.search(source[0]):
         record.cache_clear()
         source[0] = fill_in(source[0])
+        if docname.endswith("scorecard"):
+            source[0] = badges(source[0])
         for path in RESULTS.glob("*.json"):
             app.env.note_dependency(str(path))
 
