@@ -67,6 +67,8 @@ def test_an_arm_against_a_base():
     found = compare(arm, base, arm_validation=[[3, 1, 2, 9]] * 5, base_validation=[[3, 2, 1, 9]] * 5)
     assert found.at_best == paired(arm[:, 1], base[:, 2])
     assert found.over_rates.mean == pytest.approx(-0.1) and found.rates == 3
+    base[:, 3] = math.inf  # both fail: no number, and no warning
+    assert compare(arm, base, arm_validation=arm, base_validation=base).rates == 3
     assert not compare(arm, base, arm_validation=base, base_validation=base, ceiling=0).rates
     with pytest.raises(ShapeError):
         compare(arm, base[:, 1:], arm_validation=base, base_validation=base)

@@ -59,6 +59,35 @@ def test_the_exact_teleport_under_sgd():
     assert re.search(r"SGD +teleport .*\+0\.015 ± 0\.008", printed(CHAPTER_9))
 
 
+def test_the_steepest_corner_under_sgd_is_no_better_than_a_random_one_as_far_away():
+    runs = record("optimizers")["runs"]
+    steepest, chance, plain = (tuned(runs, "sgd", arm) for arm in ("teleport", "random", "plain"))
+    mean, half = t_interval(minus(steepest, chance))
+    assert abs(mean) < half
+    assert f"MNIST         SGD           {mean:+.3f} ± {half:.3f}" in printed(CHAPTER_9).replace("−", "-")
+    assert round(st.mean(minus(chance, plain)), 3) == 0.014  # what the text says
+
+
+@pytest.mark.parametrize("name", ["optimizers", "optimizers-fashion_mnist", "optimizers-cifar10"])
+def test_an_arm_without_all_its_seeds_is_called_missing(name):
+    """By counting entries: at every rate of the published arms, an arm that is shown has five seeds."""
+    runs = record(name)["runs"]
+    title = {"optimizers": "MNIST", "optimizers-fashion_mnist": "Fashion-MNIST"}.get(name, "CIFAR-10")
+    text = printed(CHAPTER_9).split(f"{title}: ")[1].split("\n\n")[0].splitlines()
+    for label in ("SGD", "momentum", "AdaGrad", "RMSProp", "Adam"):
+        seen = {}
+        for run in (r for r in runs if r["optimizer"] == label.lower()):
+            for rate in run["rates"]:
+                seen.setdefault(run["arm"], {}).setdefault(rate, set()).add(run["seed"])
+        full = {arm: {rate for rate, seeds in rates.items() if len(seeds) == 5} for arm, rates in seen.items()}
+        grid = set.intersection(*(full.get(arm, set()) for arm in ("plain", "teleport", "paper")))
+        row = next((line for line in text if line.startswith(f"  {label} ")), None)
+        assert (row is not None) == bool(grid), label
+        if row:
+            count, *arms = re.split("; ", row.removeprefix(f"  {label}").strip())
+            assert count == f"{len(grid)} rates" and set(arms) == {arm for arm, rates in full.items() if grid <= rates}
+
+
 def test_no_arm_is_better_at_its_best_rate():
     for name in ("optimizers", "optimizers-fashion_mnist"):
         runs = record(name)["runs"]

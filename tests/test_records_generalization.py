@@ -149,27 +149,79 @@ def test_minima_on_mnist():
         assert NUMBER.findall(rows[0])[:2] == [f"{statistics.mean(gaps):+.4f}", f"{half:.4f}"]
 
 
-def test_minima_on_cifar10():
-    found = record("minima-cifar10")
-    runs = {(r["arm"], r["seed"]): r for r in found["runs"]}
-    seeds = sorted({seed for _, seed in runs})
-    assert f"{len(seeds)} of 10 seeds" in lines(MINIMA)
-    if len(seeds) < 2:
-        pytest.skip("too few seeds for an interval")
-    for arm in found["config"]["arms"][1:]:
-        best = {}
-        for name in (arm, "plain"):
-            means = [
-                statistics.mean(
-                    math.inf if (v := runs[name, s]["validation_loss"][k][-1]) is None else v for s in seeds
-                )
-                for k in range(len(found["config"]["rates"]))
-            ]
-            k = means.index(min(means))
-            best[name] = [runs[name, s]["test_loss"][k][-1] for s in seeds]
-        mean = statistics.mean(a - b for a, b in zip(best[arm], best["plain"], strict=True))
-        rows = [line for line in lines(MINIMA) if line.startswith(arm + " ") and "±" in line]
-        assert f"{mean:+.3f}".replace("-", "−") in rows[0]
+def cifar_minima():
+    """By arm and seed, and [seed][rate] of a key after the last epoch; infinite where training failed."""
+    runs = {(r["arm"], r["seed"]): r for r in record("minima-cifar10")["runs"]}
+
+    def last(arm: str, key: str) -> list[list[float]]:
+        return [[math.inf if c[-1] is None else c[-1] for c in runs[arm, seed][key]] for seed in range(10)]
+
+    return runs, last
+
+
+def tuned_minima(last, arm: str) -> list[float]:
+    means = [statistics.mean(column) for column in zip(*last(arm, "validation_loss"), strict=True)]
+    return [row[means.index(min(means))] for row in last(arm, "test_loss")]
+
+
+def shown(differences: list[float]) -> str:
+    half = T_9 * statistics.stdev(differences) / math.sqrt(len(differences))
+    return f"{statistics.mean(differences):+.3f} ± {half:.3f}".replace("-", "−")
+
+
+CIFAR_ROWS = {  # arm: by what it is reduced, and the verdict
+    ("scaling, sharper", "plain"): "worse, both",
+    ("scaling, flatter", "plain"): "better, over rates",
+    ("scaling, more curved", "plain"): "worse, best rates",
+    ("scaling, less curved", "plain"): "not decided",
+    ("scaling, sharper", "scaling, random, as sharper"): "not decided",
+    ("scaling, less curved", "scaling, random, as sharper"): "better, both",
+    ("scaling, flatter", "scaling, random, as flatter"): "better, both",
+    ("scaling, more curved", "scaling, random, as flatter"): "not decided",
+}
+
+
+@pytest.mark.parametrize("pair", CIFAR_ROWS)
+def test_minima_on_cifar10(pair):
+    _, last = cifar_minima()
+    arm, base = pair
+    at_best = [a - b for a, b in zip(tuned_minima(last, arm), tuned_minima(last, base), strict=True)]
+    tables = last(arm, "test_loss"), last(base, "test_loss")
+    good = [k for k in range(3) if all(row[k] < math.log(10) for table in tables for row in table)]
+    over = [statistics.mean(a[k] - b[k] for k in good) for a, b in zip(*tables, strict=True)]
+    text = lines(MINIMA)
+    split = text.index("minus the random arm of the same size")
+    table = text[:split] if base == "plain" else text[split:]
+    row = next(line for line in table if line.startswith(arm + " ") and "±" in line)
+    assert row[len(arm) :].lstrip().startswith(shown(at_best)) and shown(over) in row
+    assert row.endswith("  " + CIFAR_ROWS[pair])
+
+
+def test_the_trace_is_not_the_dial():
+    """Two arms as sharp and as far away: the one to weakly curved points ends lower, on each seed."""
+    runs, last = cifar_minima()
+    traces = {
+        arm: statistics.geometric_mean(
+            after / before
+            for seed in range(10)
+            for after, before in zip(
+                runs[arm, seed]["right_after"]["trace"], runs["plain", seed]["right_after"]["trace"], strict=True
+            )
+        )
+        for arm in ("scaling, sharper", "scaling, less curved", "scaling, flatter")
+    }
+    assert 5.5 < traces["scaling, less curved"] < 7 and 5.5 < traces["scaling, sharper"] < 7
+    assert 0.5 < traces["scaling, flatter"] < 0.7
+    sharper, less = (tuned_minima(last, f"scaling, {goal}") for goal in ("sharper", "less curved"))
+    assert all(a < b for a, b in zip(less, sharper, strict=True))
+
+
+def test_what_became_of_the_published_moves():
+    _, last = cifar_minima()
+    for arm in (a for a in record("minima-cifar10")["config"]["arms"] if a.startswith("published")):
+        failed = [sum(map(math.isinf, column)) for column in zip(*last(arm, "test_loss"), strict=True)]
+        row = next(line for line in lines(MINIMA) if line.startswith(arm + " ") and "[" in line)
+        assert row.endswith(str(failed)) and row.split()[-4] == str(sum(failed)), row
 
 
 def test_the_exact_trace_falls_where_the_search_by_phi_stood_still():

@@ -162,7 +162,7 @@ def compare(
         )
     mine, other = best_rate(arm_validation), best_rate(base_validation)
     trained = ((a < ceiling) & (b < ceiling) & np.isfinite(a) & np.isfinite(b)).all(0)
-    over = paired((a - b)[:, trained].mean(1)) if trained.any() else paired([math.inf] * len(a))
+    over = paired((a[:, trained] - b[:, trained]).mean(1)) if trained.any() else paired([math.inf] * len(a))
     return Comparison(paired(a[:, mine.rate], b[:, other.rate]), over, int(trained.sum()), mine, other)
 
 
