@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from teleport_lite.distributed import check_whole
 from teleport_lite.errors import EmptyModelError, LossError, ParameterError, ShapeError
@@ -22,10 +21,7 @@ from teleport_lite.evaluation import Loss as Loss
 from teleport_lite.evaluation import Params as Params
 from teleport_lite.evaluation import loss_of as loss_of
 from teleport_lite.evaluation import session as session
-from teleport_lite.runtime import (
-    check_generator,
-    unfused_attention,
-)
+from teleport_lite.runtime import check_generator, check_loaded, unfused_attention
 
 
 def trainable(model: nn.Module) -> Params:
@@ -33,19 +29,15 @@ def trainable(model: nn.Module) -> Params:
 
     Raises:
         EmptyModelError: when there is none.
-        ParameterError: when one is sharded over several processes, not initialised, without data, or overlaps another
-            one in memory.
+        ParameterError: when one is sharded over several processes, has no shape or data, or overlaps another one in
+            memory.
 
     >>> sorted(trainable(nn.Linear(2, 3)))
     ['bias', 'weight']
     """
     check_whole(model)
+    check_loaded(model)
     everything: Params = dict(model.named_parameters())
-    for name, p in everything.items():
-        if isinstance(p, UninitializedParameter):
-            raise ParameterError(name, "initialised", "a lazy one", "run the model on an input once")
-        if p.is_meta:
-            raise ParameterError(name, "a tensor with data", "one on the meta device", "load its values first")
     check_apart(everything)
     params: Params = {name: p for name, p in everything.items() if p.requires_grad}
     if not params:
