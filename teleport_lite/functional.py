@@ -7,6 +7,7 @@ for as long as that takes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -207,7 +208,7 @@ def dot(a: Params, b: Params) -> Tensor:
     >>> dot({"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([3.0, 4.0])})
     tensor(11.)
     """
-    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+    return stacked([(a[name] * b[name]).sum() for name in a]).sum()
 
 
 def norm(params: Params) -> Tensor:
@@ -241,4 +242,10 @@ def norms(params: Params) -> Tensor:
     >>> norms({"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([[1.0]])})
     tensor([5., 1.])
     """
-    return torch.stack([torch.linalg.vector_norm(p) for p in params.values()])
+    return stacked([torch.linalg.vector_norm(p) for p in params.values()])
+
+
+def stacked(numbers: Sequence[Tensor]) -> Tensor:
+    """Numbers of any types and devices as a vector, of the widest type, where the first one is."""
+    dtype = functools.reduce(torch.promote_types, [x.dtype for x in numbers])
+    return torch.stack([x.to(numbers[0].device, dtype) for x in numbers])

@@ -26,6 +26,7 @@ from teleport_lite.functional import (
     gradients,
     hvp,
     norm,
+    stacked,
     value_and_grad,
 )
 from teleport_lite.geometry import (
@@ -56,6 +57,7 @@ class Problem:
     params: Params
     ranks: Ranks | None = None
     _gradient: tuple[Tensor, Params] | None = field(default=None, repr=False)
+    _along: AlongOrbit | None = field(default=None, repr=False)
 
     @cached_property
     def loss(self) -> Loss:
@@ -73,9 +75,14 @@ class Problem:
             self._gradient = value_and_grad(self.loss, self.params)
         return self._gradient[1]
 
+    def along(self, objective: Objective, symmetry: Symmetry) -> AlongOrbit:
+        """The objective as a function of the coordinates, made once."""
+        self._along = self._along or objective.along(self, symmetry)
+        return self._along
+
     def forget(self) -> None:
-        """Give the memory of the gradient back."""
-        self._gradient = None
+        """Give the memory of the gradient and of the objective back."""
+        self._gradient = self._along = None
 
     @cached_property
     def value(self) -> Tensor:
@@ -117,7 +124,7 @@ class Objective:
     def before(self, problem: Problem, symmetry: Symmetry) -> Tensor:
         """The objective at the identity, without graph."""
         if self.quadratic is None:
-            return self.along(problem, symmetry)(symmetry.zeros(problem.params)).detach()
+            return problem.along(self, symmetry)(symmetry.zeros(problem.params)).detach()
         return norm(problem.gradient if self.quadratic == "gradient" else problem.params)
 
     def __repr__(self) -> str:
@@ -257,7 +264,7 @@ def _quadratic(grads: Params, point: Params, z: Params) -> Tensor:
     check_complete(grads.values())
     rows = gradients(slope, [*point.values()], create_graph=True) if slope.requires_grad else [None] * len(point)
     terms = [(z[name] * row).sum() for name, row in zip(point, rows, strict=True) if row is not None]
-    return torch.stack(terms).sum() if terms else torch.zeros_like(slope)
+    return stacked(terms).sum() if terms else torch.zeros_like(slope)
 
 
 def _seeded(generator: torch.Generator | None) -> torch.Generator:

@@ -104,9 +104,8 @@ class RandomState:
 
     def __init__(self, module: nn.Module) -> None:
         self.torch, self.python = torch.get_rng_state(), random.getstate()
-        devices = {p.device for p in module.parameters()}
-        self.cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
-        self.mps = torch.mps.get_rng_state() if any(d.type == "mps" for d in devices) else None
+        devices = {p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}
+        self.devices = {d: getattr(torch, d.type).get_rng_state(*_place(d)) for d in devices}
         numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
         self.numpy = None if numpy is None else (numpy, numpy.get_state())
 
@@ -114,12 +113,14 @@ class RandomState:
         """Let all draws be again those that followed."""
         torch.set_rng_state(self.torch)
         random.setstate(self.python)
-        for device, state in self.cuda.items():
-            torch.cuda.set_rng_state(state, device)
-        if self.mps is not None:
-            torch.mps.set_rng_state(self.mps)
+        for device, state in self.devices.items():
+            getattr(torch, device.type).set_rng_state(state, *_place(device))
         if self.numpy is not None:
             self.numpy[0].set_state(self.numpy[1])
+
+
+def _place(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # of which there is one
 
 
 @contextmanager
@@ -139,6 +140,18 @@ def coarsest(dtypes: list[torch.dtype]) -> torch.dtype:
     torch.bfloat16
     """
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device without it, such as those of Apple.
+
+    >>> widest(torch.device("cpu"))
+    torch.float64
+    """
+    try:
+        return torch.zeros((), dtype=torch.float64, device=device).dtype
+    except (RuntimeError, TypeError):
+        return torch.float32
 
 
 def unwrap_compiled(model: nn.Module, names: Iterable[str] = ()) -> nn.Module:
@@ -226,7 +239,7 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 def on_host(x: Any, copy: bool = False) -> Any:
-    """A tensor on the CPU, in float64 or complex128 if it is real or complex; another generator; anything else as it is.
+    """A tensor on the CPU, in float64 or complex128 if real or complex; another generator; anything else as it is.
 
     >>> on_host(torch.ones(1, dtype=torch.bfloat16)), on_host(torch.ones(1, dtype=torch.int32)), on_host("a")
     (tensor([1.], dtype=torch.float64), tensor([1], dtype=torch.int32), 'a')

@@ -357,7 +357,15 @@ def _cast(op, coarse: bool):
 
 
 COARSE = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "scaled_dot_product_attention")
-FINE = ("mse_loss", "nll_loss", "cross_entropy_loss", "layer_norm", "pow.Tensor_Scalar", "log_softmax.int", "softmax.int")
+FINE = (
+    "mse_loss",
+    "nll_loss",
+    "cross_entropy_loss",
+    "layer_norm",
+    "pow.Tensor_Scalar",
+    "log_softmax.int",
+    "softmax.int",
+)
 
 if USABLE:
     backend_registration._setup_privateuseone_for_python_backend(SIM, Module())

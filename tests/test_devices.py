@@ -226,4 +226,7 @@ def test_the_device_gives_what_the_cpu_gives(name, face):
         got = outcome(FACES[face], World(name, "sim"))
     tol = COARSE.get(name, 2e-3)
     for a, b in zip(tree_leaves(got), tree_leaves(expected), strict=True):
-        assert a == b if isinstance(b, str) else torch.allclose(*map(torch.as_tensor, (a, b)), tol, tol), (got, expected)
+        assert a == b if isinstance(b, str) else torch.allclose(*map(torch.as_tensor, (a, b)), tol, tol), (
+            got,
+            expected,
+        )

@@ -14,7 +14,7 @@ from torch.func import vmap
 from teleport_lite.errors import TeleportError
 from teleport_lite.functional import Params, dot, trainable
 from teleport_lite.groups import PositiveScaling
-from teleport_lite.runtime import check_generator
+from teleport_lite.runtime import check_generator, widest
 from teleport_lite.symmetries.axes import NeuronSymmetry
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.minibatch import is_chain, jets
@@ -105,17 +105,17 @@ def scaling_kappas(params: Params, scalings: Product, curves: tuple[Tensor, ...]
     for name in scalings.names:
         moves = zip(scalings, curves, strict=True)
         legs = [(f.group, xi, leg) for f, xi in moves for leg in f.legs if leg.name == name]
-        w = params[name].double().square()
+        w = params[name].to(widest(params[name].device)).square()
         w = w.flatten(2).sum(2) if w.ndim > 2 else w.reshape(len(w), -1)
         for dim in {0, 1} - {leg.dim for *_, leg in legs}:
             w = w.sum(dim, keepdim=True)
         rates = [w.new_zeros(len(curves[0]), n) for n in w.shape]
         for group, xi, leg in legs:
             rate = (group.dual(xi) if leg.dual else xi).repeat_interleave(leg.each, 1)
-            rates[leg.dim].narrow(1, leg.start, rate.shape[1]).add_(rate)
+            rates[leg.dim].narrow(1, leg.start, rate.shape[1]).add_(rate.to(w))
         a, b = (torch.linalg.vander(rate, N=5) for rate in rates)
         tables.append(torch.einsum("kip,ij,kjq->pqk", a, w, b))
-    table = torch.stack(tables).sum(0)
+    table = torch.stack([t.to(tables[0]) for t in tables]).sum(0)
     speed, along, bend = (  # by the binomial theorem
         torch.stack([math.comb(m, p) * table[p, m - p] for p in range(m + 1)]).sum(0) for m in (2, 3, 4)
     )
@@ -137,5 +137,5 @@ def kappa(first: Params, second: Params) -> Tensor:
     """
     speed = dot(first, first)
     along = dot(first, second) / speed
-    across = {n: second[n] - along * first[n] for n in first}
+    across = {n: second[n] - along.to(first[n].device) * first[n] for n in first}
     return (dot(across, across) + torch.finfo(speed.dtype).tiny).sqrt() / speed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, wide
+from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, matrix_exp, spectral_norm, wide
 
 
 class SpecialOrthogonal(Group):
@@ -36,7 +36,7 @@ class SpecialOrthogonal(Group):
         return lower - lower.mT
 
     def exp(self, xi):
-        return torch.linalg.matrix_exp(self.algebra(xi))
+        return matrix_exp(self.algebra(xi))
 
     def compose(self, g, h):
         return g @ h
@@ -49,7 +49,7 @@ class SpecialOrthogonal(Group):
         return in_ball(drawn, self.norm(drawn), self.dim, radius, generator)
 
     def norm(self, xi):
-        return torch.linalg.matrix_norm(self.algebra(xi), 2)
+        return spectral_norm(self.algebra(xi))
 
     def clip(self, xi, radius):
         return xi * (radius / self.norm(xi).clamp(min=radius))

@@ -21,6 +21,7 @@ from teleport_lite.functional import Params
 from teleport_lite.groups import GeneralLinear, PositiveScaling
 from teleport_lite.groups.base import wide
 from teleport_lite.objectives import Objective
+from teleport_lite.runtime import widest
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.product import Product
@@ -91,13 +92,22 @@ def closed_form(
 
 
 def _components(factors: list[NeuronSymmetry]) -> list[list[NeuronSymmetry]]:
-    """Factors that share parameters, directly or through others, taken together; what is apart is independent."""
+    """Factors that move the same entries, directly or through others, taken together; what is apart is independent."""
     parts: list[list[NeuronSymmetry]] = []
     for factor in factors:
-        near = [part for part in parts if any({*factor.names} & {*f.names} for f in part)]
+        near = [part for part in parts if any(_meet(factor, f) for f in part)]
         parts = [part for part in parts if part not in near]
         parts.append([*(f for part in near for f in part), factor])
     return parts
+
+
+def _meet(a: NeuronSymmetry, b: NeuronSymmetry) -> bool:
+    """Whether two factors share entries; those of the queries' and the values' rows of one tensor do not."""
+    for x, y in ((x, y) for x in a.legs for y in b.legs if x.name == y.name):
+        ends = [leg.start + f.group.n * leg.each for f, leg in ((a, x), (b, y))]
+        if x.dim != y.dim or x.groups > 1 or y.groups > 1 or (x.start < ends[1] and y.start < ends[0]):
+            return True
+    return False
 
 
 def _alike(parts: list[list[NeuronSymmetry]], tensors: Params) -> Iterable[list[list[NeuronSymmetry]]]:
@@ -106,7 +116,8 @@ def _alike(parts: list[list[NeuronSymmetry]], tensors: Params) -> Iterable[list[
     for part in parts:
         names = _names(part)
         places = [(f.group, [replace(leg, name=str(names.index(leg.name))) for leg in f.legs]) for f in part]
-        families[str(places), tuple((tensors[n].shape, tensors[n].dtype) for n in names)].append(part)
+        looks = tuple((tensors[n].shape, tensors[n].dtype, tensors[n].device) for n in names)
+        families[str(places), looks].append(part)
     return families.values()
 
 
@@ -124,8 +135,9 @@ def _sweep_squares(
     """
     dims = {(leg.name, leg.dim) for f in factors for leg in f.legs}
     squares = {name: _summed_squares(tensors[name], {d for n, d in dims if n == name}) for name, _ in dims}
-    dtype = wide(*(s.dtype for s in squares.values())) if maximize else torch.float64  # a corner is a choice of signs
-    squares = {name: s.to(dtype) for name, s in squares.items()}
+    home = next(iter(squares.values())).device
+    dtype = wide(*(s.dtype for s in squares.values())) if maximize else widest(home)  # a corner is a choice of signs
+    squares = {name: s.to(home, dtype) for name, s in squares.items()}
     first = next(iter(squares.values()))
     signs = torch.arange(3 if maximize and len(factors) > 1 else 1, device=first.device)
     starts = radius * ((signs + 1) % 3 - 1).to(first)  # 0, 1, -1
@@ -179,8 +191,9 @@ def _sweep_tensors(
 
     Its own element g, a symmetric matrix, is undone on these small matrices A alone, which become A' with gA'g = A.
     """
-    dtype = wide(*(t.dtype for t in tensors.values())) if maximize else torch.float64
-    state = {n: t.to(dtype) for n, t in tensors.items()}
+    home = next(iter(tensors.values())).device
+    dtype = wide(*(t.dtype for t in tensors.values())) if maximize else widest(home)
+    state = {n: t.to(home, dtype) for n, t in tensors.items()}
     xis = [f.zeros(state) for f in factors]
     elements = [(f.group.exp(xi), f.group.exp(xi)) for f, xi in zip(factors, xis, strict=True)]  # and their inverses
     for _ in range(sweeps):

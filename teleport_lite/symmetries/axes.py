@@ -75,7 +75,8 @@ class NeuronSymmetry(Symmetry):
         m, dual = self.group.algebra(xi), self.group.algebra(self.group.dual(xi))
         found = {name: torch.zeros_like(params[name]) for name in self.names}
         for leg in self.legs:
-            part = self.group.along(dual if leg.dual else m, self.axis(params[leg.name], leg), 0)
+            axis = self.axis(params[leg.name], leg)
+            part = self.group.along((dual if leg.dual else m).to(axis.device), axis, 0)
             found[leg.name] = self._put(found[leg.name], self.axis(found[leg.name], leg) + part, leg)
         return found
 
@@ -120,6 +121,7 @@ class NeuronSymmetry(Symmetry):
 
     def along(self, g: Tensor, tensor: Tensor, leg: Leg) -> Tensor:
         """`tensor` with `g` applied to its slice of the hidden axis."""
+        g = g.to(tensor.device)
         if tensor.shape[leg.dim] == self.group.n and leg.groups == 1:
             return self.group.along(g, tensor, leg.dim)
         return self._put(tensor, self.group.along(g, self.axis(tensor, leg), 0), leg)
