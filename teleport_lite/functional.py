@@ -232,7 +232,9 @@ def normal_like(params: Params, count: int, generator: torch.Generator | None) -
     drawn, generator = {}, check_generator(generator)
     for name, p in params.items():
         device = p.device if generator is None else generator.device
-        drawn[name] = torch.randn(count, *p.shape, generator=generator, dtype=p.dtype, device=device).to(p.device)
+        drawn[name] = torch.randn(count, *p.shape, generator=generator, dtype=p.dtype, device=device).to(
+            p.device, non_blocking=True
+        )
     return drawn
 
 

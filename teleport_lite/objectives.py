@@ -68,12 +68,15 @@ class Problem:
         """The mean over the ranks of a `function` of parameters; differentiable, but not by `vmap`."""
         return self.ranks.mean(function) if self.ranks else function
 
+    def differentiate(self) -> tuple[Tensor, Params]:
+        """The loss and its gradient, without graph."""
+        self._gradient = self._gradient or value_and_grad(self.loss, self.params)
+        return self._gradient
+
     @property
     def gradient(self) -> Params:
         """The gradient of the loss, without graph."""
-        if self._gradient is None:
-            self._gradient = value_and_grad(self.loss, self.params)
-        return self._gradient[1]
+        return self.differentiate()[1]
 
     def along(self, objective: Objective, symmetry: Symmetry) -> AlongOrbit:
         """The objective as a function of the coordinates, made once."""

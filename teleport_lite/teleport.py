@@ -185,9 +185,9 @@ def carry_out(
         measured = first and (steep or goal.transports or carries) if product.exact else steep  # at the new point
         with loss.observed() as outputs:
             if measured or steep:
-                _ = problem.gradient  # gives the value along with it
+                problem.differentiate()  # gives the value along with it
             loss_before = problem.value
-        with suppress(torch.linalg.LinAlgError):  # of numbers that are not finite, which are refused below
+        with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined] # of numbers that are not finite, which are refused below
             xi = product.zeros(params)
             xi = find(problem, product, goal, how=search, maximize=maximize, radius=radius, generator=generator)
         xi = ranks.first(xi)

@@ -21,6 +21,9 @@ from teleport_lite.symmetries.minibatch import is_chain, jets
 from teleport_lite.symmetries.product import Product, check_symmetry
 
 
+CURVES = 4  # at once, each of which holds several copies of the parameters
+
+
 def curvature(
     model: nn.Module, symmetry: Symmetry, *, samples: int = 100, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -75,7 +78,11 @@ def mean_kappa(params: Params, symmetry: Symmetry, curves: tuple[Tensor, ...]) -
     if is_chain(continuous):
         return vmap(kappa)(*jets(continuous, params, curves)).mean()
     one = continuous[0] if len(continuous) == 1 else None
-    return vmap(lambda xi: kappa(*(one.jet(params, xi[0]) if one else continuous.jet(params, xi))))(curves).mean()
+
+    def along(xi: tuple[Tensor, ...]) -> Tensor:
+        return kappa(*(one.jet(params, xi[0]) if one else continuous.jet(params, xi)))
+
+    return vmap(along, chunk_size=CURVES)(curves).mean()
 
 
 def _is_matrix_scaling(factor: Symmetry) -> bool:

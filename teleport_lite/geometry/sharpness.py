@@ -83,10 +83,12 @@ class Directions:
     def __init__(self, params: Params, count: int, *, generator: torch.Generator | None = None) -> None:
         if not isinstance(count, int) or count < 1:
             raise TeleportError("a positive number of directions", repr(count), "pass directions=100")
-        generator = generator_for(params, check_generator(generator))
-        self.device, self.home = generator.device, next(iter(params.values())).device  # where they are drawn, and live
+        self.home = next(iter(params.values())).device  # where they live
+        given = check_generator(generator)
+        self.device = self.home if given is None else given.device  # and are drawn
         self.params, self.dtype = params, reduce(torch.promote_types, {p.dtype for p in params.values()})
-        self.seeds = torch.randint(2**62, (count,), generator=generator, device=self.device).tolist()
+        generator = generator_for({"": torch.empty(0)}, given)
+        self.seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device).tolist()
         self._last: tuple[list[int], Params] = [], {}
 
     def __len__(self) -> int:

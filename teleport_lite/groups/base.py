@@ -22,7 +22,7 @@ from torch import Tensor
 from teleport_lite.errors import TeleportError
 from teleport_lite.runtime import check_generator
 
-SQUARINGS = 16
+SQUARINGS = 10  # of matrices, on a device
 
 
 class Group(ABC):
@@ -154,18 +154,18 @@ def matrix_exp(x: Tensor) -> Tensor:
 
 
 def spectral_norm(x: Tensor) -> Tensor:
-    r"""The largest singular values of matrices [..., n, n]; on a device, without waiting for it, from above.
+    r"""The largest singular values of matrices [..., n, n]; on a device, without waiting for it, bounds from above.
 
-    There $\lVert (x^\top x)^{2^k} \rVert_F^{2^{-k}}$ is taken, which is too large by a factor of at most
-    $n^{2^{-k}}$, squared.
+    There it is $\lVert (x^\top x)^{2^k} \rVert_F^{2^{-k}}$, its root, which is too large by at most $n^{2^{-k-2}}$.
     """
     if x.device.type == "cpu":
         return torch.linalg.matrix_norm(x, 2)
-    gram, logs = x.mT @ x, torch.zeros((), dtype=x.dtype, device=x.device)
-    for k in range(SQUARINGS):
-        size = torch.linalg.matrix_norm(gram, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-        gram, logs = gram / size @ (gram / size), logs + size[..., 0, 0].log() * 0.5 ** (k + 1)
-    return logs.exp()
+    gram, logs = x.mT @ x, []
+    for _ in range(SQUARINGS):
+        size = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        gram = (gram / size) @ (gram / size)
+        logs.append(size[..., 0, 0].log())
+    return functools.reduce(lambda total, log: total / 2 + log, reversed(logs)).div(2).exp()
 
 
 def draw(distribution: Callable, *shape: int, like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from teleport_lite.functional import gradients
 from teleport_lite.groups import GeneralLinear, Group
+from teleport_lite.groups.base import spectral_norm
 from teleport_lite.objectives import AlongOrbit
 from teleport_lite.runtime import unfused_attention
 from teleport_lite.symmetries.product import Product
@@ -28,8 +29,8 @@ def ascent(
     """Improve `along` from each of `starts` by clipped gradient steps in the algebra; the best point found.
 
     A step that improves is kept and the next one is longer; one that does not is undone and the next one is shorter.
-    Finite groups stay where they start. A device is not waited for, but once a step for each size of matrices: they are
-    clipped on the CPU, and torch waits for a decomposition anyway.
+    Finite groups stay where they start. A device is waited for once a step for each size of matrices, and else never:
+    their singular values are clipped on the CPU, for torch waits for a decomposition anyway.
 
     Args:
         along: the objective as a function of the coordinates.
@@ -48,10 +49,9 @@ def ascent(
             value = sign * along(tuple(points))
             grads = iter(gradients(value, free) if free and value.requires_grad else free)
         directions = []
-        for x, g in zip(points, groups, strict=True):
+        for x in points:
             d = next(grads) if x.requires_grad else None
-            d = torch.zeros_like(x, dtype=value.dtype) if d is None or not value.requires_grad else d
-            directions.append(d / g.norm(d).clamp(min=torch.finfo(d.dtype).tiny) if g.dim else d)
+            directions.append(torch.zeros_like(x) if d is None or not value.requires_grad else d)
         return value.detach(), directions
 
     best, best_value = starts[0], None
@@ -59,7 +59,7 @@ def ascent(
         value, directions = slope(xi)
         step = torch.full_like(value, radius / 2)
         for _ in range(STEPS):
-            trial = _clipped(groups, [x + step.to(x) * d for x, d in zip(xi, directions, strict=True)], radius)
+            trial = _advanced(groups, xi, directions, step, radius)
             trial_value, trial_directions = slope(trial)
             better = trial_value > value
             xi = _where(better, trial, xi)
@@ -76,15 +76,21 @@ def _where(chosen: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> tupl
     return tuple(torch.where(chosen.to(a.device), a, b) for a, b in zip(new, old, strict=True))
 
 
-def _clipped(groups: list[Group], xi: list[Tensor], radius: float) -> tuple[Tensor, ...]:
-    """Coordinates within the radius; matrices of one size together."""
+def _advanced(
+    groups: list[Group], xi: Sequence[Tensor], directions: Sequence[Tensor], step: Tensor, radius: float
+) -> tuple[Tensor, ...]:
+    """A step of this length along each direction, within the radius; matrices of one size together, on the CPU."""
     found, sizes = list(xi), defaultdict(list)
-    for k, (g, x) in enumerate(zip(groups, xi, strict=True)):
+    for k, (g, x, d) in enumerate(zip(groups, xi, directions, strict=True)):
         if isinstance(g, GeneralLinear):
-            sizes[g, x.device].append(k)
+            sizes[g, x.dtype, x.device].append(k)
         elif g.dim:
-            found[k] = g.clip(x, radius)
-    for (g, _), same in sizes.items():
-        for k, x in zip(same, g.clip(torch.stack([xi[k] for k in same]), radius), strict=True):
-            found[k] = x
+            found[k] = g.clip(x + step.to(x) * (d / g.norm(d).clamp(min=torch.finfo(d.dtype).tiny)), radius)
+    for (g, _, device), same in sizes.items():
+        xs, ds = (torch.stack([tensors[k] for k in same]) for tensors in (xi, directions))
+        x, d, length = torch.stack([xs, ds.to(xs), step.to(xs).expand_as(xs)]).cpu()
+        norms = spectral_norm(d).reshape(len(d), -1).amax(1).clamp(min=torch.finfo(d.dtype).tiny)
+        moved = g.clip(x + length * (d / norms.view(-1, *[1] * (d.ndim - 1))), radius)
+        for k, new in zip(same, moved.to(device, non_blocking=True), strict=True):
+            found[k] = new
     return tuple(found)

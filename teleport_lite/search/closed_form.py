@@ -84,7 +84,8 @@ def closed_form(
         if len(parts) > 1:
             xis: Any = torch.func.vmap(sweep)({row[0]: torch.stack([tensors[n] for n in row]) for row in rows})
         else:
-            alone = {name: tensors[name] if plain else tensors[name].clone() for (name,) in rows}
+            still = plain or len(first) == 1
+            alone = {name: tensors[name] if still else tensors[name].clone() for (name,) in rows}
             xis = [[xi] for xi in sweep(alone)]
         for factors, elements in zip(zip(*parts, strict=True), xis, strict=True):
             found |= {id(f): xi.to(f.zeros(tensors)) for f, xi in zip(factors, elements, strict=True)}
@@ -134,10 +135,9 @@ def _sweep_squares(
     factor to factor: in a chain of layers no best corner lies outside of the last two (Proposition 4.4).
     """
     dims = {(leg.name, leg.dim) for f in factors for leg in f.legs}
-    squares = {name: _summed_squares(tensors[name], {d for n, d in dims if n == name}) for name, _ in dims}
-    home = next(iter(squares.values())).device
-    dtype = wide(*(s.dtype for s in squares.values())) if maximize else widest(home)  # a corner is a choice of signs
-    squares = {name: s.to(home, dtype) for name, s in squares.items()}
+    home = tensors[factors[0].names[0]].device
+    dtype = wide(*(tensors[n].dtype for n, _ in dims)) if maximize else widest(home)  # a corner is a choice of signs
+    squares = {n: _summed_squares(tensors[n], {d for m, d in dims if m == n}).to(home, dtype) for n, _ in dims}
     first = next(iter(squares.values()))
     signs = torch.arange(3 if maximize and len(factors) > 1 else 1, device=first.device)
     starts = radius * ((signs + 1) % 3 - 1).to(first)  # 0, 1, -1
@@ -195,7 +195,7 @@ def _sweep_tensors(
     dtype = wide(*(t.dtype for t in tensors.values())) if maximize else widest(home)
     state = {n: t.to(home, dtype) for n, t in tensors.items()}
     xis = [f.zeros(state) for f in factors]
-    elements = [(f.group.exp(xi), f.group.exp(xi)) for f, xi in zip(factors, xis, strict=True)]  # and their inverses
+    elements = [(one, one) for one in (f.group.exp(xi) for f, xi in zip(factors, xis, strict=True))]  # and inverses
     for _ in range(sweeps):
         for k, factor in enumerate(factors):
             group: Any = factor.group
@@ -209,6 +209,8 @@ def _sweep_tensors(
                 for h, t in zip((inverse, g), totals, strict=True)
             )
             xis[k] = group.extremum(up, down, maximize=maximize, radius=radius)
+            if len(factors) == 1:
+                return xis
             elements[k] = new, new_inverse = group.exp(torch.stack([xis[k], -xis[k]])).unbind()
             steps = group.compose(new, inverse), group.compose(new_inverse, g)
             for leg in factor.legs:
