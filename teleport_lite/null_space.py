@@ -130,7 +130,7 @@ class _NullSpace:
         if bias:
             self.index = torch.cat([self.index, places[bias][j : j + n].reshape(len(rows), -1, 1)], -1)
             rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
-        self.bases = [_row_space(x, rcond) for x in rows]
+        self.bases = [_row_space(x, rcond) for x in rows.to(walk.x.device)]
         self.dimension = sum(self.index.shape[1] * (self.index.shape[2] - len(basis)) for basis in self.bases)
 
     def project(self, blocks: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A simulated accelerator, for machines without one: `with Device() as device:` makes the device type "sim" work.
+"""A simulated accelerator, for machines without one: `with simulated() as device:` makes the device type "sim" work.
 
 A tensor on it is a `DeviceTensor`: PyTorch, C++ included, is told that it lives on sim:0, while its numbers lie in an
 ordinary tensor, `host`, on which each operator is carried out. PyTorch lets such a backend be written in Python
@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -132,7 +134,7 @@ class DeviceGenerator(Plain):
 
 
 class Device(TorchDispatchMode):
-    """A context in which the device is there.
+    """The device, and the mode that carries out its operators.
 
     Args:
         tf32: products in TF32, where `torch.backends` allows it, as Ampere does.
@@ -154,16 +156,6 @@ class Device(TorchDispatchMode):
         self.generator = DeviceGenerator().manual_seed(0)
         self.noise = Plain().manual_seed(1)
 
-    def __enter__(self):
-        Device.now, torch.Generator = self, Generator
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) makes its tensor on the CPU first
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        Device.now, torch.Generator = None, Plain
-        torch._C._set_only_lift_cpu_tensors(False)
-        return super().__exit__(*error)
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return self.run(func, args, kwargs or {})
 
@@ -177,7 +169,12 @@ class Device(TorchDispatchMode):
         return Block.peak
 
     def run(self, func, args, kwargs):
-        """One operator."""
+        """One operator; one that another mode asks for may have to be taken apart first."""
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         name = func._schema.name.partition("::")[2]
         leaves = tree_leaves((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor)]
@@ -262,6 +259,19 @@ class Device(TorchDispatchMode):
         finally:
             self.generator.set_state(torch.get_rng_state())
             torch.set_rng_state(before)
+
+
+@contextmanager
+def simulated(**how: Any) -> Iterator[Device]:
+    """A context in which the device is there; arguments as for `Device`."""
+    Device.now, torch.Generator = Device(**how), Generator
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) makes its tensor on the CPU first
+    try:
+        with Device.now as device:
+            yield device
+    finally:
+        Device.now, torch.Generator = None, Plain
+        torch._C._set_only_lift_cpu_tensors(False)
 
 
 def _host(t: Any) -> Any:

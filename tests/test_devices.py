@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import simulated
 import torch
 import torch.nn.functional as F
-from simulated import Device
+from simulated import needs_device, simulated
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import teleport_lite as tl
 from teleport_lite.errors import TeleportError
 from teleport_lite.geometry import conserved_quantities, hessian_trace
-from teleport_lite.learned import LearnedOptimizer
 
-pytestmark = simulated.needs_device
+pytestmark = needs_device
 
 
 class Block(nn.Module):
@@ -87,6 +85,25 @@ class Mixed(nn.Module):
         return self.outer(self.middle(x.bfloat16()).relu()).float()
 
 
+class Pipeline(nn.Module):
+    """Layers on two devices, by hand."""
+
+    def __init__(self, *parts: nn.Module, devices: tuple[str, ...] = ("cpu", "cpu")) -> None:
+        super().__init__()
+        self.parts, self.devices = nn.ModuleList(parts), devices
+        self.scale = torch.ones(())  # neither parameter nor buffer
+
+    def to(self, device: str):  # the last part stays on the CPU
+        self.devices = (device, "cpu")
+        self.parts[0].to(device)
+        self.scale = self.scale.to(device)
+        return self
+
+    def forward(self, x):
+        x = self.parts[0](x.to(self.devices[0])) * self.scale
+        return self.parts[1](x.to(self.devices[1])).to(x.device)
+
+
 def rows(*shape: int) -> Tensor:
     return torch.randn(*shape)
 
@@ -109,6 +126,13 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "lstm": lambda: (Recurrent(nn.LSTM), rows(6, 3, 4)),
     "gru": lambda: (Recurrent(nn.GRU), rows(6, 3, 4)),
     "tables": lambda: (Tables(), torch.randint(0, 11, (6, 5))),
+    "two devices": lambda: (
+        Pipeline(
+            nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Linear(5, 4)),
+            nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)),
+        ),
+        rows(6, 4),
+    ),
     "mixed types": lambda: (Mixed(), rows(6, 4)),
     "bfloat16": lambda: (Attention().bfloat16(), rows(6, 5, 4).bfloat16()),
     "float16": lambda: (Attention().half(), rows(6, 5, 4).half()),
@@ -218,11 +242,17 @@ def outcome(face: Callable[[World], Any], world: World) -> Any:
     return tree_map(lambda t: t.detach().cpu() if isinstance(t, Tensor) else t, found)
 
 
+@pytest.fixture(autouse=True)
+def short_searches(monkeypatch):
+    monkeypatch.setattr(sys.modules["teleport_lite.search.ascent"], "STEPS", 4)
+    monkeypatch.setattr(sys.modules["teleport_lite.search.closed_form"], "SWEEPS_DOWN", 5)
+
+
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_device_gives_what_the_cpu_gives(name, face):
     expected = outcome(FACES[face], World(name, "cpu"))
-    with Device():
+    with simulated():
         got = outcome(FACES[face], World(name, "sim"))
     tol = COARSE.get(name, 2e-3)
     for a, b in zip(tree_leaves(got), tree_leaves(expected), strict=True):

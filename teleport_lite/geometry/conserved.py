@@ -39,7 +39,8 @@ def conserved_quantities(params: Params, symmetry: Symmetry) -> list[Tensor]:
         factor.check(params)
         group: Any = factor.group
         if isinstance(factor, NeuronSymmetry) and not group.isometry:
-            grams = [group.gram(factor.axis(params[leg.name], leg), 0) for leg in factor.legs]
+            home = params[factor.legs[0].name].device
+            grams = [group.gram(factor.axis(params[leg.name], leg), 0).to(home) for leg in factor.legs]
             signs = [-1 if leg.dual else 1 for leg in factor.legs]
             found.append(torch.stack([s * g for s, g in zip(signs, grams, strict=True)]).sum(0))
     return found
