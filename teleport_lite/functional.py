@@ -8,7 +8,7 @@ for as long as that takes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -74,10 +74,13 @@ def _entries(p: Tensor) -> Tensor:
     return places.as_strided(p.shape, p.stride(), p.storage_offset()).flatten() * p.itemsize
 
 
-def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) -> tuple[Tensor, Params]:
+def value_and_grad(
+    loss: Loss, params: Params, *, create_graph: bool = False, scale: Callable[[], float] = lambda: 1.0
+) -> tuple[Tensor, Params]:
     """The loss at `params` and its gradient, one reverse pass.
 
-    With `create_graph` both can be differentiated again, with respect to whatever `params` were computed from.
+    With `create_graph` both can be differentiated again, with respect to whatever `params` were computed from. A
+    `scale`, asked for when the loss is known, multiplies what is differentiated, and divides the gradient.
 
     Raises:
         LossError: when the loss is no scalar, or does not depend on the parameters.
@@ -97,7 +100,9 @@ def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) ->
                 "one without a gradient",
                 "call the given net inside loss_fn, and do not detach its output",
             )
-        grads = gradients(value, [*points.values()], create_graph=create_graph)
+        along = None if (factor := scale()) == 1 else torch.full_like(value, factor)
+        grads = gradients(value, [*points.values()], along=along, create_graph=create_graph)
+        grads = grads if along is None else [None if g is None else g / factor for g in grads]
         if create_graph and isinstance(loss, Evaluation):
             loss.return_before([g for g in grads if g is not None], points)
     if all(g is None for g in grads):

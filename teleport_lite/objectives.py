@@ -40,6 +40,7 @@ from teleport_lite.geometry import (
 )
 from teleport_lite.symmetries.base import Symmetry
 
+SCALE = 1024.0  # of a loss under float16 autocast, when it is differentiated
 AlongOrbit = Callable[[Any], Tensor]  # the objective as a function of the coordinates xi
 
 
@@ -70,8 +71,13 @@ class Problem:
 
     def differentiate(self) -> tuple[Tensor, Params]:
         """The loss and its gradient, without graph."""
-        self._gradient = self._gradient or value_and_grad(self.loss, self.params)
+        self._gradient = self._gradient or value_and_grad(self.loss, self.params, scale=self._scale)
         return self._gradient
+
+    def _scale(self) -> float:
+        """What keeps small gradients from being lost where float16 is computed in, though no parameter is of it."""
+        low = getattr(self.local, "dtype", None) == torch.float16
+        return SCALE if low and all(p.dtype != torch.float16 for p in self.params.values()) else 1.0
 
     @property
     def gradient(self) -> Params:

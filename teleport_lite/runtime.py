@@ -6,7 +6,7 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from teleport_lite.errors import ParameterError, TeleportError
 
 LossFn = Callable[[Any], Tensor]  # of the model
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+OPS = ("matmul", "conv", "rnn")
 Inputs = tuple  # the positional arguments of one call of the model
 
 
@@ -168,15 +169,36 @@ def eager_mode(device: str) -> Iterator[None]:
     compiled = "torch._dynamo" in sys.modules  # importing it takes seconds, so not before something is compiled
     stance = getattr(torch.compiler, "set_stance", None) if compiled else None  # torch >= 2.6
     autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    with stance("force_eager") if stance else nullcontext(), autocast:
-        try:
-            torch.set_float32_matmul_precision("highest")
-            torch.backends.cudnn.allow_tf32 = False
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
-            torch.backends.cudnn.allow_tf32 = convolutions
+    with stance("force_eager") if stance else nullcontext(), autocast, float32_in_full():
+        yield
+
+
+@contextmanager
+def float32_in_full() -> Iterator[None]:
+    """A context without TF32, whichever of the two ways of torch it was allowed in: by flags, or for each operation."""
+    backends: Any = torch.backends
+    places = [getattr(b, op) for b in (backends.cuda, backends.cudnn, backends.mkldnn) for op in OPS if hasattr(b, op)]
+    places = [place for place in places if hasattr(place, "fp32_precision")]  # torch >= 2.9
+    precisions = [place.fp32_precision for place in places]
+    flags: list[tuple[Callable, Any]] = []
+    switches: tuple[tuple[Callable, Callable, Any], ...] = (
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+        (lambda: backends.cudnn.allow_tf32, lambda on: setattr(backends.cudnn, "allow_tf32", on), False),
+    )
+    for read, write, off in switches:
+        with suppress(RuntimeError):  # where the flag and the operations disagree
+            flags.append((write, read()))
+        write(off)
+    for place in places:  # which may follow torch.backends.fp32_precision
+        if place.fp32_precision not in ("none", "ieee"):
+            place.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for write, value in flags:
+            write(value)
+        for place, precision in zip(places, precisions, strict=True):
+            place.fp32_precision = precision
 
 
 def unfused_attention() -> AbstractContextManager:

@@ -9,8 +9,8 @@ ordinary tensor, `host`, on which each operator is carried out. PyTorch lets suc
 - draws random numbers of its own, from generators of its own;
 - lets the host wait where CUDA does (`waits`, by operator), counts operators (`operators`) and follows the bytes in use
   (`peak`);
-- has autocast, fused cells of recurrent nets, and, when asked for, products in TF32, no float64 (as MPS), and sums in an
-  order that changes from call to call (`atomics`).
+- has autocast, fused cells of recurrent nets, and, when asked for, products in TF32, no float64 (as those of Apple), and
+  sums whose last bit changes from call to call (`atomics`).
 
 Not simulated are streams, graphs, compilation, the rounding of real kernels, cuDNN, and fused attention.
 Import it before the first backward pass: PyTorch starts a thread for each device then.
@@ -22,7 +22,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ class DeviceTensor(Tensor):
 class Block:
     """The bytes of one storage, in use while a tensor holds it."""
 
-    alive: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
+    alive: ClassVar[weakref.WeakValueDictionary[int, Block]] = weakref.WeakValueDictionary()
     used = peak = 0
 
     def __init__(self, size: int) -> None:
@@ -122,7 +122,7 @@ class Generator(metaclass=_Kind):
 
 
 class DeviceGenerator(Plain):
-    known: dict[int, Plain] = {}  # all of them, by what C++ knows them by
+    known: ClassVar[dict[int, Plain]] = {}  # all of them, by what C++ knows them by
     device = property(lambda self: torch.device(SIM, 0))
 
     def __init__(self) -> None:
@@ -236,8 +236,8 @@ class Device(TorchDispatchMode):
 
     def _rounded(self, name: str, args: tuple) -> tuple:
         """The operands of float32 products with ten bits of mantissa."""
-        backend = torch.backends.cudnn if "convolution" in name else torch.backends.cuda.matmul
-        if name not in TENSOR_CORES or not self.tf32 or not backend.allow_tf32:
+        place = torch.backends.cudnn.conv if "convolution" in name else torch.backends.cuda.matmul
+        if name not in TENSOR_CORES or not self.tf32 or place.fp32_precision != "tf32":
             return args
         count = TENSOR_CORES[name]
         first = count - 2 if name in ("addmm", "baddbmm") else 0

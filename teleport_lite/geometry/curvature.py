@@ -20,7 +20,6 @@ from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.minibatch import is_chain, jets
 from teleport_lite.symmetries.product import Product, check_symmetry
 
-
 CURVES = 4  # at once, each of which holds several copies of the parameters
 
 
