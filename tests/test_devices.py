@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -569,6 +571,16 @@ def test_peak_memory(kind):
         assert chunks[0] < 2.1 and chunks[1] < chunks[2] / 3
         few, many = (peak(lambda: hessian_trace(model, loss, samples=n)) for n in (2, 10))  # noqa: B023
         assert many < 1.1 * few
+
+
+def test_the_page_says_what_these_tests_say():
+    root = Path(__file__).parent
+    page = (root.parent / "book/reference/devices.md").read_text("utf8")
+    there = "".join(path.read_text("utf8") for path in root.glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", page):
+        assert f"def {name}(" in there, name
+    rows = [f"| {name} | {face} | {waits} |" for (name, face), waits in WAITS.items()]
+    assert re.findall(r"^\| [\w ]+ \| [\w ]+ \| \d+ \|$", page, re.M) == rows
 
 
 # -- the device itself
