@@ -67,7 +67,7 @@ class Ranks:
         except RankError:
             raise
         except BaseException:
-            with suppress(RuntimeError):  # the others may be gone
+            with suppress(RankError):  # the others may be gone
                 self._gather(FAILED)
             raise
 
@@ -97,8 +97,9 @@ class Ranks:
             return tree
         tree = tree_map(lambda x: x.detach().clone(memory_format=torch.contiguous_format), tree)
         self.join()
-        for x in tree_leaves(tree):
-            dist.broadcast(x, dist.get_global_rank(self.group, 0), group=self.group)
+        with _answered():
+            for x in tree_leaves(tree):
+                dist.broadcast(x, dist.get_global_rank(self.group, 0), group=self.group)
         return tree
 
     def check_same(self, **facts: Any) -> None:
@@ -137,8 +138,9 @@ class Ranks:
         count = dist.get_world_size(self.group)
         parts = tuple((x / count).contiguous() for x in tensors)
         self.join()
-        for work in [dist.all_reduce(x, group=self.group, async_op=True) for x in parts]:
-            work.wait()
+        with _answered():
+            for work in [dist.all_reduce(x, group=self.group, async_op=True) for x in parts]:
+                work.wait()
         return parts
 
     def _gather(self, *row: int) -> list[list[int]]:
@@ -148,8 +150,23 @@ class Ranks:
         device = next(self.model.parameters()).device
         table = torch.zeros(dist.get_world_size(self.group), len(row), dtype=torch.int64, device=device)
         table[dist.get_rank(self.group)] = torch.tensor(row, device=device)
-        dist.all_reduce(table, group=self.group)
+        with _answered():
+            dist.all_reduce(table, group=self.group)
         return table.tolist()
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """A context in which all ranks have to take part.
+
+    Raises:
+        RankError: when one is gone, or silent for longer than the timeout of the group.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        got = f"none in time ({error})"
+        raise RankError("an answer of every rank", [], got, "start the ranks again from a checkpoint") from error
 
 
 class _Share(Function):

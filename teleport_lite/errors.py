@@ -110,7 +110,7 @@ seed it alike
 
     def __init__(self, expected: str, ranks: list[int], got: str, remedy: str) -> None:
         self.ranks = ranks
-        super().__init__(expected, f"{got} on rank {', '.join(map(str, ranks))}", remedy)
+        super().__init__(expected, f"{got} on rank {', '.join(map(str, ranks))}" if ranks else got, remedy)
 
 
 class StateError(TeleportError, ValueError):

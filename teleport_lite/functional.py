@@ -7,13 +7,13 @@ for as long as that takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from teleport_lite.distributed import check_whole
 from teleport_lite.errors import EmptyModelError, LossError, ParameterError, ShapeError
@@ -22,10 +22,7 @@ from teleport_lite.evaluation import Loss as Loss
 from teleport_lite.evaluation import Params as Params
 from teleport_lite.evaluation import loss_of as loss_of
 from teleport_lite.evaluation import session as session
-from teleport_lite.runtime import (
-    check_generator,
-    unfused_attention,
-)
+from teleport_lite.runtime import check_generator, check_loaded, unfused_attention
 
 
 def trainable(model: nn.Module) -> Params:
@@ -33,19 +30,15 @@ def trainable(model: nn.Module) -> Params:
 
     Raises:
         EmptyModelError: when there is none.
-        ParameterError: when one is sharded over several processes, not initialised, without data, or overlaps another
-            one in memory.
+        ParameterError: when one is sharded over several processes, has no shape or data, or overlaps another one in
+            memory.
 
     >>> sorted(trainable(nn.Linear(2, 3)))
     ['bias', 'weight']
     """
     check_whole(model)
+    check_loaded(model)
     everything: Params = dict(model.named_parameters())
-    for name, p in everything.items():
-        if isinstance(p, UninitializedParameter):
-            raise ParameterError(name, "initialised", "a lazy one", "run the model on an input once")
-        if p.is_meta:
-            raise ParameterError(name, "a tensor with data", "one on the meta device", "load its values first")
     check_apart(everything)
     params: Params = {name: p for name, p in everything.items() if p.requires_grad}
     if not params:
@@ -81,10 +74,13 @@ def _entries(p: Tensor) -> Tensor:
     return places.as_strided(p.shape, p.stride(), p.storage_offset()).flatten() * p.itemsize
 
 
-def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) -> tuple[Tensor, Params]:
+def value_and_grad(
+    loss: Loss, params: Params, *, create_graph: bool = False, scale: Callable[[], float] = lambda: 1.0
+) -> tuple[Tensor, Params]:
     """The loss at `params` and its gradient, one reverse pass.
 
-    With `create_graph` both can be differentiated again, with respect to whatever `params` were computed from.
+    With `create_graph` both can be differentiated again, with respect to whatever `params` were computed from. A
+    `scale`, asked for when the loss is known, multiplies what is differentiated, and divides the gradient.
 
     Raises:
         LossError: when the loss is no scalar, or does not depend on the parameters.
@@ -104,7 +100,9 @@ def value_and_grad(loss: Loss, params: Params, *, create_graph: bool = False) ->
                 "one without a gradient",
                 "call the given net inside loss_fn, and do not detach its output",
             )
-        grads = gradients(value, [*points.values()], create_graph=create_graph)
+        along = None if (factor := scale()) == 1 else torch.full_like(value, factor)
+        grads = gradients(value, [*points.values()], along=along, create_graph=create_graph)
+        grads = grads if along is None else [None if g is None else g / factor for g in grads]
         if create_graph and isinstance(loss, Evaluation):
             loss.return_before([g for g in grads if g is not None], points)
     if all(g is None for g in grads):
@@ -215,7 +213,7 @@ def dot(a: Params, b: Params) -> Tensor:
     >>> dot({"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([3.0, 4.0])})
     tensor(11.)
     """
-    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+    return stacked([(a[name] * b[name]).sum() for name in a]).sum()
 
 
 def norm(params: Params) -> Tensor:
@@ -239,7 +237,9 @@ def normal_like(params: Params, count: int, generator: torch.Generator | None) -
     drawn, generator = {}, check_generator(generator)
     for name, p in params.items():
         device = p.device if generator is None else generator.device
-        drawn[name] = torch.randn(count, *p.shape, generator=generator, dtype=p.dtype, device=device).to(p.device)
+        drawn[name] = torch.randn(count, *p.shape, generator=generator, dtype=p.dtype, device=device).to(
+            p.device, non_blocking=True
+        )
     return drawn
 
 
@@ -249,4 +249,10 @@ def norms(params: Params) -> Tensor:
     >>> norms({"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([[1.0]])})
     tensor([5., 1.])
     """
-    return torch.stack([torch.linalg.vector_norm(p) for p in params.values()])
+    return stacked([torch.linalg.vector_norm(p) for p in params.values()])
+
+
+def stacked(numbers: Sequence[Tensor]) -> Tensor:
+    """Numbers of any types and devices as a vector, of the widest type, where the first one is."""
+    dtype = functools.reduce(torch.promote_types, [x.dtype for x in numbers])
+    return torch.stack([x.to(numbers[0].device, dtype) for x in numbers])

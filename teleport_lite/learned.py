@@ -27,6 +27,7 @@ from torch.func import vmap
 from teleport_lite.errors import DivergenceError, NoSymmetryError, TeleportError, UnknownNameError
 from teleport_lite.functional import Params, norm
 from teleport_lite.groups import Group, PositiveScaling
+from teleport_lite.groups.base import draw
 from teleport_lite.runtime import as_inputs
 from teleport_lite.symmetries.base import Symmetry, check_radius
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
@@ -280,7 +281,7 @@ class LearnedOptimizer(nn.Module):
             raw = emitted["element"]
         else:
             shape = problems, sum(z.numel() for z in zeros)
-            raw = torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)
+            raw = draw(torch.randn, *shape, like=like, generator=generator)
         parts = [
             r.view(problems, *z.shape) for r, z in zip(raw.split([z.numel() for z in zeros], 1), zeros, strict=True)
         ]

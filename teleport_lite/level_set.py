@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from teleport_lite.errors import LossError, ParameterError, TeleportError
 from teleport_lite.exactness import LARGEST, largest_change
-from teleport_lite.functional import Params, check_complete, gradients, loss_of, trainable, value_and_grad
+from teleport_lite.functional import Params, check_complete, gradients, loss_of, stacked, trainable, value_and_grad
 from teleport_lite.report import Report
-from teleport_lite.runtime import TOLERANCES, LossFn, eager_mode, unfused_attention, unwrap_compiled
+from teleport_lite.runtime import TOLERANCES, LossFn, eager_mode, unfused_attention, unwrap_compiled, widest
 from teleport_lite.transaction import commit
 
 HALVINGS = 30  # of a step that does not improve
@@ -84,8 +84,9 @@ class Walk:
         model = unwrap_compiled(model)
         self.model, self.loss, self.began = model, loss_of(model, loss_fn), time.perf_counter()
         self.params = {name: p.detach() for name, p in trainable(model).items()}
-        for name, p in self.params.items():
-            if p.is_complex() or not p.isfinite().all():
+        finite = stacked([p.isfinite().all() for p in self.params.values()]).tolist()
+        for (name, p), well in zip(self.params.items(), finite, strict=True):
+            if p.is_complex() or not well:
                 got = "complex" if p.is_complex() else "NaN or infinity in it"
                 raise ParameterError(name, "real and finite", got, "freeze it, or restore it from a checkpoint")
         first = next(iter(self.params.values()))
@@ -109,7 +110,7 @@ class Walk:
         x = x.detach().requires_grad_()
         loss, grads = value_and_grad(lambda p: self.loss(self.split(p["x"])), {"x": x}, create_graph=True)
         self.gradients += 1
-        value, norm = torch.stack([loss.detach().double(), grads["x"].detach().double().norm()]).tolist()
+        value, norm = stacked([loss.detach(), wider(grads["x"].detach()).norm()]).tolist()
         point = Point(x, value, grads["x"], norm if math.isfinite(value) else math.inf)
         if math.isnan(value) or math.isnan(point.norm) or (self.start is None and math.isinf(point.norm)):
             raise _NotFiniteError
@@ -135,12 +136,17 @@ class Walk:
         value, grads = value_and_grad(self.loss, {name: p.detach() for name, p in trainable(self.model).items()})
         self.loss.rest()
         g = torch.cat([g.reshape(-1).to(self.x) for g in grads.values()])  # as in `at`, so that equal points are equal
-        return float(value), float(g.double().norm())
+        return float(value), float(wider(g).norm())
 
 
 def dots(*pairs: tuple[Tensor, Tensor]) -> list[float]:
-    """Inner products of vectors, accumulated in float64."""
-    return torch.stack([torch.dot(a.detach().double(), b.detach().double()) for a, b in pairs]).tolist()
+    """Inner products of vectors, accumulated in float64 where there is float64."""
+    return torch.stack([torch.dot(wider(a.detach()), wider(b.detach())) for a, b in pairs]).tolist()
+
+
+def wider(x: Tensor) -> Tensor:
+    """`x` in the `widest` type of its device."""
+    return x.to(widest(x.device))
 
 
 def level_set_teleport(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from teleport_lite.errors import BatchError, NoSymmetryError, TeleportError
-from teleport_lite.level_set import DONE, HALVINGS, SPENT, STUCK, LevelSetReport, Point, Walk, carry_out, dots
+from teleport_lite.level_set import DONE, HALVINGS, SPENT, STUCK, LevelSetReport, Point, Walk, carry_out, dots, wider
 from teleport_lite.runtime import LossFn
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
@@ -130,18 +130,18 @@ class _NullSpace:
         if bias:
             self.index = torch.cat([self.index, places[bias][j : j + n].reshape(len(rows), -1, 1)], -1)
             rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
-        self.bases = [_row_space(x, rcond) for x in rows]
+        self.bases = [_row_space(x, rcond) for x in rows.to(walk.x.device)]
         self.dimension = sum(self.index.shape[1] * (self.index.shape[2] - len(basis)) for basis in self.bases)
 
     def project(self, blocks: Tensor) -> Tensor:
-        parts = zip(blocks.double(), self.bases, strict=True)
+        parts = zip(wider(blocks), self.bases, strict=True)
         return torch.stack([block - (block @ basis.T) @ basis for block, basis in parts]).to(blocks)
 
 
 def _row_space(x: Tensor, rcond: float | None) -> Tensor:
     """An orthonormal basis [rank, n] of the rows of `x` [b, n]."""
     rcond = max(x.shape) * torch.finfo(x.dtype).eps if rcond is None else rcond
-    x = x.double()
+    x = wider(x)
     if len(x) > x.shape[1]:
         x = torch.linalg.qr(x, mode="r").R
     _, s, rows = torch.linalg.svd(x, full_matrices=False)

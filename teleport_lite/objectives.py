@@ -26,6 +26,7 @@ from teleport_lite.functional import (
     gradients,
     hvp,
     norm,
+    stacked,
     value_and_grad,
 )
 from teleport_lite.geometry import (
@@ -39,6 +40,7 @@ from teleport_lite.geometry import (
 )
 from teleport_lite.symmetries.base import Symmetry
 
+SCALE = 1024.0  # of a loss under float16 autocast, when it is differentiated
 AlongOrbit = Callable[[Any], Tensor]  # the objective as a function of the coordinates xi
 
 
@@ -56,6 +58,7 @@ class Problem:
     params: Params
     ranks: Ranks | None = None
     _gradient: tuple[Tensor, Params] | None = field(default=None, repr=False)
+    _along: AlongOrbit | None = field(default=None, repr=False)
 
     @cached_property
     def loss(self) -> Loss:
@@ -66,16 +69,29 @@ class Problem:
         """The mean over the ranks of a `function` of parameters; differentiable, but not by `vmap`."""
         return self.ranks.mean(function) if self.ranks else function
 
+    def differentiate(self) -> tuple[Tensor, Params]:
+        """The loss and its gradient, without graph."""
+        self._gradient = self._gradient or value_and_grad(self.loss, self.params, scale=self._scale)
+        return self._gradient
+
+    def _scale(self) -> float:
+        """What keeps small gradients from being lost where float16 is computed in, though no parameter is of it."""
+        low = getattr(self.local, "dtype", None) == torch.float16
+        return SCALE if low and all(p.dtype != torch.float16 for p in self.params.values()) else 1.0
+
     @property
     def gradient(self) -> Params:
         """The gradient of the loss, without graph."""
-        if self._gradient is None:
-            self._gradient = value_and_grad(self.loss, self.params)
-        return self._gradient[1]
+        return self.differentiate()[1]
+
+    def along(self, objective: Objective, symmetry: Symmetry) -> AlongOrbit:
+        """The objective as a function of the coordinates, made once."""
+        self._along = self._along or objective.along(self, symmetry)
+        return self._along
 
     def forget(self) -> None:
-        """Give the memory of the gradient back."""
-        self._gradient = None
+        """Give the memory of the gradient and of the objective back."""
+        self._gradient = self._along = None
 
     @cached_property
     def value(self) -> Tensor:
@@ -117,7 +133,7 @@ class Objective:
     def before(self, problem: Problem, symmetry: Symmetry) -> Tensor:
         """The objective at the identity, without graph."""
         if self.quadratic is None:
-            return self.along(problem, symmetry)(symmetry.zeros(problem.params)).detach()
+            return problem.along(self, symmetry)(symmetry.zeros(problem.params)).detach()
         return norm(problem.gradient if self.quadratic == "gradient" else problem.params)
 
     def __repr__(self) -> str:
@@ -257,7 +273,7 @@ def _quadratic(grads: Params, point: Params, z: Params) -> Tensor:
     check_complete(grads.values())
     rows = gradients(slope, [*point.values()], create_graph=True) if slope.requires_grad else [None] * len(point)
     terms = [(z[name] * row).sum() for name, row in zip(point, rows, strict=True) if row is not None]
-    return torch.stack(terms).sum() if terms else torch.zeros_like(slope)
+    return stacked(terms).sum() if terms else torch.zeros_like(slope)
 
 
 def _seeded(generator: torch.Generator | None) -> torch.Generator:

@@ -24,7 +24,7 @@ from teleport_lite.functional import Loss, Params, loss_of, norm, trainable, val
 from teleport_lite.groups import GeneralLinear
 from teleport_lite.layers import Hidden, trace
 from teleport_lite.report import Report
-from teleport_lite.runtime import TOLERANCES, LossFn, copy_of, double, unwrap_compiled
+from teleport_lite.runtime import TOLERANCES, LossFn, copy_of, on_host, unwrap_compiled
 from teleport_lite.symmetries.minibatch import OutgoingMixing
 from teleport_lite.symmetries.product import Product
 from teleport_lite.teleport import check_movable
@@ -139,7 +139,7 @@ def chain(model: nn.Module, inputs: tuple, params: Params) -> list[Mixing]:
         TeleportError: when it is no MLP.
     """
     sample = tuple(x[:1] if isinstance(x, Tensor) and x.ndim else x for x in inputs)
-    traced = trace(copy_of(model), double(sample))
+    traced = trace(copy_of(model), tuple(map(on_host, sample)))
     if not traced.hidden:
         raise NoSymmetryError(traced.reasons)
     factors = [Mixing(model, inputs, hidden) for hidden in traced.hidden]

@@ -6,7 +6,7 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from teleport_lite.errors import ParameterError, TeleportError
 
 LossFn = Callable[[Any], Tensor]  # of the model
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+OPS = ("matmul", "conv", "rnn")
 Inputs = tuple  # the positional arguments of one call of the model
 
 
@@ -104,9 +105,8 @@ class RandomState:
 
     def __init__(self, module: nn.Module) -> None:
         self.torch, self.python = torch.get_rng_state(), random.getstate()
-        devices = {p.device for p in module.parameters()}
-        self.cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
-        self.mps = torch.mps.get_rng_state() if any(d.type == "mps" for d in devices) else None
+        devices = {p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}
+        self.devices = {d: getattr(torch, d.type).get_rng_state(*_place(d)) for d in devices}
         numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
         self.numpy = None if numpy is None else (numpy, numpy.get_state())
 
@@ -114,12 +114,14 @@ class RandomState:
         """Let all draws be again those that followed."""
         torch.set_rng_state(self.torch)
         random.setstate(self.python)
-        for device, state in self.cuda.items():
-            torch.cuda.set_rng_state(state, device)
-        if self.mps is not None:
-            torch.mps.set_rng_state(self.mps)
+        for device, state in self.devices.items():
+            getattr(torch, device.type).set_rng_state(state, *_place(device))
         if self.numpy is not None:
             self.numpy[0].set_state(self.numpy[1])
+
+
+def _place(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # of which there is one
 
 
 @contextmanager
@@ -141,6 +143,18 @@ def coarsest(dtypes: list[torch.dtype]) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device without it, such as those of Apple.
+
+    >>> widest(torch.device("cpu"))
+    torch.float64
+    """
+    try:
+        return torch.zeros((), dtype=torch.float64, device=device).dtype
+    except (RuntimeError, TypeError):
+        return torch.float32
+
+
 def unwrap_compiled(model: nn.Module, names: Iterable[str] = ()) -> nn.Module:
     """The module in which `names` are those of parameters: inside of `torch.compile`, or as it is."""
     inner = getattr(model, "_orig_mod", None)
@@ -155,15 +169,36 @@ def eager_mode(device: str) -> Iterator[None]:
     compiled = "torch._dynamo" in sys.modules  # importing it takes seconds, so not before something is compiled
     stance = getattr(torch.compiler, "set_stance", None) if compiled else None  # torch >= 2.6
     autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    with stance("force_eager") if stance else nullcontext(), autocast:
-        try:
-            torch.set_float32_matmul_precision("highest")
-            torch.backends.cudnn.allow_tf32 = False
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
-            torch.backends.cudnn.allow_tf32 = convolutions
+    with stance("force_eager") if stance else nullcontext(), autocast, float32_in_full():
+        yield
+
+
+@contextmanager
+def float32_in_full() -> Iterator[None]:
+    """A context without TF32, whichever of the two ways of torch it was allowed in: by flags, or for each operation."""
+    backends: Any = torch.backends
+    places = [getattr(b, op) for b in (backends.cuda, backends.cudnn, backends.mkldnn) for op in OPS if hasattr(b, op)]
+    places = [place for place in places if hasattr(place, "fp32_precision")]  # torch >= 2.9
+    precisions = [place.fp32_precision for place in places]
+    flags: list[tuple[Callable, Any]] = []
+    switches: tuple[tuple[Callable, Callable, Any], ...] = (
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+        (lambda: backends.cudnn.allow_tf32, lambda on: setattr(backends.cudnn, "allow_tf32", on), False),
+    )
+    for read, write, off in switches:
+        with suppress(RuntimeError):  # where the flag and the operations disagree
+            flags.append((write, read()))
+        write(off)
+    for place in places:  # which may follow torch.backends.fp32_precision
+        if place.fp32_precision not in ("none", "ieee"):
+            place.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for write, value in flags:
+            write(value)
+        for place, precision in zip(places, precisions, strict=True):
+            place.fp32_precision = precision
 
 
 def unfused_attention() -> AbstractContextManager:
@@ -182,46 +217,68 @@ class _Detached(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def copy_of(model: nn.Module) -> nn.Module:
-    """An independent copy of `model`, not compiled, of one process, in evaluation mode, contiguous and in float64.
+def check_loaded(model: nn.Module) -> None:
+    """Refuse parameters without shape or data.
 
     Raises:
-        ParameterError: when the model is sharded over several processes, or has parameters without a shape.
+        ParameterError: when there is one.
+    """
+    for name, p in model.named_parameters():
+        if isinstance(p, UninitializedParameter):
+            remedy = "run the model once on an input, which gives lazy layers their shapes"
+            raise ParameterError(name, "initialised", "a lazy parameter without a shape", remedy)
+        if p.is_meta:
+            raise ParameterError(name, "a tensor with data", "one on the meta device", "load its values first")
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """An independent copy of `model`, not compiled, of one process, in evaluation mode, contiguous, `on_host`.
+
+    On the CPU, wherever the model is: the host looks at each operator that the copy carries out, sums have one order
+    there, float64 exists, and a device keeps its memory, of which the copy takes none.
+
+    Raises:
+        ParameterError: when the model is sharded over several processes, or has parameters without shape or data.
         TeleportError: when the model cannot be copied.
     """
     inner = Ranks(model).model
     inner = getattr(inner, "_orig_mod", inner)
-    for name, p in inner.named_parameters():
-        if isinstance(p, UninitializedParameter):
-            remedy = "run the model once on an input, which gives lazy layers their shapes"
-            raise ParameterError(name, "initialised", "a lazy parameter without a shape", remedy)
+    check_loaded(inner)
+    memo: dict[int, Any] = {id(b): on_host(b, copy=True) for b in inner.buffers()}
+    memo |= {id(p): nn.Parameter(on_host(p, copy=True), p.requires_grad) for p in inner.parameters()}
+    memo |= {id(v): on_host(v) for m in inner.modules() for v in vars(m).values() if isinstance(v, torch.Generator)}
     try:
         with _Detached():
-            copied = copy.deepcopy(inner)
+            copied = copy.deepcopy(inner, memo)
         for p in copied.parameters():  # TorchScript has copied them by an operation
             if not p.is_leaf:
                 p.detach_().requires_grad_()
-        return copied.eval()._apply(_plain_float64)
+        return copied.eval()._apply(on_host)
     except Exception as error:
         remedy = "pass symmetry=... built by hand from teleport_lite.symmetries"
         got = f"{type(error).__name__}: {error}"
         raise TeleportError("a model that copy.deepcopy can copy", got, remedy) from error
 
 
-def _plain_float64(tensor: Tensor) -> Tensor:
-    tensor = tensor.to(torch.complex128) if tensor.is_complex() else tensor
-    tensor = tensor.double() if tensor.is_floating_point() else tensor
-    return tensor.contiguous() if tensor.layout == torch.strided else tensor
+def on_host(x: Any, copy: bool = False) -> Any:
+    """A tensor on the CPU, in float64 or complex128 if real or complex; another generator; anything else as it is.
+
+    >>> on_host(torch.ones(1, dtype=torch.bfloat16)), on_host(torch.ones(1, dtype=torch.int32)), on_host("a")
+    (tensor([1.], dtype=torch.float64), tensor([1], dtype=torch.int32), 'a')
+    """
+    if isinstance(x, torch.Generator):
+        new = torch.Generator()
+        return new.set_state(x.get_state()) if x.device == new.device else new.manual_seed(x.initial_seed())
+    if not isinstance(x, Tensor):
+        return x
+    wide = torch.complex128 if x.is_complex() else torch.float64 if x.is_floating_point() else x.dtype
+    x = x.detach().to("cpu", wide, copy=copy)
+    return x.contiguous() if x.layout == torch.strided and not x.is_nested else x
 
 
 def as_inputs(example_inputs: object) -> Inputs:
     """The positional arguments that `example_inputs` stands for: a tuple or list as it is, anything else alone."""
     return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-
-
-def double(inputs: Inputs) -> Inputs:
-    """`inputs` with floating-point tensors as float64."""
-    return tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def check_generator(generator: object) -> torch.Generator | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from teleport_lite.exactness import (
     relative_gap,
     why_refused,
 )
-from teleport_lite.functional import Evaluation, Params, norms, trainable
+from teleport_lite.functional import Evaluation, Params, norms, stacked, trainable
 from teleport_lite.objectives import Objective, Problem, as_objective
 from teleport_lite.report import Report
 from teleport_lite.runtime import (
@@ -36,9 +37,9 @@ from teleport_lite.search import searched
 from teleport_lite.symmetries.base import Symmetry, check_radius
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
 from teleport_lite.symmetries.product import Product, check_symmetry
-from teleport_lite.transaction import commit
+from teleport_lite.transaction import Check, Finish, commit
 
-Commit = Callable[[nn.Module, Product, Any, Params, Callable[[], None]], None]  # model, symmetry, xi, moved, finish
+Commit = Callable[[nn.Module, Product, Any, Params, Finish], None]  # model, symmetry, xi, moved, finish
 
 
 def teleport(
@@ -188,21 +189,27 @@ def carry_out(
         measured = first and (steep or goal.transports or carries) if product.exact else steep  # at the new point
         with loss.observed() as outputs:
             if measured or steep:
-                _ = problem.gradient  # gives the value along with it
+                problem.differentiate()  # gives the value along with it
             loss_before = problem.value
-        xi = find(problem, product, goal, how=search, maximize=maximize, radius=radius, generator=generator)
+        with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined] # of numbers that are not finite, which are refused below
+            xi = product.zeros(params)
+            xi = find(problem, product, goal, how=search, maximize=maximize, radius=radius, generator=generator)
         xi = ranks.first(xi)
         scores, foretold = [goal.before(problem, product)], loss_before.new_zeros(0)
         if product.exact and (measured or steep):
             foretold = norms(product.transport(problem.gradient, xi, None if product.linear else params))
-        scores.append(foretold.norm() if steep else goal.along(problem, product)(xi).detach())
+        scores.append(foretold.norm() if steep else problem.along(goal, product)(xi).detach())
         problem.forget()
         moved = product.act(params, xi)
-        moved = {**params, **ranks.first({name: moved[name] for name in product.names})}
+        moved = ranks.first({name: moved[name] for name in product.names})
         numbers: list[float] = []
 
-        def verify() -> None:
+        def verify(more: Sequence[Tensor] = (), check: Check = lambda _: None) -> None:
             """Compare the real model, which has moved, with what it was.
+
+            Args:
+                more: numbers that the host waits for along with these.
+                check: looks at them; what it raises undoes the move.
 
             Raises:
                 RefusedError: when it must not stay there.
@@ -217,8 +224,10 @@ def carry_out(
             false = relative_gap(found, foretold) if measured and product.exact else zero
             now.forget()
             loss.rest()
-            table = (loss_before, loss_after, *scores, gap.to(loss_after.device), false)
-            numbers[:] = torch.stack([t.double() for t in table]).tolist()  # the one time that the host waits
+            table = (loss_before, loss_after, *scores, gap, false)
+            numbers[:] = stacked([*table, *more]).tolist()  # the one time that the host waits
+            check(numbers[len(table) :])
+            del numbers[len(table) :]
             allowed = _tolerance(tol, loss, product, params)
             ranks.check_same(tolerance=allowed)
             reason = why_refused(numbers, now, product, allowed, bool(new_outputs), maximize, search)
@@ -245,7 +254,7 @@ def carry_out(
 
 
 def _move(model: nn.Module, product: Product, xi: Any, moved: Params, finish: Callable[[], None]) -> None:
-    commit(model, {name: moved[name] for name in product.names}, finish)
+    commit(model, moved, finish)
 
 
 def symmetries_of(model: nn.Module, loss_fn: LossFn) -> Product:

@@ -380,10 +380,37 @@ def measured(world: World):
 OTHERS = {"alone": alone, "discovered": discovered, "sharded": sharded, "measured": measured}
 
 
-def work(folder: Path) -> None:
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=100))
+FOUR = ("gradient_norm", "curvature", "mixings", "Teleporter, transport", "Teleporter, random schedule")  # ranks
+
+
+def killed(world: World, call: int) -> tuple[str, bool]:
+    """What a rank raises when the last one is gone in the middle of a teleport, and whether its model is as it was."""
+    model, calls = world.wrap(build()), []
+    before = copy.deepcopy(model.state_dict())
+
+    def loss_fn(net):
+        calls.append(1)
+        if world.rank == world.size - 1 and len(calls) == call:
+            os._exit(0)
+        return world.loss_fn(net)
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    try:
+        tl.Teleporter(model, optimizer, tl.find_symmetries(model, world.x)).step(loss_fn)
+        raised = ""
+    except Exception as error:
+        raised = type(error).__name__
+    return raised, all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def work(folder: Path, call: int = 0) -> None:
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20 if call else 100))
     world = World(dist.get_rank(), dist.get_world_size())
+    if call:
+        torch.save(killed(world, call), folder / f"{world.rank}.pt")
+        os._exit(0)  # what is left of the group would be waited for
     cases = {**AGREE, **{name: case for name, (case, *_) in REFUSED.items()}, **OTHERS}
+    cases = cases if world.size == 2 else {name: AGREE[name] for name in FOUR}
     torch.save({name: case(world) for name, case in cases.items()}, folder / f"{world.rank}.pt")
     dist.destroy_process_group()
 
@@ -391,27 +418,41 @@ def work(folder: Path) -> None:
 # --- the tests --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    """What each of two processes found."""
+def launch(folder: Path, size: int, *more: str) -> list[Any]:
+    """What each of several processes found; None where it left nothing."""
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("torch is built without gloo")
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        __file__,
-        str(folder),
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    command = [*launcher, __file__, str(folder), *more]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    files = [folder / f"{rank}.pt" for rank in range(size)]
+    return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, Any]]:
+    """What each of two processes found."""
+    return launch(tmp_path_factory.mktemp("ranks"), 2)
+
+
+def test_four_processes_end_alike(tmp_path):
+    first, *others = launch(tmp_path, 4)
+    for name in FOUR:
+        one = AGREE[name](World())
+        assert all(rank[name]["facts"] == first[name]["facts"] == one["facts"] for rank in others), name
+        for key, value in one["tensors"].items():
+            assert all(torch.equal(rank[name]["tensors"][key], first[name]["tensors"][key]) for rank in others)
+            assert (first[name]["tensors"][key] - value).norm() <= 1e-6 * value.norm(), (name, key)
+
+
+@pytest.mark.parametrize(("size", "call"), [(2, 1), (2, 2), (4, 2)])
+def test_a_rank_that_is_gone_ends_the_teleport_of_all(tmp_path, size, call):
+    """Before the search, and when the model has moved already."""
+    *rest, gone = launch(tmp_path, size, str(call))
+    assert gone is None and rest == [("RankError", True)] * (size - 1)
 
 
 @pytest.mark.parametrize("name", AGREE)
@@ -468,4 +509,4 @@ def test_one_process_alone_exchanges_nothing():
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    work(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -119,7 +119,7 @@ def level_sets(
     """
     x, y = torch.linspace(*xlim, _GRID), torch.linspace(*ylim, _GRID)
     with torch.no_grad():
-        values = f(torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)).double()
+        values = f(torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)).cpu().double()
     if values.shape != (_GRID, _GRID):
         raise ShapeError("f(points)", f"[{_GRID}, {_GRID}]", list(values.shape), "return one value a point, [...]")
     finite = values[values.isfinite()]
@@ -129,7 +129,7 @@ def level_sets(
         levels = torch.quantile(finite, torch.linspace(0, 1, levels + 2, dtype=torch.float64)[1:-1] ** 2).tolist()
     levels = np.unique([*levels])
     edges = np.unique([float(finite.min()), *levels, float(finite.max())])
-    heights = np.ma.masked_invalid(values.cpu().numpy())
+    heights = np.ma.masked_invalid(values.numpy())
     ax.contourf(x, y, heights, levels=edges, norm=BoundaryNorm(edges, _VALLEY.N), cmap=_VALLEY)
     lines = ax.contour(x, y, heights, levels=levels, colors=_RIM, linewidths=0.7)
     ax.set(xlim=xlim, ylim=ylim)

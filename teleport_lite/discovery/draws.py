@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable
 from itertools import cycle
 
 import torch
@@ -134,15 +133,9 @@ class WithoutDropout(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def seed_everything(seed: int, devices: Iterable[torch.device] = ()) -> None:
-    """Seed the generators of the CPU and of some devices (others are left alone), of Python and of NumPy."""
+def seed_everything(seed: int) -> None:
+    """Seed the generators of the CPU (those of devices are left alone), of Python and of NumPy."""
     torch.default_generator.manual_seed(seed)
-    for device in devices:
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        elif device.type == "mps":
-            torch.mps.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)

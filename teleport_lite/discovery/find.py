@@ -80,7 +80,8 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
         propagation = propagated(probe, check.planned.informative())
         propagation.fix_idle_matrices(check.matters)
         factors, reasons = solve_and_verify(propagation, check)
-    return Product(factors, [*reasons, *check.notes(), *_unmoved(propagation, probe.params, factors)])
+        reasons = [*reasons, *check.notes(), *_unmoved(propagation, probe.params, factors)]
+    return Product(factors, reasons)
 
 
 def propagated(probe: Probe, trials: Iterable[Trial]) -> Propagation:

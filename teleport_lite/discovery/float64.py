@@ -1,8 +1,8 @@
-"""Compute in float64, whatever a model asks for.
+"""Compute in float64 on the CPU, whatever a model asks for.
 
 The copy of a model that discovery runs has its parameters, buffers and inputs in float64. What else it reads may be
-coarser: tensors that are plain attributes, constants that a function closes over, an explicit `.float()`. `Float64`
-widens each of them where it meets an operator.
+coarser, or on a device: tensors that are plain attributes, constants that a function closes over, an explicit
+`.float()` or `.cuda()`. `Float64` widens each of them where it meets an operator, and brings it to the CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from teleport_lite.discovery.dispatch import DispatchMode
+from teleport_lite.runtime import on_host
 
 WIDER = {
     torch.float32: torch.float64,
@@ -24,18 +25,14 @@ WIDER = {
     torch.complex64: torch.complex128,
     torch.complex32: torch.complex128,
 }
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """`tensor` in float64 or complex128; integers stay."""
-    return tensor.to(WIDER[tensor.dtype]) if tensor.dtype in WIDER else tensor
+HERE = ("cpu", "meta")
 
 
 class Float64(DispatchMode):
-    """Widens every real or complex tensor, and every type that is asked for.
+    """Widens and moves every tensor, and every type and device that is asked for.
 
     Attributes:
-        needed: whether there was anything to widen.
+        needed: whether there was anything to widen or to move.
     """
 
     def __init__(self) -> None:
@@ -45,14 +42,14 @@ class Float64(DispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
-        coarse = any((x.dtype if isinstance(x, Tensor) else x) in WIDER for x in leaves if _typed(x))
+        coarse = any(map(_is_foreign, leaves))
         if func in WITHOUT_FLOAT64:
             self.needed = True
             return WITHOUT_FLOAT64[func](*tree_map(_wide, args), **tree_map(_wide, kwargs))
         if not coarse or func is torch.ops.aten.view.dtype:
             return func(*args, **kwargs)
         self.needed = True
-        wide = {id(x): widened(x) for x in leaves if isinstance(x, Tensor) and x.dtype in WIDER}
+        wide = {id(x): on_host(x) for x in leaves if isinstance(x, Tensor) and _is_foreign(x)}
 
         def swap(x: Any) -> Any:
             return wide.get(id(x), x) if isinstance(x, Tensor) else _wide(x)
@@ -64,12 +61,16 @@ class Float64(DispatchMode):
         return tree_map(lambda x: given.get(id(x), x) if isinstance(x, Tensor) else x, out) if given else out
 
 
-def _typed(x: Any) -> bool:
-    return isinstance(x, (Tensor, torch.dtype))
+def _is_foreign(x: Any) -> bool:
+    if isinstance(x, Tensor):
+        return x.dtype in WIDER or _is_foreign(x.device)
+    return x.type not in HERE if isinstance(x, torch.device) else isinstance(x, torch.dtype) and x in WIDER
 
 
 def _wide(x: Any) -> Any:
-    return widened(x) if isinstance(x, Tensor) else WIDER.get(x, x) if isinstance(x, torch.dtype) else x
+    if not _is_foreign(x):
+        return x
+    return on_host(x) if isinstance(x, Tensor) else torch.device("cpu") if isinstance(x, torch.device) else WIDER[x]
 
 
 def _written(func, args: tuple, kwargs: dict) -> Iterator[Tensor]:

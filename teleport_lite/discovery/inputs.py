@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.float64 import widened
 from teleport_lite.runtime import Call
 
 ROWS = 3  # of the batch on which a symmetry is verified
@@ -96,19 +95,11 @@ def _map(x: Any, leaf: Callable, memo: dict[int, Any]) -> Any:
     return leaf(x)
 
 
-def wide(x: Any) -> Any:
-    """A tensor in float64 and contiguous; anything else as it is."""
-    if not isinstance(x, Tensor):
-        return x
-    x = widened(x.detach())
-    return x.contiguous() if x.layout == torch.strided and not x.is_nested else x
-
-
 def _copied(x: Any) -> Any:
     if isinstance(x, Tensor):
         return x.clone()
     if isinstance(x, torch.Generator):
-        return torch.Generator(x.device).set_state(x.get_state())
+        return torch.Generator().set_state(x.get_state())
     if x is None or callable(x) or isinstance(x, (str, int, float, complex, torch.dtype, torch.device)):
         return x
     return copy.deepcopy(x)

@@ -1,4 +1,4 @@
-"""The private copy of a model that discovery runs: in float64, each run from the same state."""
+"""The private copy of a model that discovery runs: in float64 on the CPU, each run from the same state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from teleport_lite.discovery.draws import seed_everything
 from teleport_lite.discovery.float64 import Float64, float64_default
@@ -69,7 +68,7 @@ class Probe:
         """What the copy returns, from its first state; `modes` see its operators, the last one first."""
         self._restore()
         self.module.train(training)
-        seed_everything(seed, {p.device for p in self.values.values()})
+        seed_everything(seed)
         call = call.fresh()
         with ExitStack() as stack:
             for mode in (*modes, *((self.mode,) if self.mode else ())):
@@ -136,14 +135,13 @@ def normal(like: Tensor, generator: torch.Generator) -> Tensor:
 def laboratory(module: nn.Module) -> Iterator[None]:
     """All that is set while a copy is run, and set back afterwards.
 
-    No gradients, no compilation, no autocast, no fused kernels (each operation can be seen), float64 by default;
-    random states are kept.
+    No gradients, no compilation, no autocast, no fused kernels (each operation can be seen), float64 and the CPU by
+    default; random states are kept.
     """
-    device = next((p.device.type for p in tree_leaves(list(module.parameters()))), "cpu")
     fast = torch.backends.mha.get_fastpath_enabled()
     with (
-        torch.no_grad(), kept_random_state(module), eager_mode(device), float64_default(),
-        sdpa_kernel(SDPBackend.MATH),
+        torch.no_grad(), kept_random_state(module), eager_mode("cpu"), float64_default(),
+        sdpa_kernel(SDPBackend.MATH), torch.device("cpu"),
     ):  # fmt: skip
         torch.backends.mha.set_fastpath_enabled(False)
         try:

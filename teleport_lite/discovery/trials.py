@@ -17,6 +17,7 @@ from teleport_lite.discovery.trial import Trial
 from teleport_lite.discovery.watch import Watch
 from teleport_lite.errors import TeleportError
 from teleport_lite.outputs import distance, numbers
+from teleport_lite.runtime import on_host
 
 SIZES = (30.0, 1 / 30, -1.0)  # times the inputs, for models that branch on what they read
 MANY = 16  # examples in a batch that is not run as a whole
@@ -38,7 +39,7 @@ class Trials:
         self.probe, self.generator = probe, generator
         self.notes: list[str] = []
         self.limit = 1.0
-        self.calm = self._calls(example.map(inputs.wide))
+        self.calm = self._calls(example.map(on_host))
         self.trials = list(self.calm) if self._repeats(self.calm[0]) else []
         self.even = list(self.trials)
         if not self.trials:

@@ -39,6 +39,8 @@ def conserved_quantities(params: Params, symmetry: Symmetry) -> list[Tensor]:
         factor.check(params)
         group: Any = factor.group
         if isinstance(factor, NeuronSymmetry) and not group.isometry:
-            grams = [group.gram(factor.axis(params[leg.name], leg) + leg.offset, 0) for leg in factor.legs]
-            found.append(torch.stack([leg.exponent * g for leg, g in zip(factor.legs, grams, strict=True)]).sum(0))
+            home = params[factor.legs[0].name].device
+            axes = [factor.axis(params[leg.name], leg) + leg.offset for leg in factor.legs]
+            grams = [leg.exponent * group.gram(a, 0).to(home) for leg, a in zip(factor.legs, axes, strict=True)]
+            found.append(torch.stack(grams).sum(0))
     return found

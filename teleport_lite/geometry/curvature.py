@@ -14,11 +14,13 @@ from torch.func import vmap
 from teleport_lite.errors import TeleportError
 from teleport_lite.functional import Params, dot, trainable
 from teleport_lite.groups import PositiveScaling
-from teleport_lite.runtime import check_generator
+from teleport_lite.runtime import check_generator, widest
 from teleport_lite.symmetries.axes import NeuronSymmetry
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.minibatch import is_chain, jets
 from teleport_lite.symmetries.product import Product, check_symmetry
+
+CURVES = 4  # at once, each of which holds several copies of the parameters
 
 
 def curvature(
@@ -75,7 +77,11 @@ def mean_kappa(params: Params, symmetry: Symmetry, curves: tuple[Tensor, ...]) -
     if is_chain(continuous):
         return vmap(kappa)(*jets(continuous, params, curves)).mean()
     one = continuous[0] if len(continuous) == 1 else None
-    return vmap(lambda xi: kappa(*(one.jet(params, xi[0]) if one else continuous.jet(params, xi))))(curves).mean()
+
+    def along(xi: tuple[Tensor, ...]) -> Tensor:
+        return kappa(*(one.jet(params, xi[0]) if one else continuous.jet(params, xi)))
+
+    return vmap(along, chunk_size=CURVES)(curves).mean()
 
 
 def _is_matrix_scaling(factor: Symmetry) -> bool:
@@ -105,17 +111,17 @@ def scaling_kappas(params: Params, scalings: Product, curves: tuple[Tensor, ...]
     for name in scalings.names:
         moves = zip(scalings, curves, strict=True)
         legs = [(xi, leg) for f, xi in moves for leg in f.legs if leg.name == name]
-        w = params[name].double().square()
+        w = params[name].to(widest(params[name].device)).square()
         w = w.flatten(2).sum(2) if w.ndim > 2 else w.reshape(len(w), -1)
         for dim in {0, 1} - {leg.dim for *_, leg in legs}:
             w = w.sum(dim, keepdim=True)
         rates = [w.new_zeros(len(curves[0]), n) for n in w.shape]
         for xi, leg in legs:
             rate = (leg.exponent * xi).repeat_interleave(leg.each, 1)
-            rates[leg.dim].narrow(1, leg.start, rate.shape[1]).add_(rate)
+            rates[leg.dim].narrow(1, leg.start, rate.shape[1]).add_(rate.to(w))
         a, b = (torch.linalg.vander(rate, N=5) for rate in rates)
         tables.append(torch.einsum("kip,ij,kjq->pqk", a, w, b))
-    table = torch.stack(tables).sum(0)
+    table = torch.stack([t.to(tables[0]) for t in tables]).sum(0)
     speed, along, bend = (  # by the binomial theorem
         torch.stack([math.comb(m, p) * table[p, m - p] for p in range(m + 1)]).sum(0) for m in (2, 3, 4)
     )
@@ -137,5 +143,5 @@ def kappa(first: Params, second: Params) -> Tensor:
     """
     speed = dot(first, first)
     along = dot(first, second) / speed
-    across = {n: second[n] - along * first[n] for n in first}
+    across = {n: second[n] - along.to(first[n].device) * first[n] for n in first}
     return (dot(across, across) + torch.finfo(speed.dtype).tiny).sqrt() / speed

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.functional import Params, dot, generator_for, hvp, loss_of, normal_like, trainable
-from teleport_lite.runtime import check_generator
+from teleport_lite.runtime import check_generator, widest
 
 CYCLES = 1000  # of the Lanczos method, at most
 
@@ -77,7 +77,7 @@ def hessian_eigenvalues(
     like, sizes = next(iter(params.values())), [p.numel() for p in params.values()]
     if not isinstance(count, int) or not 0 < count <= sum(sizes):
         raise TeleportError(f"a count from 1 to {sum(sizes)}, the number of parameters", repr(count), "pass count=1")
-    home = torch.device("cpu") if like.device.type == "mps" else like.device  # which has no float64
+    home = like.device if widest(like.device) == torch.float64 else torch.device("cpu")
 
     def vector(parts: Params) -> Tensor:
         return torch.cat([p.flatten().to(home, torch.float64) for p in parts.values()])

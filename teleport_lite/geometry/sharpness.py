@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.evaluation import session
-from teleport_lite.functional import Loss, Params, check_scalar, generator_for, loss_of, trainable
+from teleport_lite.functional import Loss, Params, check_scalar, generator_for, loss_of, stacked, trainable
 from teleport_lite.runtime import check_generator, unfused_attention
 
 RADII = tuple(round(0.001 + 0.01 * k, 3) for k in range(20))  # of arXiv:2305.13404, for MNIST
@@ -83,10 +83,12 @@ class Directions:
     def __init__(self, params: Params, count: int, *, generator: torch.Generator | None = None) -> None:
         if not isinstance(count, int) or count < 1:
             raise TeleportError("a positive number of directions", repr(count), "pass directions=100")
-        generator = generator_for(params, check_generator(generator))
-        self.device, self.home = generator.device, next(iter(params.values())).device  # where they are drawn, and live
+        self.home = next(iter(params.values())).device  # where they live
+        given = check_generator(generator)
+        self.device = self.home if given is None else given.device  # and are drawn
         self.params, self.dtype = params, reduce(torch.promote_types, {p.dtype for p in params.values()})
-        self.seeds = torch.randint(2**62, (count,), generator=generator, device=self.device).tolist()
+        generator = generator_for({"": torch.empty(0)}, given)
+        self.seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device).tolist()
         self._last: tuple[list[int], Params] = [], {}
 
     def __len__(self) -> int:
@@ -101,7 +103,7 @@ class Directions:
         for row, seed in zip(rows, seeds, strict=True):
             row.normal_(generator=torch.Generator(self.device).manual_seed(seed))
             row.div_(torch.linalg.vector_norm(row))
-        parts = zip(self.params.items(), rows.to(self.home).split(sizes, 1), strict=True)
+        parts = zip(self.params.items(), rows.to(self.home, non_blocking=True).split(sizes, 1), strict=True)
         self._last = seeds, {name: part.reshape(-1, *p.shape).to(p) for (name, p), part in parts}
         return self._last[1]
 
@@ -176,21 +178,24 @@ def goes_one_by_one(
             check_scalar(loss(_moved(params, {n: x[0] for n, x in d.items()}, t))) for t in (radius, radius / 2, radius)
         )
     rtol = min(1e4 * torch.finfo(a.dtype).eps, 1e-2)
-    if not torch.allclose(a, again, rtol=rtol, equal_nan=True):
+    checks = [torch.isclose(a, again, rtol=rtol, equal_nan=True)]
+    one_by_one = chunk_size == 1
+    if not one_by_one:
+        points = {name: p.clone().requires_grad_() for name, p in params.items()} if slopes else params
+        try:
+            with warnings.catch_warnings(), torch.set_grad_enabled(slopes), session(loss):
+                warnings.simplefilter("ignore", UserWarning)  # of operations that vmap runs one by one
+                found = losses_around(loss, points, d, _on(params, (radius, radius / 2)))[0]
+                grads = torch.autograd.grad(found.sum(), [*points.values()], allow_unused=True) if slopes else ()
+            checks.append(torch.isclose(found.detach(), torch.stack([a, b]), rtol=rtol, equal_nan=True).all())
+            checks += [g.isfinite().all() for g in grads if g is not None]
+        except Exception:  # of many kinds; an error that does not come from vmap comes again without it
+            one_by_one = True
+    repeated, *fine = stacked(checks).tolist()
+    if not repeated:
         got, remedy = f"{float(a):.6g} and {float(again):.6g} at the same parameters", "fix its random numbers"
         raise LossError("a deterministic loss", got, remedy)
-    if chunk_size == 1:
-        return True
-    points = {name: p.clone().requires_grad_() for name, p in params.items()} if slopes else params
-    try:
-        with warnings.catch_warnings(), torch.set_grad_enabled(slopes), session(loss):
-            warnings.simplefilter("ignore", UserWarning)  # of operations that vmap runs one by one
-            found = losses_around(loss, points, d, _on(params, (radius, radius / 2)))[0]
-            grads = torch.autograd.grad(found.sum(), [*points.values()], allow_unused=True) if slopes else ()
-    except Exception:  # of many kinds; an error that does not come from vmap comes again without it
-        return True
-    agree = torch.allclose(found.detach(), torch.stack([a, b]), rtol=rtol, equal_nan=True)
-    return not agree or not all(g is None or bool(g.isfinite().all()) for g in grads)
+    return one_by_one or not all(fine)
 
 
 def _moved(params: Params, direction: Params, t: float) -> Params:

@@ -22,6 +22,8 @@ from torch import Tensor
 from teleport_lite.errors import TeleportError
 from teleport_lite.runtime import check_generator
 
+SQUARINGS = 10  # of matrices, on a device
+
 
 class Group(ABC):
     """A group acting on vectors of length `n`.
@@ -132,14 +134,49 @@ def promoted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
+def matrix_exp(x: Tensor) -> Tensor:
+    r"""$e^x$ of matrices [..., n, n]; on a device by a fixed course, for torch waits there to choose one.
+
+    Taylor's series of degree 18 at $x / 2^s$, of norm at most 1, squared s times, s at most `SQUARINGS`.
+    """
+    if x.device.type == "cpu":
+        return torch.linalg.matrix_exp(x)
+    flat = x.reshape(-1, *x.shape[-2:])
+    size = flat.detach().abs().sum(-1).amax(-1)[:, None, None]
+    squarings = size.log2().ceil().clamp(0, SQUARINGS)
+    small, one = flat * 2**-squarings, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    power = one.expand_as(flat)
+    for k in range(18, 0, -1):
+        power = torch.baddbmm(one, small, power, alpha=1 / k)
+    for k in range(SQUARINGS):
+        power = torch.where(k < squarings, power @ power, power)
+    return power.view_as(x)
+
+
+def spectral_norm(x: Tensor) -> Tensor:
+    r"""The largest singular values of matrices [..., n, n]; on a device, without waiting for it, bounds from above.
+
+    There it is $\lVert (x^\top x)^{2^k} \rVert_F^{2^{-k}}$, its root, which is too large by at most $n^{2^{-k-2}}$.
+    """
+    if x.device.type == "cpu":
+        return torch.linalg.matrix_norm(x, 2)
+    gram, logs = x.mT @ x, []
+    for _ in range(SQUARINGS):
+        size = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        gram = (gram / size) @ (gram / size)
+        logs.append(size[..., 0, 0].log())
+    return functools.reduce(lambda total, log: total / 2 + log, reversed(logs)).div(2).exp()
+
+
 def draw(distribution: Callable, *shape: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Random numbers drawn where the generator lives, on the device of `like`, in float32 at least."""
     generator = check_generator(generator)
     device = like.device if generator is None else generator.device
-    return distribution(shape, generator=generator, dtype=wide(like.dtype), device=device).to(like.device)
+    drawn = distribution(shape, generator=generator, dtype=wide(like.dtype), device=device)
+    return drawn.to(like.device, non_blocking=True)
 
 
 def in_ball(direction: Tensor, length: Tensor, dim: int, radius: float, generator: torch.Generator | None) -> Tensor:
     """Coordinates along `direction`, of that `length`, with a norm drawn as for a uniform point of a ball."""
-    norm = radius * draw(torch.rand, like=direction, generator=generator) ** (1 / dim)
+    norm = radius * draw(torch.rand, *length.shape, like=direction, generator=generator) ** (1 / dim)
     return direction * (norm / length)

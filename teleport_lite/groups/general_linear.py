@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, promoted, wide
+from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, matrix_exp, promoted, spectral_norm, wide
 
 
 class GeneralLinear(Group):
@@ -45,7 +45,7 @@ class GeneralLinear(Group):
         return like.new_zeros(self.shape, dtype=wide(like.dtype))
 
     def exp(self, xi):
-        return torch.linalg.matrix_exp(xi)
+        return matrix_exp(xi)
 
     def compose(self, g, h):
         return g @ h
@@ -58,9 +58,8 @@ class GeneralLinear(Group):
 
     def sample(self, like, *, radius=1.0, generator=None):
         drawn = [draw(torch.randn, *self.shape[-2:], like=like, generator=generator) for _ in range(self.blocks)]
-        size = self.shape[-1] ** 2
-        balls = [in_ball(x, torch.linalg.matrix_norm(x, 2), size, radius, generator) for x in drawn]
-        return torch.stack(balls).view(self.shape)
+        x, size = torch.stack(drawn), self.shape[-1] ** 2
+        return in_ball(x, spectral_norm(x)[:, None, None], size, radius, generator).view(self.shape)
 
     def dual(self, xi):
         return -xi.mT
@@ -70,11 +69,11 @@ class GeneralLinear(Group):
         return g, dual
 
     def norm(self, xi):
-        return torch.linalg.matrix_norm(xi, 2).amax()
+        return spectral_norm(xi).amax()
 
     def clip(self, xi, radius):
-        u, s, vh = torch.linalg.svd(xi)
-        return u * s.clamp(max=radius).unsqueeze(-2) @ vh
+        u, s, vh = torch.linalg.svd(xi.cpu())
+        return (u * s.clamp(max=radius).unsqueeze(-2) @ vh).to(xi.device, non_blocking=True)
 
     def gram(self, tensor: Tensor, dim: int) -> Tensor:
         r"""Inner products of the slices of `tensor` along `dim`: $T T^\top$, block by block, shaped like `xi`."""
@@ -93,13 +92,17 @@ class GeneralLinear(Group):
         that leaves the ball its eigenvalues are clipped, which is close to the minimum within the ball and not equal to
         it. Where A or B is singular there is no minimum: M is the identity on their kernels, and the geometric mean on
         the complement of these. Proposition 4.5 of the chapter *Teleporting*. (A = `up`, B = `down`.)
+
+        On the CPU, in float64 for a minimum: a device is waited for once, and not at each decomposition.
         """
+        home, both = up, torch.stack([up, down]).cpu()
+        up, down = both if maximize else both.double()
         if maximize:
             values, vectors = torch.linalg.eigh(up - down)
             sizes = (vectors * ((up + down) @ vectors)).sum(-2)
             dead = sizes <= 100 * torch.finfo(sizes.dtype).eps * sizes.amax(-1, keepdim=True)
             signs = torch.where(dead, 0.0, torch.where(values >= 0, radius, -radius))
-            return (vectors * signs.to(vectors).unsqueeze(-2)) @ vectors.mT
+            return ((vectors * signs.to(vectors).unsqueeze(-2)) @ vectors.mT).to(home, non_blocking=True)
         dead = _projector(_projector(up) + _projector(down), kernel=False)
         keep = torch.eye(dead.shape[-1], dtype=dead.dtype, device=dead.device) - dead
         up, down = (keep @ m @ keep + dead for m in (up, down))
@@ -107,7 +110,7 @@ class GeneralLinear(Group):
         middle, _ = _roots(root @ down @ root)
         values, vectors = torch.linalg.eigh(inverse @ middle @ inverse)
         logs = (values.clamp(min=0).log() / 2).clamp(-radius, radius)
-        return keep @ (vectors * logs.unsqueeze(-2)) @ vectors.mT @ keep
+        return (keep @ (vectors * logs.unsqueeze(-2)) @ vectors.mT @ keep).to(home, non_blocking=True)
 
 
 def _projector(matrix: Tensor, *, kernel: bool = True) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 
 from teleport_lite.errors import TeleportError
-from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, promoted, wide
+from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, matrix_exp, promoted, spectral_norm, wide
 
 
 class SpecialOrthogonal(Group):
@@ -55,7 +55,7 @@ class SpecialOrthogonal(Group):
         return skew - half + half.mT
 
     def exp(self, xi):
-        return torch.linalg.matrix_exp(self.algebra(xi))
+        return matrix_exp(self.algebra(xi))
 
     def compose(self, g, h):
         return g @ h
@@ -68,7 +68,7 @@ class SpecialOrthogonal(Group):
         return in_ball(drawn, self.norm(drawn), self.dim, radius, generator)
 
     def norm(self, xi):
-        return torch.linalg.matrix_norm(self.algebra(xi), 2)
+        return spectral_norm(self.algebra(xi))
 
     def clip(self, xi, radius):
         return xi * (radius / self.norm(xi).clamp(min=radius))

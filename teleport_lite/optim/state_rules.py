@@ -31,8 +31,9 @@ to a square. See the chapter *Momentum, AdaGrad, RMSProp, Adam*.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,10 +41,10 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
 from teleport_lite.errors import StateError, UnknownNameError
-from teleport_lite.functional import Params, dot
+from teleport_lite.functional import Params, dot, stacked
 from teleport_lite.runtime import eager_mode, unwrap_compiled
 from teleport_lite.symmetries.base import Symmetry
-from teleport_lite.transaction import write
+from teleport_lite.transaction import Finish, Pairs, consumed, write
 
 STATES = ("transport", "reset", "keep")
 Slots = dict[str, Params]  # the entries of an optimizer's state by name, each by the name of its parameter
@@ -117,6 +118,7 @@ KINDS: dict[str, Kind] = {  # but for "fixed"
     "point": lambda carrier, slots, entry: carrier.points(slots[entry]),
     "inverse curvature": _inverse_curvature,
 }
+ENTANGLED = ("grad_avg", "row_var")  # entries that others are computed from
 MONOMIAL_ONLY = ("step bound", "direction")
 
 _ADAM = {"step": "fixed", "exp_avg": "gradient", "exp_avg_sq": "squared gradient"}
@@ -161,9 +163,11 @@ def move(
     optimizers: Iterable[Optimizer] = (),
     state: str = "transport",
     moved: Params | None = None,
-    finish: Callable[[], None] | None = None,
+    finish: Finish | None = None,
 ) -> None:
     """Move `model` by a given element, in place, and the state of its optimizers with it; all of it or nothing.
+
+    One entry of the state moves at a time, so that beside the old values those of one are held.
 
     Args:
         model: the model.
@@ -171,8 +175,9 @@ def move(
         xi: coordinates of the element.
         optimizers: those that hold its parameters.
         state: "transport" to carry the state along, "reset" to forget it, "keep" to leave it.
-        moved: what `symmetry.act` gives, when it is known already.
-        finish: called when all is written; what it raises undoes the move.
+        moved: the parameters that `symmetry.act` gives, when they are known already; used up.
+        finish: called when all is written, with numbers that it has to hand on to a check; what it raises undoes the
+            move.
 
     Raises:
         StateError: when an entry of the state cannot be carried.
@@ -191,22 +196,34 @@ def move(
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     carrier = Carrier(symmetry, xi, {name: parameters[name].detach() for name in symmetry.names})
     with torch.no_grad(), eager_mode(next(iter(carrier.params.values())).device.type):
-        moved = symmetry.act(carrier.params, xi) if moved is None else moved
-        pairs = [(parameters[name], moved[name]) for name in symmetry.names]
-        if state == "transport":
-            pairs += [pair for optimizer in optimizers for pair in _carried(optimizer, carrier, parameters)]
+        new = symmetry.act(carrier.params, xi) if moved is None else moved
+        infinite: dict[tuple[str, str], Tensor] = {}  # for entries of the state whether they are not finite
+
+        def check(found: Sequence[float]) -> None:
+            for (label, entry), bad in zip(infinite, found, strict=True):
+                if bad:
+                    raise StateError(label, entry, "finite values", "NaN or infinity", "pass a smaller radius")
+
+        def steps() -> Iterator[Pairs]:
+            for optimizer in optimizers if state == "transport" else ():
+                yield from _carried(optimizer, carrier, parameters, infinite)
+            yield consumed(parameters, {name: new.pop(name) for name in symmetry.names})
 
         def end() -> None:
             if finish is not None:
-                finish()
+                finish([*infinite.values()], check)
+            elif infinite:
+                check(stacked([*infinite.values()]).tolist())
             if state == "reset":
                 _forget(optimizers)
 
-        write(pairs, end)
+        write(steps(), end)
 
 
-def _carried(optimizer: Optimizer, carrier: Carrier, parameters: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Each tensor of the state that moves, with its new value.
+def _carried(
+    optimizer: Optimizer, carrier: Carrier, parameters: dict[str, Tensor], infinite: dict[tuple[str, str], Tensor]
+) -> Iterator[Pairs]:
+    """The tensors of the state that move, with their new values, entry by entry; all at once where they are entangled.
 
     Raises:
         StateError: when there is no rule for an entry, or none under this symmetry.
@@ -215,8 +232,7 @@ def _carried(optimizer: Optimizer, carrier: Carrier, parameters: dict[str, Tenso
     rules: dict[str, str] = next((RULES[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in RULES), {})
     names = {id(parameters[name]): name for name in carrier.params}
     slots = _flat_slots(optimizer, names) if isinstance(optimizer, LBFGS) else _slots(optimizer, names)
-    pairs: list[tuple[Tensor, Tensor]] = []
-    entries: list[str] = []
+    kinds: dict[str, str] = {}
     for entry, tensors in slots.items():
         kind = rules.get(entry.partition(".")[0])
         if kind is None:
@@ -231,16 +247,17 @@ def _carried(optimizer: Optimizer, carrier: Carrier, parameters: dict[str, Tenso
         if kind in MONOMIAL_ONLY and not carrier.symmetry.monomial:
             expected = "a symmetry that moves the weights one by one (scaling, sign, permutation)"
             raise StateError(label, entry, expected, "one that mixes them", "pass state='reset'")
-        found = KINDS[kind](carrier, slots, entry)
-        mine = [(tensor, found[name]) for name, tensor in tensors.items() if name in carrier.params or not name]
-        pairs += mine
-        entries += [entry] * len(mine)
-    if pairs:
-        finite = torch.stack([value.isfinite().all().to(pairs[0][0].device) for _, value in pairs]).tolist()
-        if not all(finite):
-            bad = entries[finite.index(False)]
-            raise StateError(label, bad, "finite values", "NaN or infinity", "pass a smaller radius")
-    return pairs
+        kinds[entry] = kind
+    entangled = isinstance(optimizer, LBFGS) or not slots.keys().isdisjoint(ENTANGLED)
+
+    def moved(entry: str) -> Iterator[tuple[Tensor, Tensor]]:
+        found = KINDS[kinds[entry]](carrier, slots, entry)
+        targets = {n: t for n, t in slots[entry].items() if n in carrier.params or not n}
+        infinite[label, entry] = stacked([~found[name].isfinite().all() for name in targets]).any()
+        return consumed(targets, {name: found[name] for name in targets})
+
+    parts = map(moved, kinds)
+    yield from [chain.from_iterable(list(parts))] if entangled else parts
 
 
 def _slots(optimizer: Optimizer, names: dict[int, str]) -> Slots:

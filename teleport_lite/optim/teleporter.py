@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from teleport_lite.runtime import LossFn, check_generator, unwrap_compiled
 from teleport_lite.symmetries.base import Symmetry, check_radius
 from teleport_lite.symmetries.product import Product, check_symmetry
 from teleport_lite.teleport import carry_out, check_movable, symmetries_of
+from teleport_lite.transaction import Check, Finish
 
 
 class Teleporter:
@@ -172,10 +173,19 @@ class Teleporter:
             self.symmetry = symmetries_of(self.model, loss_fn)
         self._check_held(self.symmetry)
 
-        def commit(model: nn.Module, product: Product, xi: Any, moved: Params, finish: Callable[[], None]) -> None:
+        def commit(model: nn.Module, product: Product, xi: Any, moved: Params, finish: Finish) -> None:
             used = [f.group.norm(x) for f, x in zip(product, xi, strict=True) if not f.group.isometry]
-            move(model, product, xi, self.optimizers, self.state, moved, finish)
-            self.spent += max(map(float, used), default=0.0)
+            norms: list[float] = []
+
+            def end(numbers: list[Tensor], check: Check) -> None:
+                def both(found: Sequence[float]) -> None:
+                    norms.extend(found[: len(used)])
+                    check(found[len(used) :])
+
+                finish([*used, *numbers], both)
+
+            move(model, product, xi, self.optimizers, self.state, moved, end)
+            self.spent += max(norms, default=0.0)
 
         return carry_out(
             self._ranks,

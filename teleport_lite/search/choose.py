@@ -47,7 +47,7 @@ def search(
         starts = [symmetry.zeros(problem.params)]
         if generator is not None:
             starts += [symmetry.sample(problem.params, radius=radius, generator=generator) for _ in range(4)]
-        along = objective.along(problem, symmetry)
+        along = problem.along(objective, symmetry)
         return ascent(along, symmetry, starts, maximize=maximize, radius=radius)
     known = ["closed_form", "ascent", "random"] if has_closed_form(symmetry, objective) else ["ascent", "random"]
     raise UnknownNameError(f"search for {objective.name}", how, known)

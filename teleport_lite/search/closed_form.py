@@ -21,6 +21,7 @@ from teleport_lite.functional import Params
 from teleport_lite.groups import GeneralLinear, PositiveScaling
 from teleport_lite.groups.base import wide
 from teleport_lite.objectives import Objective
+from teleport_lite.runtime import widest
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.product import Product
@@ -96,7 +97,8 @@ def closed_form(
         if len(parts) > 1:
             xis: Any = torch.func.vmap(sweep)({row[0]: torch.stack([tensors[n] for n in row]) for row in rows})
         else:
-            alone = {name: tensors[name] if plain else tensors[name].clone() for (name,) in rows}
+            still = plain or len(first) == 1
+            alone = {name: tensors[name] if still else tensors[name].clone() for (name,) in rows}
             xis = [[xi] for xi in sweep(alone)]
         for factors, elements in zip(zip(*parts, strict=True), xis, strict=True):
             found |= {id(f): xi.to(f.zeros(tensors)) for f, xi in zip(factors, elements, strict=True)}
@@ -104,13 +106,22 @@ def closed_form(
 
 
 def _components(factors: list[NeuronSymmetry]) -> list[list[NeuronSymmetry]]:
-    """Factors that share parameters, directly or through others, taken together; what is apart is independent."""
+    """Factors that move the same entries, directly or through others, taken together; what is apart is independent."""
     parts: list[list[NeuronSymmetry]] = []
     for factor in factors:
-        near = [part for part in parts if any({*factor.names} & {*f.names} for f in part)]
+        near = [part for part in parts if any(_meet(factor, f) for f in part)]
         parts = [part for part in parts if part not in near]
         parts.append([*(f for part in near for f in part), factor])
     return parts
+
+
+def _meet(a: NeuronSymmetry, b: NeuronSymmetry) -> bool:
+    """Whether two factors share entries; those of the queries' and the values' rows of one tensor do not."""
+    for x, y in ((x, y) for x in a.legs for y in b.legs if x.name == y.name):
+        ends = [leg.start + f.group.n * leg.each for f, leg in ((a, x), (b, y))]
+        if x.dim != y.dim or x.groups > 1 or y.groups > 1 or (x.start < ends[1] and y.start < ends[0]):
+            return True
+    return False
 
 
 def _alike(parts: list[list[NeuronSymmetry]], tensors: Params) -> Iterable[list[list[NeuronSymmetry]]]:
@@ -119,7 +130,8 @@ def _alike(parts: list[list[NeuronSymmetry]], tensors: Params) -> Iterable[list[
     for part in parts:
         names = _names(part)
         places = [(f.group, [replace(leg, name=str(names.index(leg.name))) for leg in f.legs]) for f in part]
-        families[str(places), tuple((tensors[n].shape, tensors[n].dtype) for n in names)].append(part)
+        looks = tuple((tensors[n].shape, tensors[n].dtype, tensors[n].device) for n in names)
+        families[str(places), looks].append(part)
     return families.values()
 
 
@@ -136,9 +148,9 @@ def _sweep_squares(
     factor to factor: in a chain of layers no best corner lies outside of the last two (Proposition 4.4).
     """
     dims = {(leg.name, leg.dim) for f in factors for leg in f.legs}
-    squares = {name: _summed_squares(tensors[name], {d for n, d in dims if n == name}) for name, _ in dims}
-    dtype = wide(*(s.dtype for s in squares.values())) if maximize else torch.float64  # a corner is a choice of signs
-    squares = {name: s.to(dtype) for name, s in squares.items()}
+    home = tensors[factors[0].names[0]].device
+    dtype = wide(*(tensors[n].dtype for n, _ in dims)) if maximize else widest(home)  # a corner is a choice of signs
+    squares = {n: _summed_squares(tensors[n], {d for m, d in dims if m == n}).to(home, dtype) for n, _ in dims}
     first = next(iter(squares.values()))
     signs = torch.arange(3 if maximize and len(factors) > 1 else 1, device=first.device)
     starts = radius * ((signs + 1) % 3 - 1).to(first)  # 0, 1, -1
@@ -194,11 +206,12 @@ def _sweep_tensors(
 
     Its own element g, a symmetric matrix, is undone on these small matrices A alone, which become A' with gA'g = A.
     """
-    dtype = wide(*(t.dtype for t in tensors.values())) if maximize else torch.float64
-    state = {n: t.to(dtype) for n, t in tensors.items()}
+    home = next(iter(tensors.values())).device
+    dtype = wide(*(t.dtype for t in tensors.values())) if maximize else widest(home)
+    state = {n: t.to(home, dtype) for n, t in tensors.items()}
     xis = [f.zeros(state) for f in factors]
     side = -1 if gradients else 1
-    elements = [(f.group.exp(xi), f.group.exp(xi)) for f, xi in zip(factors, xis, strict=True)]  # and their inverses
+    elements = [(one, one) for one in (f.group.exp(xi) for f, xi in zip(factors, xis, strict=True))]  # and inverses
     for _ in range(sweeps):
         for k, factor in enumerate(factors):
             group: Any = factor.group
@@ -211,6 +224,8 @@ def _sweep_tensors(
                 h = inverse if p > 0 else g
                 totals[p] = h @ t @ h if isinstance(group, GeneralLinear) else h ** (2 * abs(p)) * t
             xis[k] = _extremum(group, totals, maximize, radius)
+            if len(factors) == 1:
+                return xis
             elements[k] = new, new_inverse = group.exp(torch.stack([xis[k], -xis[k]])).unbind()
             steps = group.compose(new, inverse), group.compose(new_inverse, g)
             for leg in factor.legs:

@@ -104,7 +104,7 @@ class NeuronSymmetry(Symmetry):
         found = {name: torch.zeros_like(params[name]) for name in self.names}
         for leg in self.legs:
             part = self.axis(params[leg.name], leg) + leg.offset
-            part = leg.power * self.group.along(dual if leg.dual else m, part, 0)
+            part = leg.power * self.group.along((dual if leg.dual else m).to(part.device), part, 0)
             found[leg.name] = self.put(found[leg.name], self.axis(found[leg.name], leg) + part, leg)
         return found
 
@@ -162,7 +162,7 @@ class NeuronSymmetry(Symmetry):
 
     def along(self, g: Tensor, tensor: Tensor, leg: Leg) -> Tensor:
         """`tensor` with `g`, or its power, applied to its slice of the hidden axis."""
-        g = g if leg.power == 1 else g**leg.power
+        g = (g if leg.power == 1 else g**leg.power).to(tensor.device)
         if tensor.shape[leg.dim] == self.group.n and leg.groups == 1:
             return self.group.along(g, tensor, leg.dim)
         return self.put(tensor, self.group.along(g, self.axis(tensor, leg), 0), leg)

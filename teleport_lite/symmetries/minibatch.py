@@ -31,7 +31,7 @@ from teleport_lite.functional import Evaluation, Params
 from teleport_lite.groups import GeneralLinear
 from teleport_lite.layers import Hidden, trace
 from teleport_lite.outputs import distance, tensors_of
-from teleport_lite.runtime import as_inputs, copy_of, double
+from teleport_lite.runtime import as_inputs, copy_of, on_host
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.product import Product
 
@@ -275,7 +275,7 @@ def minibatch_symmetries(
     if compensate not in COMPENSATIONS:
         raise UnknownNameError("compensation", compensate, COMPENSATIONS)
     model = Ranks(model).model
-    probe, batch, kind = copy_of(model), double(as_inputs(inputs)), COMPENSATIONS[compensate]
+    probe, batch, kind = copy_of(model), tuple(map(on_host, as_inputs(inputs))), COMPENSATIONS[compensate]
     traced = trace(probe, batch)
     factors, reasons = [], list(traced.reasons)
     for hidden in traced.hidden:
