@@ -220,7 +220,8 @@ def carry_out(
                 found = norms(now.gradient) if measured else foretold
                 loss_after = now.value
             scores[1] = found.norm() if steep else scores[1]
-            gap = largest_change(outputs, new_outputs) if product.exact else zero
+            same = product.exact and product.of == "outputs"
+            gap = largest_change(outputs, new_outputs) if same else zero
             false = relative_gap(found, foretold) if measured and product.exact else zero
             now.forget()
             loss.rest()

@@ -48,6 +48,28 @@ def widened(model: nn.Module, inputs: object) -> object:
     return inputs.double() if inputs.is_floating_point() else inputs
 
 
+READERS = 3 * 8 + 12  # rows of weights that read the norms of a block, with biases
+WRITERS = 8 + 12 + 1  # columns, and a bias, of what a block writes into its stream; without a bias for attention
+TRANSLATIONS = {  # biases undone by biases + weights behind norms + constants in streams that norms read
+    "MLP, identity": 6 + 4,
+    "ResNet": 6,
+    "ResNet without norms": 6,
+    "ConvNeXt": 6 + 12 + 1,
+    "Group and instance norm": 2 + 6,
+    "Encoder, post-norm, ReLU": 2 * 8 + 8 + (READERS - 3 * 8) + READERS + 2,  # keys; one head; the first block reads x
+    "Encoder, pre-norm, GELU": 2 * (8 + 2 * 8 + READERS),
+    "Decoder, GPT-2 style": 8 + 2 * (8 + 8 + 12) + 9 + 8 + 2 * WRITERS,  # attention has no biases, keys are unseen
+    "Decoder, post-norm, ReLU": 8 + 2 * (8 + 12) + 8 + 2 * WRITERS + 1,
+    "Decoder, tied embedding": 2 * (8 + 8 + 12) + 6 + 2 * WRITERS,
+    "Encoder and decoder": 3 * 8 + 8 + 2 * 12 + 8 + 2 + 2,  # keys, norms, weights behind norms, constants behind norms
+    "Vision transformer": 2 * 8 + (8 + 8 + 12) + 8 + 3 + (1 + 5 + 16 + 1) + WRITERS,
+    "LSTM": 4 * 5,
+    "GRU": 2 * 5,
+    "RNN, ReLU": 5,
+    "RNN, tanh": 5,
+}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_group_of_a_family(name):
     make, example, dim = FAMILIES[name]
@@ -55,7 +77,8 @@ def test_the_group_of_a_family(name):
     model, inputs = make(), example()
     before = copy.deepcopy(model.state_dict())
     symmetry = tl.find_symmetries(model, inputs)
-    assert symmetry.dim == dim
+    shifts = symmetry.select(kind="translation").dim
+    assert (symmetry.dim - shifts, shifts) == (dim, TRANSLATIONS.get(name, 0))
     assert not any("not understood" in reason for reason in symmetry.reasons)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     inputs = widened(model, inputs)

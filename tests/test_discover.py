@@ -37,6 +37,10 @@ def kinds(symmetry: tl.Product) -> list[str]:
     return [type(f.group).__name__ for f in symmetry]
 
 
+def shifts(symmetry: tl.Product) -> int:
+    return symmetry.select(kind="translation").dim
+
+
 @pytest.mark.parametrize("kind", ACTIVATIONS, ids=lambda k: k.__name__)
 def test_every_activation_of_torch(kind, generator):
     name = kind.__name__
@@ -47,7 +51,9 @@ def test_every_activation_of_torch(kind, generator):
     model = nn.Sequential(nn.Linear(4, 6), activation, nn.Linear(3 if name == "GLU" else 6, 2)).double()
     symmetry = tl.find_symmetries(model, torch.zeros(shape))
     expected = ["PositiveScaling"] * (name in HOMOGENEOUS | {"GLU"}) + ["Signs"] * (name in ODD | {"GLU"})
-    assert kinds(symmetry) == [*expected, "Permutation"]
+    unseen = {"Softmax": 4 + 1, "LogSoftmax": 4 + 1, "Softmin": 4 + 1, "Softmax2d": 6}.get(name, 0)
+    assert kinds(symmetry) == [*expected, "Permutation", *["Translation"] * (unseen > 0)]
+    assert shifts(symmetry) == unseen  # weights and bias that shift all logits alike; Softmax2d goes over another axis
     params, x = params_of(model), torch.randn(shape, generator=generator, dtype=torch.float64)
     model.eval()
     moved = symmetry.act(params, symmetry.sample(params, generator=generator))
@@ -57,7 +63,8 @@ def test_every_activation_of_torch(kind, generator):
 def test_linear_layers_mix_and_dropout_restricts():
     x = torch.zeros(3, 4)
     linear = nn.Sequential(nn.Linear(4, 6), nn.Identity(), nn.Linear(6, 2))
-    assert kinds(tl.find_symmetries(linear, x)) == ["GeneralLinear"]
+    assert kinds(tl.find_symmetries(linear, x)) == ["GeneralLinear", "Translation"]
+    assert shifts(tl.find_symmetries(linear, x)) == 6
     dropped = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 2))
     assert kinds(tl.find_symmetries(dropped, x)) == ["PositiveScaling", "Signs", "Permutation"]
 
@@ -145,7 +152,8 @@ def test_norms_stop_what_comes_in_and_start_with_their_gain():
     assert found[0].names == ("1.weight", "1.bias", "3.weight")
     assert found.reasons == ("rows of 0.weight: they are normalised",)
     layer = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 2))
-    assert kinds(tl.find_symmetries(layer, torch.zeros(3, 4))) == ["Permutation", "PositiveScaling"]
+    assert kinds(tl.find_symmetries(layer, torch.zeros(3, 4))) == ["Permutation", "PositiveScaling", "Translation"]
+    assert shifts(tl.find_symmetries(layer, torch.zeros(3, 4))) == 4 + 1  # constants in what the norm reads
 
 
 def test_frozen_parameters_stay_with_a_reason():

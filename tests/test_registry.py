@@ -39,7 +39,9 @@ class Between(nn.Module):
 
 
 def kinds(function) -> list[str]:
-    return [type(f.group).__name__ for f in tl.find_symmetries(Between(function), torch.ones(3, 4))]
+    """The groups that a rule gives; translations need none, since they follow the numbers."""
+    symmetry = tl.find_symmetries(Between(function), torch.ones(3, 4))
+    return [type(f.group).__name__ for f in symmetry if f.group.kind != "translation"]
 
 
 def relu(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.func import functional_call
 import teleport_lite as tl
 from teleport_lite.errors import ParameterError, ShapeError, TeleportError, UnknownNameError
 from teleport_lite.functional import loss_of, value_and_grad
-from teleport_lite.groups import GeneralLinear, Permutation, PositiveScaling, Signs, SpecialOrthogonal
+from teleport_lite.groups import GeneralLinear, Permutation, PositiveScaling, Signs, SpecialOrthogonal, Translation
 from teleport_lite.symmetries import Leg, NeuronSymmetry, Symmetry, TestFunction, mixing, permutation, scaling, sign
 
 
@@ -163,7 +163,7 @@ def test_transport_of_a_product_of_all_kinds(generator):
     model = nn.Sequential(*layers).double()
     x = torch.randn(20, 6, generator=generator, dtype=torch.float64)
     symmetry = tl.find_symmetries(model, x)
-    assert {type(f.group) for f in symmetry} == {PositiveScaling, Permutation, Signs, GeneralLinear}
+    assert {type(f.group) for f in symmetry} == {PositiveScaling, Permutation, Signs, GeneralLinear, Translation}
     loss, params = loss_of(model, lambda net: net(x).square().sum()), params_of(model)
     xi = symmetry.sample(params, generator=generator)
     expected = value_and_grad(loss, symmetry.act(params, xi))[1]

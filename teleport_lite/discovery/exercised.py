@@ -12,7 +12,7 @@ from teleport_lite.functional import Params
 Run = Callable[[], list[Tensor]]
 
 
-def exercised(params: Params, runs: Iterable[Run]) -> tuple[Params, set[str]]:
+def exercised(params: Params, runs: Iterable[Run]) -> tuple[Params, set[str], list[Params]]:
     """For each parameter which of its entries have a gradient in some run, of random sums of the outputs.
 
     The runs end when every parameter has such an entry. An entry without may still matter, as before an argmax.
@@ -22,10 +22,11 @@ def exercised(params: Params, runs: Iterable[Run]) -> tuple[Params, set[str]]:
         runs: each gives the outputs.
 
     Returns:
-        The entries; and the parameters from which some way leads to the outputs, if only times zero. All of them where
-        a run cannot be differentiated.
+        The entries; the parameters from which some way leads to the outputs, if only times zero, which are all of them
+        where a run cannot be differentiated; and the gradients.
     """
     connected: set[str] = set()
+    gradients: list[Params] = []
     found = {
         n: torch.zeros_like(p, dtype=torch.bool) for n, p in params.items() if p.is_floating_point() or p.is_complex()
     }
@@ -37,12 +38,13 @@ def exercised(params: Params, runs: Iterable[Run]) -> tuple[Params, set[str]]:
         for run in runs:
             grads = _gradients(run, {name: params[name] for name in found}, generator)
             connected |= found.keys() if grads is None else grads.keys()
+            gradients += [grads] if grads else []
             for name, g in (grads or {}).items():
                 found[name] |= g != 0
     finally:
         for name, wanted in asked.items():
             params[name].requires_grad_(wanted)
-    return found, connected
+    return found, connected, gradients
 
 
 def _gradients(run: Run, params: Params, generator: torch.Generator) -> Params | None:

@@ -21,24 +21,32 @@ from teleport_lite.discovery.probe import Probe, laboratory
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.propose import solve_and_verify
 from teleport_lite.discovery.solve import reasons as reasons_of
+from teleport_lite.discovery.translate import together, translations
 from teleport_lite.discovery.trial import Trial
 from teleport_lite.discovery.verify import Verifier
-from teleport_lite.errors import EmptyModelError
+from teleport_lite.errors import EmptyModelError, UnknownNameError
 from teleport_lite.functional import Params, check_apart
 from teleport_lite.symmetries.axes import NeuronSymmetry
+from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.product import Product
+from teleport_lite.symmetries.rank import components, cost, rank
+from teleport_lite.symmetries.shifts import Shift
+
+CHEAP = 1e8  # operations that the rank of the tangents may take
 
 RETURNED = "the model returns them"
 
 
-def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
+def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs") -> Product:
     """The symmetries of `model` that hold on all inputs.
 
     Works on any model that runs: modules, functions and loops are all followed, operation by operation. What moves may
     be neurons and channels (scalings, signs, permutations, mixings where nothing stands between two linear maps), the
     queries and keys or the values of attention heads, which rotate with rotary positions, or a residual stream, which
     is rotated where nothing but norms and linear maps reads it. Mixings of the heads of a layer are one factor,
-    GL(d)^heads. Frozen parameters stay. The model is only read, and the global random state is left as it was.
+    GL(d)^heads. Translations shift biases, tables and weights where others undo that, as b + c is undone by b' - Wc in
+    the next layer, or where nothing sees it, as under a softmax or a LayerNorm. Frozen parameters stay. The model is
+    only read, and the global random state is left as it was.
 
     Each factor is verified on a copy of the whole model, in float64: on the example and on values near it, on larger
     and smaller ones, other integers, batches and lengths, as far as the model takes them, in evaluation and training
@@ -51,6 +59,8 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
         model: the model, on any device, in any mode.
         example_inputs: an input of the right shape, a tuple of positional arguments, or a mapping of keyword arguments;
             tensors may stand in containers and dataclasses.
+        of: "outputs", or "loss" to have what shifts all logits of an example alike as well, which a cross-entropy does
+            not see. Classes are the last dimension of the outputs, and the second one of those with more than three.
 
     Returns:
         A `Product`; empty, with `reasons`, when there is no symmetry. What was left out is listed there too.
@@ -58,6 +68,7 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
     Raises:
         EmptyModelError: when the model has no parameters.
         ParameterError: when a parameter has no shape yet, is sharded, or shares memory with another one.
+        UnknownNameError: when `of` is neither.
         TeleportError: when the model cannot be copied, or does not run on `example_inputs` in float64.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 1))
@@ -69,6 +80,8 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
       2.weight, 2.bias -> 4.weight    {1,-1}^4   0    all inputs
       2.weight, 2.bias -> 4.weight    S(4)       0    all inputs
     """
+    if of not in ("outputs", "loss"):
+        raise UnknownNameError("of", of, ("outputs", "loss"))
     if not any(True for _ in model.parameters()):
         raise EmptyModelError(model)
     probe = Probe(model)
@@ -80,8 +93,16 @@ def find_symmetries(model: nn.Module, example_inputs: object) -> Product:
         propagation = propagated(probe, check.planned.informative())
         propagation.fix_idle_matrices(check.matters)
         factors, reasons = solve_and_verify(propagation, check)
+        shifts = translations(probe, check, generator)
+        found: list[Symmetry] = [*factors, *together(shifts)]
+        if of == "loss":
+            probe.of = of
+            seen = translations(probe, Verifier(probe, Arguments.of(example_inputs), generator), generator)
+            found += [Shift(s.dim, s.moves, of) for s in together({s: k for s, k in seen.items() if s not in shifts})]
+        mixed = [f for part in components(found) if any(isinstance(f, Shift) for f in part) for f in part]
+        overlap = sum(f.dim for f in mixed) - rank(mixed, check.params) if cost(mixed, check.params) < CHEAP else 0
         reasons = [*reasons, *check.notes(), *_unmoved(propagation, probe.params, factors)]
-    return Product(factors, reasons)
+    return Product(found, reasons, overlap)
 
 
 def propagated(probe: Probe, trials: Iterable[Trial]) -> Propagation:

@@ -183,6 +183,19 @@ def other_numbers(call: Arguments) -> Iterator[Arguments]:
                     yield call.with_leaves([*leaves[:i], value, *leaves[i + 1 :]])
 
 
+def fewer(call: Arguments) -> Iterator[Arguments]:
+    """The same with None in place of one of several tensors, as of a mask or a context that may be left out.
+
+    >>> [some.args for some in fewer(Arguments((torch.ones(2), torch.ones(1))))]
+    [(None, tensor([1.])), (tensor([1., 1.]), None)]
+    """
+    given: dict[Any, Any] = {**dict(enumerate(call.args)), **call.kwargs}
+    tensors = [key for key, value in given.items() if isinstance(value, Tensor)]
+    for key in tensors if len(tensors) > 1 else ():
+        args = tuple(None if i == key else x for i, x in enumerate(call.args))
+        yield Arguments(args, {name: None if name == key else x for name, x in call.kwargs.items()})
+
+
 def rows(call: Arguments) -> int:
     """The length of the first axis of the first tensor that has one."""
     return next((len(x) for x in call.tensors() if x.ndim), ROWS)

@@ -28,13 +28,17 @@ class Probe:
     Attributes:
         params: the parameters themselves, by the names that they have in `model`.
         values: where they stand between two runs.
+        of: what `outputs` gives: "outputs", or "loss" for their logarithmic softmax, which a cross-entropy sees.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.module = copy_of(model)
+        for table in (m for m in self.module.modules() if isinstance(m, nn.Embedding)):
+            table.padding_idx = None  # which hides a row from gradients alone
         self.arguments = arguments_of(self.module)
         self.params: Params = dict(self.module.named_parameters())
         self.mode: Float64 | None = Float64()
+        self.of = "outputs"
         self.buffers = {b: b.clone() for b in self.module.buffers()}
         self.attributes = [
             (m, {k: _kept(v) for k, v in m.__dict__.items()})
@@ -81,7 +85,14 @@ class Probe:
         self, call: Arguments, training: bool = False, seed: int = 0, modes: tuple[TorchDispatchMode, ...] = ()
     ) -> list[Tensor]:
         """The tensors of what `run` returns."""
-        return tensors_of(self.run(call, training, seed, modes), self.arguments)
+        found = tensors_of(self.run(call, training, seed, modes), self.arguments)
+        if self.of == "outputs":
+            return found
+        with ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            real = (t.is_floating_point() and t.ndim > 1 for t in found)
+            return [t.log_softmax(1 if t.ndim > 3 else -1) if r else t for t, r in zip(found, real, strict=True)]
 
     def unsettle(self, generator: torch.Generator) -> bool:
         """Move buffers that the last run has changed off their values, for a state may be anything; whether any is."""

@@ -69,6 +69,7 @@ class Trials:
         if noisy and self._has_real(noisy.call):
             one = self._accepted(inputs.resized(noisy.call, inputs.rows(noisy.call), 1, 0)) or noisy
             found += [s for size in SIZES if (s := self._accepted(inputs.times(one.call, size)))]
+        found += [s for call in inputs.fewer((noisy or given).call) if (s := self._accepted(call))]
         longest = self._grown(noisy or given)
         counts = (self._accepted(c) for c in inputs.other_numbers((noisy or given).call))
         found += islice((s for s in counts if s), 8)

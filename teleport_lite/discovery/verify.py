@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,17 +15,20 @@ from teleport_lite.discovery.probe import Probe, normal
 from teleport_lite.discovery.trial import Trial
 from teleport_lite.discovery.trials import Trials
 from teleport_lite.functional import Params
-from teleport_lite.groups import Permutation, Signs
+from teleport_lite.groups import Permutation, Signs, Translation
 from teleport_lite.outputs import distance
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
+from teleport_lite.symmetries.base import Symmetry
 
 __all__ = ["TOLERANCE", "Verifier", "distance"]
 TOLERANCE = 1e-10  # relative change in float64 beyond which a proposed symmetry is dropped
 SMALL = 8  # a finite group on fewer axes has few elements
 DRAWN = 2  # random elements of small finite groups
+FAR = 3  # how far each coordinate of a translation goes, about
 WIDER = 3  # times that more inputs are tried where some, as experts that tokens pick, were not used
 
-Drop = Callable[[NeuronSymmetry, float], None]
+Drop = Callable[[Any, float], None]
+S = TypeVar("S", bound=Symmetry)
 Failure = tuple[float, Trial, int]  # by how much, where, in which turn
 
 
@@ -34,6 +38,7 @@ class Verifier:
     Attributes:
         params: where they are tried.
         untouched: parameters that matter in no trial; they stay.
+        gradients: of random sums of the outputs, in some of the trials.
         unread: those of them that no operator reads, or that reach the outputs times zero alone, so that nobody knows
             where they belong; what may share an axis with them stays as well.
         withheld: the symmetries that were not tried for that reason, in words.
@@ -56,7 +61,7 @@ class Verifier:
         read = {name for trial in self.trials for _, *names, _ in trial.reads for name in names}
         self.unread = [name for name in self.untouched if name not in read or name in self.connected]
         self.withheld: dict[str, None] = {}
-        self.numbers: dict[NeuronSymmetry, int] = {}  # of finite symmetries
+        self.numbers: dict[Symmetry, int] = {}  # of finite symmetries
 
     def _unexercised(self) -> list[str]:
         """The parameters of which no entry matters in any trial."""
@@ -64,12 +69,12 @@ class Verifier:
         telling = self.planned.informative()
         self.trials = [*telling, *(s for s in trials if s not in telling)]
         params = self.probe.params
-        self.matters, self.connected = exercised(params, [s.run for s in telling])
+        self.matters, self.connected, self.gradients = exercised(params, [s.run for s in telling])
         for trial in self.trials[len(telling) :]:
             idle = {n: params[n] for n in self._idle_parts()}
             if not idle:
                 return []
-            matters, connected = exercised(idle, [trial.run])
+            matters, connected, _ = exercised(idle, [trial.run])
             self.matters |= {n: m | self.matters[n] for n, m in matters.items()}
             self.connected = self.connected | connected
         rest = [n for n, m in self.matters.items() if not m.any()]
@@ -86,17 +91,19 @@ class Verifier:
         with self.probe.at({**self.params, **moved}):
             return all(_identical(s) for s in self.trials)
 
-    def allowed(self, symmetry: NeuronSymmetry) -> bool:
+    def allowed(self, symmetry: Symmetry) -> bool:
         """Whether all that it moves, and all that may have the same axis, was exercised."""
+        legs = symmetry.legs if isinstance(symmetry, NeuronSymmetry) else ()
         lengths = {n for name in self.unread for n in self.params[name].shape} - {1}
-        own = {self.params[leg.name].shape[leg.dim] for leg in symmetry.legs} | {symmetry.group.n}
+        own = {self.params[leg.name].shape[leg.dim] for leg in legs} | {symmetry.group.n}
+        own |= set() if legs else {n for name in symmetry.moved for n in self.params[name].shape}
         shared = lengths & own or {*symmetry.names} & {*self.untouched}
-        if not shared and not any(self._idle(symmetry, leg) for leg in symmetry.legs):
+        if not shared and not any(self._idle(symmetry, leg) for leg in legs):
             return True
         self.withheld[str(symmetry)] = None
         return False
 
-    def _idle(self, symmetry: NeuronSymmetry, leg: Leg) -> bool:
+    def _idle(self, symmetry: Any, leg: Leg) -> bool:
         """Whether no entry that a leg moves matters, as in rows of a table that nothing reads."""
         if symmetry.axis(self.matters[leg.name], leg).any():
             return False
@@ -111,18 +118,18 @@ class Verifier:
             notes.append(f"not exercised by these inputs, as they may share an axis: {'; '.join(self.withheld)}")
         return notes
 
-    def error(self, symmetries: list[NeuronSymmetry]) -> float:
+    def error(self, symmetries: Sequence[Symmetry]) -> float:
         """By how much they change the outputs, relative; 0 when they hold, infinite when outputs are not finite."""
         failure = self._failure(symmetries)
         return failure[0] if failure else 0.0
 
-    def keep(self, symmetries: list[NeuronSymmetry], drop: Drop) -> list[NeuronSymmetry]:
+    def keep(self, symmetries: list[S], drop: Drop) -> list[S]:
         """Those that hold."""
         symmetries = [s for s in symmetries if self.allowed(s)]
         kinds = [[s for s in symmetries if s.dim], [s for s in symmetries if not s.dim]]
         return [s for kind in kinds for s in self.holding(kind, drop)]
 
-    def holding(self, symmetries: list[NeuronSymmetry], drop: Drop) -> list[NeuronSymmetry]:
+    def holding(self, symmetries: list[S], drop: Drop) -> list[S]:
         """All at once; where that fails, by halves on the trial that shows it."""
         while symmetries and (failure := self._failure(symmetries)):
             found = self._culprits(symmetries, *failure)
@@ -131,13 +138,11 @@ class Verifier:
             symmetries = [s for s in symmetries if s not in found]
         return symmetries
 
-    def _culprits(
-        self, symmetries: list[NeuronSymmetry], error: float, trial: Trial, turn: int
-    ) -> dict[NeuronSymmetry, float]:
+    def _culprits(self, symmetries: Sequence[Symmetry], error: float, trial: Trial, turn: int) -> dict[Symmetry, float]:
         """Those among them that change one trial by themselves, where they do so together by `error`."""
         if len(symmetries) == 1:
             return {symmetries[0]: error}
-        found: dict[NeuronSymmetry, float] = {}
+        found: dict[Symmetry, float] = {}
         half = len(symmetries) // 2
         for part in (symmetries[:half], symmetries[half:]):
             gap = self._gap(part, trial, turn)
@@ -146,7 +151,7 @@ class Verifier:
             return found
         return {s: e for s in symmetries if (e := self.error([s]))} or dict.fromkeys(symmetries, error)
 
-    def _failure(self, symmetries: list[NeuronSymmetry]) -> Failure | None:
+    def _failure(self, symmetries: Sequence[Symmetry]) -> Failure | None:
         """The first trial whose outputs change."""
         if not self.planned.trials:
             return float("inf"), self.planned.calm[0], 0
@@ -174,11 +179,11 @@ class Verifier:
             if trial in trials:
                 trials.insert(0, trials.pop(trials.index(trial)))
 
-    def _gap(self, symmetries: list[NeuronSymmetry], trial: Trial, turn: int) -> float:
+    def _gap(self, symmetries: Sequence[Symmetry], trial: Trial, turn: int) -> float:
         with self.probe.at(self._moved(symmetries, turn)):
             return trial.gap(TOLERANCE)
 
-    def _turns(self, symmetries: list[NeuronSymmetry]) -> Iterator[tuple[int, list[Trial]]]:
+    def _turns(self, symmetries: Sequence[Symmetry]) -> Iterator[tuple[int, list[Trial]]]:
         """Which elements to try, by number, on which trials.
 
         Random elements of several symmetries undo each other with probability zero, but those of small finite groups
@@ -198,14 +203,14 @@ class Verifier:
             for k in range(DRAWN + bits if len(small) > 1 else 0):
                 yield 2 + k, [smallest]
 
-    def _moved(self, symmetries: list[NeuronSymmetry], turn: int) -> Params:
+    def _moved(self, symmetries: Sequence[Symmetry], turn: int) -> Params:
         moved = self.params
         for s in symmetries:
             if turn < 2 + DRAWN or self.numbers.get(s, 0) >> (turn - 2 - DRAWN) & 1:
                 moved = s.act(moved, self._element(s, turn))
         return moved
 
-    def _element(self, symmetry: NeuronSymmetry, turn: int) -> Tensor:
+    def _element(self, symmetry: Symmetry, turn: int) -> Tensor:
         """A random element; of a finite group, in two turns, elements that generate it or nearly so.
 
         The same symmetry has the same element in a turn, whatever stands beside it.
@@ -215,6 +220,11 @@ class Verifier:
         if isinstance(symmetry.group, Permutation) and two < 2:  # a cycle, then the exchange of two
             order = torch.arange(n, device=like.device)
             return order.roll(1) if two == 0 else torch.cat([order[:2].flip(0), order[2:]])
+        if not isinstance(symmetry, NeuronSymmetry):  # a translation so far that nothing saturates
+            radius = FAR * n**0.5 if isinstance(symmetry.group, Translation) else 1.0
+            return symmetry.sample(
+                self.params, generator=_seeded(f"{getattr(symmetry, 'moves', symmetry)} {turn}"), radius=radius
+            )
         legs = f"{symmetry.legs} {symmetry.group}"
         if isinstance(symmetry.group, Signs) and two < 2:  # random ones but the first, then all the others
             flipped = torch.rand(n, generator=_seeded(legs)) < 0.5

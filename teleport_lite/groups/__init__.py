@@ -6,5 +6,15 @@ from teleport_lite.groups.orthogonal import PairRotations, SpecialOrthogonal
 from teleport_lite.groups.permutation import Permutation
 from teleport_lite.groups.scaling import PositiveScaling
 from teleport_lite.groups.signs import Signs
+from teleport_lite.groups.translation import Translation
 
-__all__ = ["GeneralLinear", "Group", "PairRotations", "Permutation", "PositiveScaling", "Signs", "SpecialOrthogonal"]
+__all__ = [
+    "GeneralLinear",
+    "Group",
+    "PairRotations",
+    "Permutation",
+    "PositiveScaling",
+    "Signs",
+    "SpecialOrthogonal",
+    "Translation",
+]

@@ -6,13 +6,17 @@ from teleport_lite.symmetries.axes import Leg, NeuronSymmetry, mixing, permutati
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.minibatch import IncomingMixing, OutgoingMixing, minibatch_symmetries
 from teleport_lite.symmetries.product import Product
+from teleport_lite.symmetries.shifts import Move, Shift, Step
 
 __all__ = [
     "IncomingMixing",
     "Leg",
+    "Move",
     "NeuronSymmetry",
     "OutgoingMixing",
     "Product",
+    "Shift",
+    "Step",
     "Symmetry",
     "minibatch_symmetries",
     "mixing",

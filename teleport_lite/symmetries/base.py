@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_map
 from teleport_lite.errors import ParameterError, ShapeError, TeleportError, UnknownNameError
 from teleport_lite.functional import Params
 from teleport_lite.groups import Group
+from teleport_lite.symmetries.rank import rank
 
-KINDS = ("scaling", "mixing", "rotation", "permutation", "sign")  # of groups
+KINDS = ("scaling", "mixing", "rotation", "translation", "permutation", "sign")  # of groups
 SAVED: dict[str, Any] = {}  # by the name that a saved symmetry carries, its class
 
 
@@ -30,6 +31,7 @@ class Symmetry(ABC):
         exact: whether it holds on all inputs, or only on one batch.
         linear: whether it is affine in the parameters, so that one gradient gives the gradient on the whole orbit.
         homogeneous: whether it is linear in the parameters, without a constant.
+        of: what it keeps: the "outputs" of the model, or their "loss" alone.
         monomial: whether every moved entry is a multiple of a single old one, so that squares and signs are carried
             exactly.
     """
@@ -40,6 +42,7 @@ class Symmetry(ABC):
     linear: bool = True
     homogeneous: bool = False
     monomial: bool = False
+    of: str = "outputs"
 
     @abstractmethod
     def move(self, params: Params, xi: Any) -> Params:
@@ -155,7 +158,20 @@ class Symmetry(ABC):
     @property
     def holds(self) -> str:
         """Where the symmetry holds, in words."""
-        return "all inputs" if self.exact else "one batch"
+        return ("all inputs" if self.exact else "one batch") + (", the loss" if self.of == "loss" else "")
+
+    @property
+    def moved(self) -> tuple[str, ...]:
+        """Those among `names` whose values change; of the others the gradients do."""
+        return self.names
+
+    def rank(self, params: Params) -> int:
+        """The rank of the tangents at `params`, in float64: how many directions there are.
+
+        It is below `dim` where factors overlap, as a low-rank term that the weight beside it absorbs, and the mixing of
+        its two matrices. A dense matrix [dim, entries] is made for each set of factors that move common parameters.
+        """
+        return rank([self], params)
 
     def check(self, params: Params) -> None:
         """Refuse parameters that the action cannot move.

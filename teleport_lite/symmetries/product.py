@@ -10,7 +10,9 @@ import torch
 from torch.utils._pytree import register_pytree_node
 
 from teleport_lite.errors import ShapeError, TeleportError, UnknownNameError
+from teleport_lite.functional import Params
 from teleport_lite.symmetries.base import KINDS, SAVED, Symmetry
+from teleport_lite.symmetries.rank import rank
 
 
 class Inverse(tuple):
@@ -26,6 +28,7 @@ class Product(Symmetry, Sequence):
     Args:
         factors: the symmetries; products among them are flattened.
         reasons: why something was left out, for people to read.
+        overlap: how many dimensions are counted twice, as far as that is known.
 
     Raises:
         TeleportError: when a factor is no symmetry.
@@ -34,15 +37,16 @@ class Product(Symmetry, Sequence):
     Product of 0 symmetries, dim 0
     """
 
-    def __init__(self, factors: Iterable[Symmetry], reasons: Iterable[str] = ()) -> None:
+    def __init__(self, factors: Iterable[Symmetry], reasons: Iterable[str] = (), overlap: int = 0) -> None:
         self.factors: tuple[Symmetry, ...] = tuple(
             leaf for f in factors for leaf in (f.factors if isinstance(f, Product) else (f,))
         )
         for factor in self.factors:
             if not isinstance(factor, Symmetry):
                 raise TeleportError("symmetries as factors", repr(factor), "pass what teleport_lite.symmetries makes")
-        self.reasons = tuple(reasons)
+        self.reasons, self.overlap = tuple(reasons), overlap
         self.names = tuple(dict.fromkeys(name for f in self.factors for name in f.names))
+        self.of = "loss" if any(f.of == "loss" for f in self.factors) else "outputs"
         self.exact = all(f.exact for f in self.factors)
         self.linear = all(f.linear for f in self.factors)
         self.homogeneous = all(f.homogeneous for f in self.factors)
@@ -101,7 +105,7 @@ class Product(Symmetry, Sequence):
         """The factors of one kind, and those that move a parameter whose name matches a pattern.
 
         Args:
-            kind: "scaling", "mixing", "rotation", "permutation" or "sign".
+            kind: "scaling", "mixing", "rotation", "translation", "permutation" or "sign".
             name: a pattern with * and ?, as for file names.
 
         Raises:
@@ -128,7 +132,8 @@ class Product(Symmetry, Sequence):
         Raises:
             TeleportError: when a factor belongs to one model and one batch.
         """
-        return {"factors": [f.to_dict() for f in self.factors], "reasons": list(self.reasons)}
+        factors = [f.to_dict() for f in self.factors]
+        return {"factors": factors, "reasons": list(self.reasons), "overlap": self.overlap}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Product:
@@ -143,7 +148,8 @@ class Product(Symmetry, Sequence):
         True
         """
         try:
-            return cls([SAVED[f["symmetry"]].from_dict(f) for f in saved["factors"]], saved["reasons"])
+            factors = [SAVED[f["symmetry"]].from_dict(f) for f in saved["factors"]]
+            return cls(factors, saved["reasons"], saved.get("overlap", 0))
         except (KeyError, TypeError) as error:
             remedy = "pass what Product.to_dict gave, of this version or an older one"
             raise TeleportError("a saved product", f"{type(error).__name__}: {error}", remedy) from error
@@ -157,6 +163,13 @@ class Product(Symmetry, Sequence):
     @property
     def dim(self) -> int:
         return sum(f.dim for f in self.factors)
+
+    @property
+    def moved(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for f in self.factors for name in f.moved))
+
+    def rank(self, params: Params) -> int:
+        return rank(self.factors, params)
 
     @property
     def continuous(self) -> Product:
@@ -180,6 +193,7 @@ class Product(Symmetry, Sequence):
 
     def __repr__(self) -> str:
         head = f"Product of {len(self)} symmetr{'y' if len(self) == 1 else 'ies'}, dim {self.dim}"
+        head += f", rank {self.dim - self.overlap}" if self.overlap else ""
         rows = [("parameters", "group", "dim", "holds on")]
         rows += [(str(f), str(f.group), str(f.dim), f.holds) for f in self.factors]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]

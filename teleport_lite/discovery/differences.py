@@ -1,0 +1,200 @@
+"""What a shift of a parameter adds to the data of a run: numbers, and what they are made of.
+
+The numbers c of a shift are random, so values tell where they come from: a tensor whose entries are among those of c
+holds these entries, and one that equals a matrix times them is that product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from teleport_lite.symmetries.shifts import Move, Shift, Step
+
+EXACT = 1e-11  # relative, of differences in float64
+Chain = tuple[Step, ...]
+
+
+class _NonlinearError(Exception):
+    """What an operator makes of a shift is not linear in it, or cannot be compared."""
+
+
+@dataclass(eq=False)
+class Source:
+    """A shift of a parameter by a random c.
+
+    Attributes:
+        name, shape: the parameter, and the shape in which `own` of c is added to it.
+        c: the random numbers.
+        read, blocked, settled, absorbed: for each entry whether something computed with it, whether something sees it,
+            whether it was seen to end, and whether by being undone.
+        born: how many operations had been run when one first computed with it.
+        undone: the sources that undo it, and what is made of c there.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    c: Tensor
+    own: Chain = ()
+    born: int = 0
+    read: Tensor = field(init=False)
+    blocked: Tensor = field(init=False)
+    settled: Tensor = field(init=False)
+    absorbed: Tensor = field(init=False)
+    undone: dict[tuple[Source, Chain], None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.read, self.blocked, self.settled, self.absorbed = torch.zeros(4, len(self.c), dtype=torch.bool)
+
+    def shifts(self) -> Iterator[Shift]:
+        """The translations by those entries that end everywhere: what nothing sees, and what is undone."""
+        free = self.settled & ~self.blocked
+        if not all(s.read.all() for s in (self, *(s for s, _ in self.undone))):  # it may be seen elsewhere
+            return
+        for mine, undone in ((free & ~self.absorbed, ()), (free & self.absorbed, self.undone)):
+            if n := int(mine.sum()):
+                part = () if n == len(mine) else (Step(tuple(torch.where(mine, mine.cumsum(0) - 1, -1).tolist())),)
+                yield Shift(n, [Move(s.name, s.shape, 0, n, then(part, *c)) for s, c in [(self, self.own), *undone]])
+
+
+@dataclass(eq=False)
+class Difference:
+    """What a source, or some of its entries, adds to a tensor.
+
+    Attributes:
+        source: that.
+        t: the numbers, of length 1 along each dimension on which they do not depend.
+        chains: what, added up, makes `t` of c; None where it depends on the data.
+        support: the entries of c on which it depends.
+    """
+
+    source: Source
+    t: Tensor
+    chains: tuple[Chain, ...] | None
+    support: Tensor
+
+    def __post_init__(self) -> None:
+        if self.choice:
+            kept = torch.tensor([i for i in self.choice.indices if i >= 0], dtype=torch.long)
+            self.support = torch.zeros_like(self.support).index_fill(0, kept, True)
+
+    @property
+    def choice(self) -> Step | None:
+        """The choice of entries that it is, where it is that."""
+        if self.chains is None or len(self.chains) > 1 or any(step.equation for step in self.chains[0]):
+            return None
+        return self.chains[0][0] if self.chains[0] else Step(tuple(range(self.t.numel())))
+
+
+def clusters(inputs: list[tuple[Tensor, Difference]]) -> list[list[tuple[Tensor, Difference]]]:
+    """The arguments that entries of a source shift together."""
+    found: list[list[tuple[Tensor, Difference]]] = []
+    for x, d in inputs:
+        near = [any(e.source is d.source and bool((e.support & d.support).any()) for _, e in c) for c in found]
+        together = [i for c, is_near in zip(found, near, strict=True) if is_near for i in c]
+        found = [c for c, is_near in zip(found, near, strict=True) if not is_near] + [[*together, (x, d)]]
+    return found
+
+
+def rerun(
+    call: Any, inputs: Sequence[tuple[Tensor, Difference]], moving: bool, written: set[int]
+) -> list[list[Tensor]]:
+    """What an operator makes of arguments shifted up and down; where it only moves data, of the shifts alone.
+
+    Nothing, where it does not run, as when a shape depends on values.
+    """
+    (func, args, kwargs), shifts = call, {id(x): d.t for x, d in inputs}
+
+    def swapped(x: Tensor, sign: float) -> Tensor:
+        t = shifts.get(id(x))
+        if not moving:
+            return x + sign * t if t is not None else x.clone() if id(x) in written else x
+        if t is None:
+            return x.new_zeros(()).expand(x.shape) if x.is_floating_point() else x
+        return t.expand(x.shape) if func is torch.ops.aten.embedding.default else torch.empty_like(x).copy_(t)
+
+    try:
+        runs = []
+        for sign in (1.0,) if moving else (1.0, -1.0):
+            new, named = tree_map_only(Tensor, partial(swapped, sign=sign), (args, kwargs))
+            runs.append([x for x in tree_leaves(func(*new, **named)) if isinstance(x, Tensor)])
+        return runs
+    except Exception:
+        return []
+
+
+def compared(results: list[Tensor], ends: list[list[Tensor]]) -> list[Tensor | None]:
+    """The difference that a shift makes to each result; nothing, where an operator is not linear in it."""
+    try:
+        return [_compare(x, *both) for x, *both in zip(results, *ends, strict=True)]
+    except _NonlinearError:
+        return []
+
+
+def _compare(x: Tensor, plus: Tensor | None = None, minus: Tensor | None = None) -> Tensor | None:
+    """The difference that a shift makes, of length 1 where it can be; None where there is none.
+
+    Raises:
+        _NonlinearError: when there is no such.
+    """
+    if plus is None or x.layout != torch.strided or x.is_nested or x.is_complex():
+        raise _NonlinearError
+    if not x.is_floating_point() and not (torch.equal(x, plus) and (minus is None or torch.equal(x, minus))):
+        raise _NonlinearError
+    if not x.is_floating_point() or not x.numel():
+        return None
+    if minus is None:
+        return compact(plus) if bool(plus.any()) else None
+    here = torch.where(x.isfinite(), x, 0).abs()
+    up, down = (torch.where(x.isfinite(), d, 0) for d in (plus - x, x - minus))
+    rounding = EXACT * (here + here.median())
+    if not bool(((up - down).abs() <= rounding + EXACT * up.abs().max()).all()):
+        raise _NonlinearError
+    return compact(up) if bool((up.abs() > rounding).any()) else None
+
+
+def compact(t: Tensor) -> Tensor:
+    """`t`, of length 1 along each dimension on which it does not depend."""
+    size = EXACT * t.abs().max()
+    for dim in range(t.ndim):
+        first = t.narrow(dim, 0, 1)
+        if bool(((t - first).abs() <= size).all()):
+            t = first
+    return torch.where(t.abs() <= size, 0, t)
+
+
+def then(chain: Chain, *steps: Step) -> Chain:
+    """A chain and then more steps, choices of entries drawn together."""
+    for step in steps:
+        if chain and not chain[-1].equation and not step.equation:
+            indices = tuple(chain[-1].indices[i] if i >= 0 else -1 for i in step.indices)
+            chain = (*chain[:-1], Step(indices, scale=chain[-1].scale * step.scale))
+        else:
+            chain = (*chain, step)
+    return chain
+
+
+def choice_of(v: Tensor, w: Tensor) -> list[Step] | None:
+    """How w is chosen among the entries of v and zero, times a number; the entries are random, so that tells it."""
+    if torch.equal(v, w):
+        return []
+    extended = torch.cat([v, v.new_zeros(1)])
+    values, order = extended.sort()
+    sizes = float(v.abs().max()), float(w.abs().max())
+    for scale in dict.fromkeys((1.0, sizes[1] / sizes[0], -sizes[1] / sizes[0])):
+        for part in (w[:64] / scale, w / scale):
+            at = torch.searchsorted(values, part).clamp(1, len(v))
+            near = torch.where((part - values[at - 1]).abs() < (part - values[at]).abs(), at - 1, at)
+            found = bool(((values[near] - part).abs() <= EXACT * sizes[0]).all())
+            if not found:
+                break
+        if found:
+            indices = order[near]
+            return [Step(tuple(torch.where(indices == len(v), -1, indices).tolist()), scale=scale)]
+    return None

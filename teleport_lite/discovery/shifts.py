@@ -1,0 +1,250 @@
+r"""Follow shifts of parameters through one run of a model, to where others undo them or nothing sees them.
+
+Beside the data goes, for each *source*, the difference that a random shift c of a parameter makes. An operator that is
+not linear in it blocks the source. Where the difference is the same for all data, the numbers tell what it is: entries
+of what it was, or a matrix that the operator reads times it. It ends where it vanishes, as under a softmax, or where
+another parameter, added at the same place, can undo it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from teleport_lite.discovery.differences import (
+    EXACT,
+    Chain,
+    Difference,
+    Source,
+    choice_of,
+    clusters,
+    compact,
+    compared,
+    rerun,
+    then,
+)
+from teleport_lite.discovery.dispatch import DispatchMode
+from teleport_lite.discovery.memory import storage_key
+from teleport_lite.discovery.propagate import MOVING
+from teleport_lite.functional import Params
+from teleport_lite.symmetries.shifts import Operand, Shift, Step
+
+WHOLE = 4096  # entries of a table that is shifted entry by entry
+BIASES = {  # where an operator has its bias, and along which dimension
+    "addmm": (0, -1), "convolution": (2, 1), "native_layer_norm": (3, -1), "native_batch_norm": (2, 1),
+    "native_group_norm": (2, 1),
+}  # fmt: skip
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"}
+
+
+class Shifts(DispatchMode):
+    """The sources of a run, and what becomes of them.
+
+    Attributes:
+        sources: those.
+        products: for each matrix what it is multiplied with, the memory of the result, and its dimensions: out and in,
+            "oi", or "io".
+    """
+
+    def __init__(self, params: Params, generator: torch.Generator) -> None:
+        super().__init__()
+        self._params, self._generator = params, generator
+        keys = [storage_key(p) for p in params.values()]
+        self._owners = {k: n for k, n in zip(keys, params, strict=True) if keys.count(k) == 1}
+        self._found: dict[int, list[Difference]] = {}
+        self._alive: list[Tensor] = []  # so that no `id` is used twice
+        self._own: dict[str, list[Source]] = {}
+        self.sources: list[Source] = []
+        self.products: dict[str, tuple[tuple[int, ...], int, str]] = {}
+
+    def _source(self, name: str, shape: tuple[int, ...], n: int, own: Chain = ()) -> Source:
+        p = self._params[name]
+        c = torch.randn(n, generator=self._generator, dtype=p.dtype).to(p) * (1 + p.square().mean().sqrt())
+        self.sources.append(Source(name, shape, c, own))
+        return self.sources[-1]
+
+    def _enter(self, x: Tensor) -> None:
+        """Begin with the shifts of a parameter, of which `x` is a view: of all rows alike, and entry by entry."""
+        name = self._owners[storage_key(x)]
+        p = self._params[name]
+        if not (p.is_floating_point() and p.requires_grad and p.ndim and (x is p or p.numel() <= WHOLE)):
+            return
+        if name not in self._own:
+            shapes = [(*(1 for _ in p.shape[:-1]), p.shape[-1]), tuple(p.shape)][: 1 + (p.numel() <= WHOLE)]
+            self._own[name] = [self._source(name, s, torch.Size(s).numel()) for s in dict.fromkeys(shapes)]
+        for s in self._own[name]:
+            t = s.c.view(s.shape)
+            if x is not p:
+                laid = torch.empty_strided(p.size(), p.stride(), dtype=p.dtype).copy_(t)
+                t = compact(laid.as_strided(x.size(), x.stride(), x.storage_offset() - p.storage_offset()))
+            step = choice_of(s.c, t.reshape(-1))
+            if step is not None:
+                self._put(x, Difference(s, t, (then((), *step),), torch.ones(len(s.c), dtype=torch.bool)))
+
+    def _put(self, tensor: Tensor, difference: Difference) -> None:
+        self._found.setdefault(id(tensor), []).append(difference)
+        self._alive.append(tensor)
+
+    def finish(self, outputs: list[Tensor]) -> list[Shift]:
+        """The translations found; what reaches the outputs is seen."""
+        for x in outputs:
+            for d in self._found.get(id(x), []):
+                d.source.blocked |= d.support
+        found = [(s, part) for s in self.sources for part in s.shifts()]
+        whole = {s.name for s, part in found if part.dim == self._params[s.name].numel()}
+        return [part for s, part in found if s.name not in whole or len(s.c) == self._params[s.name].numel()]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        kind = func._schema.name.removeprefix("aten::").rstrip("_")
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        written = {
+            id(x) for a, x in zip(func._schema.arguments, args, strict=False) if a.alias_info and a.alias_info.is_write
+        }
+        moving = kind in MOVING and not written
+        views = not written and any(r.alias_info for r in func._schema.returns)
+        for x in () if views else [args[BIASES[kind][0]]] if kind in BIASES else given:
+            owned = isinstance(x, Tensor) and storage_key(x) in self._owners and id(x) not in self._found
+            if owned and (x.ndim < 2 or kind not in PRODUCTS):  # where the shift of a matrix meets the data, it is seen
+                self._enter(x)
+        alive = clusters([(x, d) for x in {id(x): x for x in given}.values() for d in self._found.get(id(x), [])])
+        call, bias = (func, args, kwargs), args[BIASES[kind][0]] if kind in BIASES else None
+        direct = [len(i) == 1 and i[0][0] is bias and bias.ndim == 1 for i in alive]
+        ends = [[] if known else rerun(call, i, moving, written) for known, i in zip(direct, alive, strict=True)]
+        out = func(*args, **kwargs)
+        results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        for i in written:
+            self._found.pop(i, None)
+        ndim = results[0].ndim if results else 0
+        for inputs, moved, known in zip(alive, ends, direct, strict=True):
+            (x, d), s = inputs[0], inputs[0][1].source
+            support = torch.stack([d.support for _, d in inputs]).any(0)
+            s.born = s.born or (0 if moving else len(self._alive))
+            s.read |= support & (not moving)
+            shape = [-1 if k == BIASES[kind][1] % ndim else 1 for k in range(ndim)] if known else []
+            new = [d.t.view(shape)] if known else compared(results, moved)
+            found = [self._express((kind, args, given), inputs, t, support) if t is not None else None for t in new]
+            if not found or (storage_key(x) in self._owners and any(d and d.chains is None for d in found)):
+                s.blocked |= support  # by what is not linear, a number that Python reads, or data times a gain
+                continue
+            s.settled |= support & (not moving and found[0] is None)
+            for x, new_d in zip(results, found, strict=False):
+                if new_d:
+                    self._put(x, new_d)
+        if kind in ("mm", "addmm"):
+            self._read_normalized(args, results[0])
+        for x in results:
+            self._absorb(self._found.get(id(x), []))
+        return out
+
+    def _express(
+        self, op: tuple[str, tuple, list[Tensor]], inputs: list[tuple[Tensor, Difference]], t: Tensor, support: Tensor
+    ) -> Difference:
+        """The difference `t` in terms of those in the arguments."""
+        (kind, args, given), s = op, inputs[0][1].source
+        chains = [d.chains for _, d in inputs]
+        if len(inputs) == 2 and kind in ("add", "sub") and None not in chains:
+            parts = []
+            for x, d in inputs:
+                shape = (1,) * (t.ndim - x.ndim) + d.t.shape
+                places = torch.arange(d.t.numel()).view(shape).expand(t.shape).reshape(-1)
+                scale = 1.0 if x is args[0] else -1.0 if kind == "sub" else 1.0
+                parts.append((d, Step(tuple(places.tolist()), scale=scale)))
+            total = torch.stack([step.scale * d.t.reshape(-1)[list(step.indices)] for d, step in parts]).sum(0)
+            if torch.allclose(total, t.reshape(-1), EXACT, EXACT * float(t.abs().max())):
+                return Difference(s, t, tuple(then(c, step) for d, step in parts for c in d.chains or ()), support)
+        if len(inputs) > 1 or chains[0] is None:
+            return Difference(s, t, None, support)
+        v, w = inputs[0][1].t.reshape(-1), t.reshape(-1)
+        step = next(([r] for x in given if (r := self._product(x, v, w))), None) or choice_of(v, w)
+        if step is None:
+            return Difference(s, t, None, support)
+        return Difference(s, t, tuple(then(c, *step) for c in chains[0]), support)
+
+    def _operand(self, x: Any) -> tuple[Operand, Tensor] | None:
+        """The rows of a parameter that a tensor shows, in whatever order, and these rows themselves."""
+        name = self._owners.get(storage_key(x)) if isinstance(x, Tensor) else None
+        if name is None or not (p := self._params[name]).ndim or not p.is_contiguous():
+            return None
+        first, width = x.storage_offset() - p.storage_offset(), max(p.stride(0), 1)
+        count = torch.Size(n for n, step in zip(x.shape, x.stride(), strict=True) if step).numel()
+        if first % width or count % width or first + count > p.numel():
+            return None
+        operand = name, first // width, count // width, 1
+        return operand, p.narrow(0, *operand[1:3])
+
+    def _product(self, x: Tensor, v: Tensor, w: Tensor) -> Step | None:
+        """The parameter that `x` shows, times v, where w is that."""
+        found = self._operand(x)
+        if found is None or torch.equal(v, w):
+            return None
+        operand, p = found
+        n, m, rest = len(v), len(w), "jkl"[: max(p.ndim - 2, 0)]
+        a, b = (*p.shape, 1)[:2]
+        wanted = {f"oi{rest},i->o": (m, n), f"oi{rest},o->i": (n, m), f"oi{rest},o->o": (n, 1) if n == m else None}
+        for equation, shape in wanted.items():
+            if shape == (a, b):
+                equation = equation if p.ndim > 1 else "o,o->o"
+                r = torch.einsum(equation, p, v)
+                scale = float(w @ r / (r @ r))
+                if bool(((w - scale * r).abs() <= EXACT * w.abs().max()).all()):
+                    return Step((), equation, (n,), (operand,), 1.0 if abs(scale - 1) < EXACT else scale)
+        return None
+
+    def _absorb(self, here: list[Difference]) -> None:
+        """Let what is shifted by one source be shifted back by another, whose entries are added at the same places."""
+        for d in [d for d in here if d.chains is not None]:
+            for e in here:
+                s, other, choice = d.source, e.source, e.choice
+                if other.name == s.name or choice is None or other.own:
+                    continue
+                if d.choice and s.born > other.born:  # what was there before may have gone elsewhere, too
+                    continue
+                if any(a not in (1, b) for a, b in zip(d.t.shape, e.t.shape, strict=True)):
+                    continue
+                entries = torch.tensor(choice.indices)
+                places = torch.arange(d.t.numel()).view(d.t.shape).expand(e.t.shape).reshape(-1)
+                v = d.t.reshape(-1)
+                used = entries >= 0
+                back = torch.full((len(other.c),), -1)
+                back[entries[used]] = places[used]
+                undone = torch.cat([v, v.new_zeros(1)])[back][entries] * used
+                if bool(((undone - v[places]).abs() <= EXACT * v.abs().max()).all()):
+                    step = Step(tuple(back.tolist()), scale=-1.0 / choice.scale)
+                    s.undone.update(dict.fromkeys((other, then(c, step)) for c in d.chains or ()))
+                    s.settled |= d.support
+                    s.absorbed |= d.support
+                    here.remove(d)
+                    break
+
+    def _read_normalized(self, args: tuple, out: Tensor) -> None:
+        r"""Sources $W \mapsto W + c\,(1/g)^\top$ for weights that read a LayerNorm with gain g and shift $\beta$.
+
+        What it gives has $\sum_i (x_i - \beta_i) / g_i = 0$, so that Wx is shifted by $c \sum_i \beta_i / g_i$. The
+        numbers tell g and $\beta$, wherever x comes from.
+        """
+        x, matrix = args[-2:]
+        name = self._owners.get(storage_key(matrix), "")
+        if not name or self._params[name].ndim != 2 or self._params[name].numel() != matrix.numel():
+            return
+        (d, m), outer = matrix.shape, "oi" if matrix.stride(0) == 1 else "io"
+        self.products[name] = (storage_key(x), x.storage_offset(), x.numel()), storage_key(out), outer
+        vectors = {n: v for n, v in self._params.items() if v.shape == (d,) and d > 1}
+        if not vectors:
+            return
+        inverse = torch.stack([*vectors.values()]).reciprocal()
+        totals, sizes = x @ inverse.T, x.abs().amax(0) @ inverse.abs().T
+        for k in ((totals - totals[:1]).abs().amax(0) <= EXACT * sizes).nonzero()[:, 0].tolist():
+            total, rounding, gain = totals[0, k], EXACT * sizes[k], ([*vectors][k], 0, d, -1)
+            shifts = [n for n, v in vectors.items() if (v @ inverse[k] - total).abs() <= rounding]
+            if shifts or total.abs() <= rounding:
+                own = Step((), f"i,o->{outer}", (m,), (gain,))
+                s = self._source(name, tuple(self._params[name].shape), m, (own,))
+                s.settled |= total.abs() <= rounding
+                s.read |= True
+            if shifts and total.abs() > rounding:
+                step = Step((), "i,i,o->o", (m,), ((shifts[0], 0, d, 1), gain))
+                self._put(out, Difference(s, (total * s.c).expand(1, m), ((step,),), torch.ones(m, dtype=torch.bool)))

@@ -1,0 +1,139 @@
+"""Propose translations, verify them, and take together what belongs together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import permutations
+from typing import Any
+
+import torch
+
+from teleport_lite.discovery.differences import EXACT
+from teleport_lite.discovery.exercised import exercised
+from teleport_lite.discovery.probe import Probe, normal
+from teleport_lite.discovery.shifts import Shifts
+from teleport_lite.discovery.verify import Verifier
+from teleport_lite.functional import Params, norm
+from teleport_lite.symmetries.shifts import Move, Shift, Step, joined
+
+ROUNDING = 1e-8  # the cosine of what is orthogonal
+
+
+def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> dict[Shift, int]:
+    """The translations that hold, each with the number of its family: those of one may be taken `together`."""
+    trial = check.planned.calm[min(1, len(check.planned.calm) - 1)]
+    params, mode = probe.params, Shifts(probe.params, generator)
+    outputs = probe.outputs(trial.call, trial.training, trial.seed, (*trial.modes(), mode))
+    unseen = dict(constants(params, check.gradients, generator))
+    low_rank = list(absorbed(params, check.gradients, mode.products))
+    proposed = [*mode.finish(outputs), *low_rank, *unseen]
+    proposed = [s for s in proposed if all(params[n].requires_grad for n in s.names)]
+    if proposed:
+        elsewhere = {
+            n: p + p * normal(p, generator) / 2 if p.is_floating_point() else p for n, p in check.params.items()
+        }
+        trial = next((t for t in check.planned.trials if t.training), trial)
+        with probe.at(elsewhere):
+            for gradient in exercised(params, [trial.run])[2]:
+                length = float(norm(gradient))
+                proposed = [s for s in proposed if _orthogonal(s, elsewhere, gradient, length)]
+    family = {**unseen, **{s: -k for k, s in enumerate(low_rank, 1)}}
+    return {s: family.get(s, 0) for s in check.keep(proposed, lambda *_: None)}
+
+
+def together(found: dict[Shift, int]) -> list[Shift]:
+    """Translations of one family that move a parameter in common, or are constant along the same axis, as one."""
+    parts: list[tuple[int, list[Shift]]] = []
+    for shift, family in found.items():
+        for number, part in parts:
+            moved = {n for s in (*part, shift) for n in s.moved}
+            reads = {n for s in (*part, shift) for n in s.names if n not in s.moved}
+            near = family or any({*s.moved} & {*shift.moved} for s in part)
+            if number == family and near and not moved & reads:
+                part.append(shift)
+                break
+        else:
+            parts.append((family, [shift]))
+    return [joined(part) for _, part in parts]
+
+
+def _orthogonal(shift: Shift, params: Params, gradient: Params, length: float) -> bool:
+    """Whether a gradient, of this length, has no part along a translation there: then it holds to first order."""
+    velocity = shift.velocity(params, shift.sample(params, generator=torch.Generator().manual_seed(0)))
+    inner = sum(float((gradient[n] * v).sum()) for n, v in velocity.items() if n in gradient)
+    return not abs(inner) > ROUNDING * length * float(norm(velocity))
+
+
+def constants(params: Params, gradients: list[Params], generator: torch.Generator) -> Iterator[tuple[Shift, int]]:
+    """Shifts that are constant along an axis which a softmax or a norm reads, and the length of that axis.
+
+    There the sum of the gradient along the axis is zero, or along each of several runs of its entries, as the groups of
+    a GroupNorm: where partial sums of a gradient come back to a value, such a run begins and ends.
+    """
+    largest = max((float(g.abs().max()) for found in gradients for g in found.values() if g.numel()), default=0.0)
+    for name, p in params.items():
+        grads = [g[name] for g in gradients if name in g]
+        for dim in range(p.ndim) if grads and p.requires_grad and p.is_floating_point() else ():
+            rest = [d for d in range(p.ndim) if d != dim]
+            weights = normal(p.select(dim, 0), generator)
+            entries = torch.stack([torch.tensordot(g, weights, (rest, list(range(p.ndim - 1)))) for g in grads]).sum(0)
+            runs = _runs(entries, EXACT * (largest + 10 * float(entries.abs().sum())))
+            if runs:
+                yield _constant(name, p.shape, dim, runs), p.shape[dim]
+
+
+def _runs(entries: torch.Tensor, rounding: float) -> list[tuple[int, int]]:
+    """The shortest runs, of two entries or more, whose sums are zero."""
+    some = (entries.abs() > rounding).nonzero()[:, 0]
+    sums = torch.cat([entries.new_zeros(1), entries[some].cumsum(0)])
+    values, order = sums.sort()
+    value = torch.empty_like(order)
+    value[order] = torch.cat([order.new_zeros(1), (values.diff() > rounding).cumsum(0)])  # equal ones have one number
+    order = value.sort(stable=True).indices
+    ends = torch.stack([order[:-1], order[1:]], 1)[value[order].diff() == 0].sort(0).values.tolist()
+    if ends == [[0, len(some)]]:
+        return [(0, len(entries))]
+    return [(int(some[a]), int(some[b - 1]) + 1) for a, b in ends]
+
+
+def _constant(name: str, shape: torch.Size, dim: int, runs: list[tuple[int, int]]) -> Shift:
+    flat = tuple(1 if d == dim else n for d, n in enumerate(shape))
+    n = torch.Size(flat).numel()
+    if runs == [(0, shape[dim])]:
+        return Shift(n, [Move(name, flat, 0, n)])
+    which = torch.full((shape[dim],), -1)
+    for k, (first, end) in enumerate(runs):
+        which[first:end] = k
+    places = torch.arange(len(runs) * n).view(*flat[:dim], len(runs), *flat[dim + 1 :])
+    padded = torch.cat([places, torch.full(flat, -1)], dim).index_select(dim, which % (len(runs) + 1))
+    return Shift(len(runs) * n, [Move(name, tuple(shape), 0, len(runs) * n, (Step(tuple(padded.flatten().tolist())),))])
+
+
+def absorbed(
+    params: Params, gradients: list[Params], products: dict[str, tuple[tuple[int, ...], int, str]]
+) -> Iterator[Shift]:
+    r"""Translations of A and B in $Wx + s\,BAx$, which W undoes: $B + \Delta$ with $W - s \Delta A$, and likewise.
+
+    There the gradients are $G_B = s\,G_W A^\top$, which gives s.
+    """
+    for gradient in gradients[:1]:
+        readers: dict[Any, list[str]] = defaultdict(list)
+        for name, (x, _, _) in products.items():
+            for key in (x, x[0]) if name in gradient else ():  # of this tensor, of this memory
+                readers[key].append(name)
+        beside = [pair for key, r in readers.items() if isinstance(key, tuple) for pair in permutations(r, 2)]
+        for w, a, b in [(*pair, b) for pair in beside for b in readers.get(products[pair[1]][1], ())]:
+            full, inner, last = (products[name][2] for name in (w, a, b))
+            left, right = "or" if last == "oi" else "ro", "ri" if inner == "oi" else "ir"
+            expected = torch.einsum(f"{full},{right}->{left}", gradient[w], params[a])
+            if expected.shape != gradient[b].shape:
+                continue
+            s = float((gradient[b] * expected).sum() / expected.square().sum())
+            if (gradient[b] - s * expected).norm() <= ROUNDING * gradient[b].norm():
+                s = round(s, 6) if abs(s - round(s, 6)) < ROUNDING * abs(s) else s
+                for free, own, kept, other in ((b, left, a, right), (a, right, b, left)):
+                    p, n = params[free], params[free].numel()
+                    operand = (kept, 0, len(params[kept]), 1)
+                    step = Step((), f"{other},{own}->{full}", tuple(p.shape), (operand,), -s)
+                    yield Shift(n, [Move(free, tuple(p.shape), 0, n), Move(w, tuple(params[w].shape), 0, n, (step,))])

@@ -1,0 +1,48 @@
+"""Translations."""
+
+from __future__ import annotations
+
+import torch
+
+from teleport_lite.groups.base import Group, draw, in_ball, wide
+
+
+class Translation(Group):
+    r"""The additive group $\mathbb R^n$: `xi` of shape [n], acting by $x \mapsto x + \xi$; its norm is the length.
+
+    >>> group = Translation(2)
+    >>> group.along(group.exp(torch.tensor([1.0, -1.0])), torch.ones(2), 0)
+    tensor([2., 0.])
+    """
+
+    kind = "translation"
+
+    @property
+    def dim(self) -> int:
+        return self.n
+
+    @property
+    def symbol(self) -> str:
+        return f"R^{self.n}"
+
+    def zeros(self, like):
+        return like.new_zeros(self.n, dtype=wide(like.dtype))
+
+    def exp(self, xi):
+        return xi
+
+    def compose(self, g, h):
+        return g + h
+
+    def along(self, g, tensor, dim):
+        return (tensor + g.reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])).to(tensor.dtype)
+
+    def sample(self, like, *, radius=1.0, generator=None):
+        drawn = draw(torch.randn, self.n, like=like, generator=generator)
+        return in_ball(drawn, self.norm(drawn), self.n, radius, generator)
+
+    def norm(self, xi):
+        return torch.linalg.vector_norm(xi)
+
+    def clip(self, xi, radius):
+        return xi * (radius / self.norm(xi).clamp(min=radius))

@@ -1,0 +1,419 @@
+"""Translations: shifts of parameters that others undo, or that nothing sees."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import params_of, relative
+from torch import nn
+from torch.func import functional_call, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import teleport_lite as tl
+from teleport_lite.errors import ShapeError, TeleportError, UnknownNameError
+from teleport_lite.functional import loss_of, value_and_grad
+from teleport_lite.groups import Translation
+from teleport_lite.symmetries import Move, Shift, Step, Symmetry
+
+D, H, FF, IN, OUT = 4, 2, 5, 6, 3
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(D, H, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Tables(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token, self.place, self.head = nn.Embedding(7, D), nn.Embedding(5, D), nn.Linear(D, 5)
+
+    def forward(self, i):
+        return torch.tanh(self.head(self.token(i) + self.place(torch.arange(i.shape[1]))))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.cell, self.head = kind(IN, D, batch_first=True), nn.Linear(D, OUT)
+
+    def forward(self, x):
+        return self.head(self.cell(x)[0])
+
+
+class Routed(nn.Module):
+    """Attention pooling, and a softmax over experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.score, self.router, self.values = nn.Linear(D, 1), nn.Linear(D, OUT), nn.Linear(D, OUT)
+
+    def forward(self, x):
+        pooled = (self.score(x).softmax(1) * x).sum(1)
+        return self.router(pooled).softmax(-1) * torch.tanh(self.values(pooled))
+
+
+class Vision(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(1, D, 2, 2), nn.Linear(D, OUT)
+        self.cls, self.places = nn.Parameter(torch.randn(1, 1, D)), nn.Parameter(torch.randn(1, 5, D))
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.places
+        return self.head(torch.tanh(x * x[:, 1:2]).mean(1))
+
+
+class LowRank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.a, self.b = nn.Linear(IN, OUT), nn.Linear(IN, 2, bias=False), nn.Linear(2, OUT, bias=False)
+
+    def forward(self, x):
+        return torch.tanh(self.w(x) + 0.5 * self.b(self.a(x)))
+
+
+class ByHand(nn.Module):
+    """A LayerNorm of plain operations, whose output changes its place in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(D))
+        self.reader = nn.Linear(D, OUT)
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * self.gain + self.shift
+        return torch.tanh(self.reader(x.transpose(0, 1).contiguous()))
+
+
+def transformer():
+    block = nn.TransformerEncoderLayer(D, H, FF, 0.0, "gelu", batch_first=True, norm_first=True)
+    return nn.Sequential(nn.Linear(IN, D), block, nn.LayerNorm(D), nn.Linear(D, OUT))
+
+
+def normed(norm):
+    return nn.Sequential(nn.Conv2d(2, D, 2), norm, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(D, OUT))
+
+
+def real(*shape):
+    return lambda n, seed: torch.randn(n, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def whole(high, length):
+    return lambda n, seed: torch.randint(high, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+READERS, WRITERS = 3 * D + FF + OUT, IN + D + FF  # rows behind norms, columns into the stream
+CASES = {  # model, inputs, dimension of the translations, and of all symmetries when these are complete
+    "linear layers": (
+        lambda: nn.Sequential(nn.Linear(IN, D), nn.Linear(D, D), nn.Linear(D, OUT)),
+        real(IN),
+        D + D,
+        None,  # that of overcomplete factorisations comes on top
+    ),
+    "a bottleneck": (
+        lambda: nn.Sequential(nn.Linear(IN, 3), nn.Linear(3, 4)), real(IN), 3, 3 * 3 + 3,
+    ),
+    "keys and values": (Attention, real(5, D), D + D, H * 2 * (D // H) ** 2 + D + D),
+    "a transformer": (transformer, real(5, IN), 2 * D + 3 * D + READERS + WRITERS + 3, None),  # rotations come on top
+    "two tables": (Tables, whole(7, 5), D + D, D * D + D + D),
+    "a LayerNorm by hand": (ByHand, real(5, D), D + OUT, D + D + OUT),
+    "an LSTM": (lambda: Recurrent(nn.LSTM), real(5, IN), 4 * D, 4 * D),
+    "a GRU": (lambda: Recurrent(nn.GRU), real(5, IN), 2 * D, 2 * D),
+    "scores and routers": (Routed, real(5, D), 1 + D + 1, 1 + D + 1),
+    "convolutions": (
+        lambda: nn.Sequential(nn.Conv2d(2, 2, 2), nn.Conv2d(2, 4, 1), nn.Tanh(), nn.AdaptiveAvgPool2d(1)),
+        real(2, 5, 5), 2, 2 * 2 + 2,
+    ),
+    "a GroupNorm": (lambda: normed(nn.GroupNorm(2, D)), real(2, 6, 6), 2, None),  # and a scale, up to eps
+    "an InstanceNorm": (lambda: normed(nn.InstanceNorm2d(D, affine=True)), real(2, 6, 6), D, None),
+    "patches, class and places": (Vision, real(1, 4, 4), D + D, D + D),
+    "a low-rank term": (LowRank, real(IN), OUT * 2 + 2 * IN, OUT * 2 + 2 * IN),
+}  # fmt: skip
+LENGTHS = {"two tables": None, "patches, class and places": None, "convolutions": None, "a GroupNorm": None}
+FALSE = {
+    "padding": lambda: nn.Sequential(nn.Conv2d(2, 2, 2, padding=1), nn.Conv2d(2, 2, 2, padding=1), nn.Tanh()),
+    "a ReLU between": lambda: nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Conv2d(3, 2, 1)),
+    "dropout behind what writes": lambda: nn.Sequential(
+        nn.Conv2d(2, 3, 1), nn.Dropout(0.5), nn.GroupNorm(1, 3, affine=False), nn.Tanh()
+    ),
+}
+
+
+class Elsewhere(nn.Module):
+    """A bias, or a table, that is also used elsewhere."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.tied, self.a, self.b = tied, nn.Embedding(7, D), nn.Embedding(7, D)
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, i):
+        if self.tied:
+            return torch.tanh((self.a(i) + self.b(i.flip(1))) @ self.a.weight.T)
+        return torch.tanh(self.a(i) + self.scale * self.b(i.flip(1))) * self.a.weight.sum()
+
+
+def build(name):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        make, inputs, *_ = CASES[name]
+        model = make().double()
+        for p in model.parameters():  # biases begin at zero
+            p.data += 0.3 * torch.randn_like(p)
+    return model, inputs
+
+
+def shifts_of(model, x):
+    return tl.find_symmetries(model, x).select(kind="translation")
+
+
+def kernel(model, inputs):
+    """The dimension of the kernel of the Jacobian of the outputs by the parameters."""
+    params = params_of(model.eval())
+    with sdpa_kernel(SDPBackend.MATH):
+        jacobian = jacrev(lambda p: functional_call(model, p, inputs(60, 5)).flatten())(params)
+    values = torch.linalg.svdvals(torch.cat([j.flatten(1) for j in jacobian.values()], 1))
+    return sum(p.numel() for p in params.values()) - int((values > 1e-9 * values[0]).sum())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dimensions_are_those_of_the_fibre(name):
+    model, inputs = build(name)
+    *_, translations, fibre = CASES[name]
+    symmetry = tl.find_symmetries(model, inputs(4, 0))
+    assert symmetry.select(kind="translation").dim == translations
+    rank = symmetry.rank(params_of(model))
+    assert rank <= kernel(model, inputs)
+    if fibre is not None:
+        assert rank == fibre == kernel(model, inputs)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_a_hundred_elements_keep_the_outputs(name, training):
+    model, inputs = build(name)
+    symmetry, params, generator = shifts_of(model, inputs(4, 0)), params_of(model), torch.Generator().manual_seed(0)
+    model.train(training)
+    for k, n in enumerate([1, 2, 9, 30] * 25):
+        x = inputs(n, k + 10)
+        x = x.repeat(1, 2, *[1] * (x.ndim - 2)) if x.ndim == 3 and k % 2 else x  # of another length
+        xi = symmetry.sample(params, radius=0.5, generator=generator)
+        moved = symmetry.act(params, xi)
+        assert relative(functional_call(model, moved, x), model(x)) < 1e-11
+        back = symmetry.act(moved, symmetry.inverse(xi))
+        assert all(relative(back[n], params[n]) < 1e-13 for n in params)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_carried_along(name):
+    model, inputs = build(name)
+    symmetry, params = shifts_of(model, inputs(4, 0)), params_of(model)
+    x = inputs(9, 3)
+    loss = loss_of(model, lambda net: net(x).square().sum())
+    xi = symmetry.sample(params, generator=torch.Generator().manual_seed(1))
+    carried = symmetry.transport(value_and_grad(loss, params)[1], xi, params)
+    found = value_and_grad(loss, symmetry.act(params, xi))[1]
+    size = max(float(g.abs().max()) for g in found.values())
+    assert max(float((carried[n] - found[n]).abs().max()) for n in found) < 1e-10 * size
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("entry", [torch.square, torch.abs, torch.clone], ids=["square", "abs", "clone"])
+@pytest.mark.parametrize("dual", [True, False])
+def test_entrywise_transport_is_that_of_the_dense_matrix(name, entry, dual):
+    model, inputs = build(name)
+    params = params_of(model)
+    tensors = {n: p.abs() for n, p in params.items()}
+    for shift in shifts_of(model, inputs(4, 0)):
+        xi = shift.sample(params, generator=torch.Generator().manual_seed(1))
+        found = shift.spread(tensors, xi, entry, dual=dual, params=params)
+        dense = Symmetry.spread(shift, tensors, xi, entry, dual=dual, params=params)
+        if entry is torch.abs:  # a bound
+            assert all(bool((found[n] >= dense[n] - 1e-9).all()) for n in params)
+        else:
+            assert all(torch.allclose(found[n], dense[n], 1e-9, 1e-9) for n in params)
+
+
+@pytest.mark.parametrize("name", FALSE)
+def test_what_breaks_a_shift_is_noticed(name):
+    torch.manual_seed(0)
+    model = FALSE[name]()
+    assert not shifts_of(model, torch.randn(3, 2, 5, 5)).dim
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_that_are_used_elsewhere_stay(tied):
+    assert not shifts_of(Elsewhere(tied), whole(7, 5)(4, 0)).dim
+
+
+def test_a_learned_factor_is_no_number():
+    """It is one while the symmetries are looked for, but another one later."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(IN, D), nn.Linear(D, OUT), nn.Parameter(torch.tensor([2.0]))
+
+        def forward(self, x):
+            return torch.tanh(self.b(self.c * self.a(x)))
+
+    torch.manual_seed(0)
+    model, x = Scaled().double(), torch.randn(9, IN).double()
+    symmetry = shifts_of(model, x)
+    params = {**params_of(model), "c": torch.tensor([-3.0]).double()}
+    moved = symmetry.act(params, symmetry.sample(params, generator=torch.Generator().manual_seed(0)))
+    assert relative(functional_call(model, moved, x), functional_call(model, params, x)) < 1e-12
+
+
+def test_rows_that_no_input_picks_are_not_shifted_apart():
+    """All rows of the first table may move alike; its first row, the only one read here, not by itself."""
+
+    class Typed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.word, self.kind, self.place = nn.Embedding(7, D, padding_idx=0), nn.Embedding(2, D), nn.Embedding(5, D)
+
+        def forward(self, i, kinds=None):
+            kinds = torch.zeros_like(i) if kinds is None else kinds
+            return torch.tanh(self.word(i) + self.kind(kinds) + self.place(torch.arange(i.shape[1])))
+
+    torch.manual_seed(0)
+    model, i = Typed().double(), whole(7, 5)(4, 0)
+    symmetry, params = shifts_of(model, i), params_of(model)
+    assert symmetry.dim == D + D
+    moved = symmetry.act(params, symmetry.sample(params, generator=torch.Generator().manual_seed(0)))
+    kinds = whole(2, 5)(4, 1)
+    assert relative(functional_call(model, moved, (i, kinds)), model(i, kinds)) < 1e-12
+
+
+def test_a_frozen_weight_stays_out():
+    model, inputs = build("linear layers")
+    model[1].weight.requires_grad_(False)
+    symmetry = shifts_of(model, inputs(4, 0))
+    assert symmetry.dim == D and "1.weight" not in symmetry.names
+
+
+def test_what_a_cross_entropy_does_not_see():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(IN, D), nn.Tanh(), nn.Linear(D, OUT)).double()
+    x, y = torch.randn(20, IN).double(), torch.randint(OUT, (20,))
+    assert not shifts_of(model, x).dim
+    symmetry = tl.find_symmetries(model, x, of="loss").select(kind="translation")
+    assert symmetry.dim == D + 1 and symmetry.of == "loss"
+    assert tl.Product.from_dict(json.loads(json.dumps(symmetry.to_dict()))).of == "loss"
+    before, reference = model(x), copy.deepcopy(model)
+    report = tl.teleport(
+        model, lambda net: nn.functional.cross_entropy(net(x), y), symmetry, search="random",
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert report.accepted and report.invariance_error < 1e-12
+    assert relative(model(x), before) > 1e-2
+    report = tl.teleport(
+        reference, lambda net: net(x).square().sum(), symmetry, search="random",
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert not report.accepted and torch.equal(reference(x), before)
+    with pytest.raises(UnknownNameError):
+        tl.find_symmetries(model, x, of="losses")
+
+
+OPTIMIZERS = {
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.01),
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9),
+    "Adam": lambda params: torch.optim.Adam(params, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["linear layers", "a transformer", "a low-rank term"])
+def test_state_of_optimizers_is_carried_along(name, optimizer):
+    model, inputs = build(name)
+    x = inputs(9, 3)
+    symmetry = shifts_of(model, x)
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    for _ in range(3):
+        opt.zero_grad()
+        model(x).square().sum().backward()
+        opt.step()
+    params, state = (
+        {n: p.detach().clone() for n, p in model.named_parameters()},
+        copy.deepcopy(opt.state_dict())["state"],
+    )
+    teleporter = tl.Teleporter(
+        model, opt, symmetry, search="random", generator=torch.Generator().manual_seed(0), state="transport"
+    )
+    report = teleporter.step(lambda net: net(x).square().sum())
+    assert report is not None and report.accepted and report.invariance_error < 1e-11
+    names = [*params]
+    for entry in ("momentum_buffer", "exp_avg"):
+        old = {names[k]: s[entry] for k, s in state.items() if s.get(entry) is not None}
+        if old:
+            expected = report.symmetry.transport(old, report.xi, params)
+            assert all(
+                torch.allclose(opt.state[p][entry], expected[n], 1e-12, 1e-12) for n, p in model.named_parameters()
+            )
+    if optimizer == "Adam":
+        assert all(bool((s["exp_avg_sq"] >= 0).all()) for s in opt.state.values())
+
+
+def test_a_default_teleport_leaves_translations_alone():
+    model, inputs = build("a transformer")
+    x = inputs(9, 3)
+    symmetry, again = tl.find_symmetries(model, x), copy.deepcopy(model)
+    loss = lambda net: net(x).square().sum()  # noqa: E731
+    tl.teleport(model, loss, symmetry)
+    tl.teleport(again, loss, tl.Product([f for f in symmetry if f.group.kind != "translation"]))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_saved_and_loaded(name):
+    model, inputs = build(name)
+    symmetry = tl.find_symmetries(model, inputs(4, 0))
+    again = tl.Product.from_dict(json.loads(json.dumps(symmetry.to_dict())))
+    assert again == symmetry and repr(again) == repr(symmetry)
+
+
+def test_overlapping_factors_are_counted_once():
+    model, inputs = build("a low-rank term")
+    symmetry = tl.find_symmetries(model, inputs(4, 0))
+    assert symmetry.dim - symmetry.rank(params_of(model)) == symmetry.overlap == 2 * 2
+    assert repr(symmetry).startswith(
+        f"Product of {len(symmetry)} symmetries, dim {symmetry.dim}, rank {symmetry.dim - 4}"
+    )
+    assert all(f.rank(params_of(model)) == f.dim for f in symmetry if f.dim)
+
+
+def test_errors_say_what_is_wrong():
+    step = Step((), "oi,i->o", (2,), (("w", 0, 3, 1),))
+    with pytest.raises(TeleportError, match="read and moved"):
+        Shift(2, [Move("w", (1, 2), 0, 2), Move("b", (3,), 0, 2, (step,))])
+    shift = Shift(2, [Move("a", (2,), 0, 2), Move("b", (3,), 0, 2, (step,))])
+    params = {"a": torch.zeros(2), "b": torch.zeros(3), "w": torch.zeros(3, 2)}
+    with pytest.raises(ShapeError):
+        shift.act({**params, "b": torch.zeros(4)}, torch.zeros(2))
+    with pytest.raises(ShapeError):
+        shift.act({**params, "w": torch.zeros(2, 2)}, torch.zeros(2))
+    nonlinear = Shift(2, [Move("a", (2,), 0, 2, (Step((), "i,i->i", (2,), (("w", 0, 2, -1),)),))])
+    with pytest.raises(TeleportError, match="nonlinear"):
+        nonlinear.spread({"a": torch.ones(2), "w": torch.ones(2)}, torch.ones(2), torch.square)
+
+
+def test_the_group(generator):
+    group = Translation(5)
+    like = torch.zeros(1, dtype=torch.float64)
+    lengths = torch.stack([group.norm(group.sample(like, radius=0.5, generator=generator)) for _ in range(200)])
+    assert lengths.max() <= 0.5 < 2 * lengths.max()
+    xi = group.sample(like, radius=3.0, generator=generator)
+    assert torch.equal(group.along(group.compose(xi, group.inverse(xi)), torch.ones(5, 2), 0), torch.ones(5, 2))
+    assert float(group.norm(group.clip(10 * xi, 0.5))) == pytest.approx(0.5)
