@@ -195,13 +195,25 @@ class Product(Symmetry, Sequence):
         head = f"Product of {len(self)} symmetr{'y' if len(self) == 1 else 'ies'}, dim {self.dim}"
         head += f", rank {self.dim - self.overlap}" if self.overlap else ""
         rows = [("parameters", "group", "dim", "holds on")]
-        rows += [(str(f), str(f.group), str(f.dim), f.holds) for f in self.factors]
+        rows += [(_brief(str(f)), str(f.group), str(f.dim), f.holds) for f in self.factors]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         table = ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         notes = [f"  left out: {reason}" for reason in self.reasons]
         return "\n".join([head, *(table if self.factors else []), *notes])
 
     __str__ = __repr__
+
+
+def _brief(names: str) -> str:
+    """Names in two lists, each of at most four, or shortened.
+
+    >>> _brief("a, b, c, d, e -> f, g")
+    'a, b, ... 2 more, e -> f, g'
+    """
+    sides = (side.split(", ") for side in names.split(" -> "))
+    return " -> ".join(
+        ", ".join(side if len(side) <= 4 else [*side[:2], f"... {len(side) - 3} more", side[-1]]) for side in sides
+    )
 
 
 def check_symmetry(symmetry: object) -> Product:
