@@ -37,7 +37,7 @@ def tuned(runs, optimizer, arm):
     """Test losses by seed, where the mean validation loss is smallest among the rates that never diverged."""
     rates = sorted({rate for r in runs if (r["optimizer"], r["arm"]) == (optimizer, arm) for rate in r["rates"]})
     valid = {rate: final(runs, optimizer, arm, "validation_loss", rate).values() for rate in rates}
-    best = min((sum(v), rate) for rate, v in valid.items() if None not in v)[1]
+    best = min((sum(v), rate) for rate, v in valid.items() if None not in v and len(v) == 5)[1]
     return final(runs, optimizer, arm, "test_loss", best)
 
 

@@ -88,16 +88,17 @@ def cifar_minimum(arm: str, rule: str = "at_best") -> str:
 
 
 def ends(data: str, optimizer: str, arm: str, key: str) -> np.ndarray:
-    """After the last epoch, [seeds, rates]: the seeds and rates of plain training; infinite where it diverged."""
+    """After the last epoch, [seeds, rates] at the rates that have all seeds; infinite where training diverged."""
     runs = [r for r in record(data)["runs"] if r["optimizer"] == optimizer]
 
     def cells(arm: str) -> dict[tuple[int, float], float | None]:
         mine = (r for r in runs if r["arm"] == arm)
         return {(r["seed"], rate): c[-1] for r in mine for rate, c in zip(r["rates"], r[key], strict=True)}
 
-    found, plain = cells(arm), cells("plain")
-    grid = [sorted({pair[k] for pair in plain}) for k in (0, 1)]
-    rows = [[found[seed, rate] for rate in grid[1]] for seed in grid[0]]
+    found, published = cells(arm), [cells(name).keys() for name in ("plain", "teleport", "paper")]
+    seeds, rates = (sorted({pair[k] for pair in published[0]}) for k in (0, 1))
+    rates = [rate for rate in rates if all((seed, rate) in pairs for seed in seeds for pairs in published)]
+    rows = [[found[seed, rate] for rate in rates] for seed in seeds]
     return np.array([[np.inf if value is None else value for value in row] for row in rows])
 
 
