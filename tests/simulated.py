@@ -9,8 +9,8 @@ ordinary tensor, `host`, on which each operator is carried out. PyTorch lets suc
 - draws random numbers of its own, from generators of its own;
 - lets the host wait where CUDA does (`waits`, by operator), counts operators (`operators`) and follows the bytes in use
   (`peak`);
-- has autocast, fused cells of recurrent nets, and, when asked for, products in TF32, no float64 (as those of Apple), and
-  sums whose last bit changes from call to call (`atomics`).
+- has autocast, fused cells of recurrent nets, and, when asked for, products in TF32, no float64, and sums whose last bit
+  changes from call to call (`atomics`).
 
 Not simulated are streams, graphs, compilation, the rounding of real kernels, cuDNN, and fused attention.
 Import it before the first backward pass: PyTorch starts a thread for each device then.
