@@ -51,8 +51,7 @@ def check_loaded(model: nn.Module) -> None:
     """
     for name, p in model.named_parameters():
         if isinstance(p, UninitializedParameter):
-            remedy = "run the model once on an input, which gives lazy layers their shapes"
-            raise ParameterError(name, "initialised", "a lazy parameter without a shape", remedy)
+            raise ParameterError(name, "initialised", "a lazy one", "run the model on an input once")
         if p.is_meta:
             raise ParameterError(name, "a tensor with data", "one on the meta device", "load its values first")
 
