@@ -22,7 +22,8 @@ from teleport_lite.evaluation import Loss as Loss
 from teleport_lite.evaluation import Params as Params
 from teleport_lite.evaluation import loss_of as loss_of
 from teleport_lite.evaluation import session as session
-from teleport_lite.runtime import check_generator, check_loaded, unfused_attention
+from teleport_lite.host import check_loaded
+from teleport_lite.runtime import check_generator, unfused_attention
 
 
 def trainable(model: nn.Module) -> Params:

@@ -22,9 +22,10 @@ from torch.linalg import solve_triangular
 from teleport_lite.errors import LossError, NoSymmetryError, TeleportError, UnknownNameError
 from teleport_lite.functional import Loss, Params, loss_of, norm, trainable, value_and_grad
 from teleport_lite.groups import GeneralLinear
+from teleport_lite.host import copy_of, on_host
 from teleport_lite.layers import Hidden, trace
 from teleport_lite.report import Report
-from teleport_lite.runtime import TOLERANCES, LossFn, copy_of, on_host, unwrap_compiled
+from teleport_lite.runtime import TOLERANCES, LossFn, unwrap_compiled
 from teleport_lite.symmetries.minibatch import OutgoingMixing
 from teleport_lite.symmetries.product import Product
 from teleport_lite.teleport import check_movable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -12,11 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parameter import UninitializedParameter
-from torch.overrides import TorchFunctionMode
 
-from teleport_lite.distributed import Ranks
-from teleport_lite.errors import ParameterError, TeleportError
+from teleport_lite.errors import TeleportError
 
 LossFn = Callable[[Any], Tensor]  # of the model
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -204,76 +200,6 @@ def float32_in_full() -> Iterator[None]:
 def unfused_attention() -> AbstractContextManager:
     """A context in which attention is computed by its parts: the fused kernels have no second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
-
-
-class _Detached(TorchFunctionMode):
-    """Lets `deepcopy` copy tensors that were computed: kept activations, pruned or normalised weights."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            memo = args[1]
-            memo[id(args[0])] = args[0].detach().clone()
-            return memo[id(args[0])]
-        return func(*args, **(kwargs or {}))
-
-
-def check_loaded(model: nn.Module) -> None:
-    """Refuse parameters without shape or data.
-
-    Raises:
-        ParameterError: when there is one.
-    """
-    for name, p in model.named_parameters():
-        if isinstance(p, UninitializedParameter):
-            remedy = "run the model once on an input, which gives lazy layers their shapes"
-            raise ParameterError(name, "initialised", "a lazy parameter without a shape", remedy)
-        if p.is_meta:
-            raise ParameterError(name, "a tensor with data", "one on the meta device", "load its values first")
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """An independent copy of `model`, not compiled, of one process, in evaluation mode, contiguous, `on_host`.
-
-    On the CPU, wherever the model is: the host looks at each operator that the copy carries out, sums have one order
-    there, float64 exists, and a device keeps its memory, of which the copy takes none.
-
-    Raises:
-        ParameterError: when the model is sharded over several processes, or has parameters without shape or data.
-        TeleportError: when the model cannot be copied.
-    """
-    inner = Ranks(model).model
-    inner = getattr(inner, "_orig_mod", inner)
-    check_loaded(inner)
-    memo: dict[int, Any] = {id(b): on_host(b, copy=True) for b in inner.buffers()}
-    memo |= {id(p): nn.Parameter(on_host(p, copy=True), p.requires_grad) for p in inner.parameters()}
-    memo |= {id(v): on_host(v) for m in inner.modules() for v in vars(m).values() if isinstance(v, torch.Generator)}
-    try:
-        with _Detached():
-            copied = copy.deepcopy(inner, memo)
-        for p in copied.parameters():  # TorchScript has copied them by an operation
-            if not p.is_leaf:
-                p.detach_().requires_grad_()
-        return copied.eval()._apply(on_host)
-    except Exception as error:
-        remedy = "pass symmetry=... built by hand from teleport_lite.symmetries"
-        got = f"{type(error).__name__}: {error}"
-        raise TeleportError("a model that copy.deepcopy can copy", got, remedy) from error
-
-
-def on_host(x: Any, copy: bool = False) -> Any:
-    """A tensor on the CPU, in float64 or complex128 if real or complex; another generator; anything else as it is.
-
-    >>> on_host(torch.ones(1, dtype=torch.bfloat16)), on_host(torch.ones(1, dtype=torch.int32)), on_host("a")
-    (tensor([1.], dtype=torch.float64), tensor([1], dtype=torch.int32), 'a')
-    """
-    if isinstance(x, torch.Generator):
-        new = torch.Generator()
-        return new.set_state(x.get_state()) if x.device == new.device else new.manual_seed(x.initial_seed())
-    if not isinstance(x, Tensor):
-        return x
-    wide = torch.complex128 if x.is_complex() else torch.float64 if x.is_floating_point() else x.dtype
-    x = x.detach().to("cpu", wide, copy=copy)
-    return x.contiguous() if x.layout == torch.strided and not x.is_nested else x
 
 
 def as_inputs(example_inputs: object) -> Inputs:

@@ -7,10 +7,9 @@ ordinary tensor, `host`, on which each operator is carried out. PyTorch lets suc
 - refuses to meet tensors of the CPU, but for single numbers in elementwise operators, indices, and copies; the CPU
   takes the part of a second device;
 - draws random numbers of its own, from generators of its own;
-- lets the host wait where CUDA does (`waits`, by operator), counts operators (`operators`) and follows the bytes in use
-  (`peak`);
-- has autocast, fused cells of recurrent nets, and, when asked for, products in TF32, no float64 (as those of Apple), and
-  sums whose last bit changes from call to call (`atomics`).
+- lets the host wait where CUDA does (`waits`, by operator), counts operators (`operators`), follows the bytes in use;
+- has autocast, fused cells of recurrent nets, and, when asked for, products in TF32, no float64, and sums whose last
+  bits change from call to call (`atomics`).
 
 Not simulated are streams, graphs, compilation, the rounding of real kernels, cuDNN, and fused attention.
 Import it before the first backward pass: PyTorch starts a thread for each device then.

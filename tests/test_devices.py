@@ -23,6 +23,7 @@ import teleport_lite as tl
 from teleport_lite.book import plot
 from teleport_lite.errors import ParameterError, TeleportError
 from teleport_lite.geometry import conserved_quantities, hessian_trace
+from teleport_lite.groups.base import matrix_exp, spectral_norm
 from teleport_lite.learned import LearnedOptimizer, State, Task
 from teleport_lite.runtime import float32_in_full
 
@@ -571,6 +572,25 @@ def test_peak_memory(kind):
         assert chunks[0] < 2.1 and chunks[1] < chunks[2] / 3
         few, many = (peak(lambda: hessian_trace(model, loss, samples=n)) for n in (2, 10))  # noqa: B023
         assert many < 1.1 * few
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 30.0])
+def test_matrix_functions_without_waiting(size, dtype):
+    x = torch.randn(3, 5, 5, dtype=dtype)
+    x = size * x / torch.linalg.matrix_norm(x, 2)[:, None, None]
+    with simulated() as device:
+        there = x.to("sim").requires_grad_()
+        device.waits.clear()
+        element, norm = matrix_exp(there), spectral_norm(there)
+        slope = torch.autograd.grad(element.sum(), there)[0]
+        assert device.waits.total() == 0
+        found = [t.detach().cpu() for t in (element, norm, slope)]
+    x.requires_grad_()
+    element = torch.linalg.matrix_exp(x)
+    expected = [element, torch.linalg.matrix_norm(x, 2), torch.autograd.grad(element.sum(), x)[0]]
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 100 * torch.finfo(dtype).eps * b.abs().max() + 8 * torch.finfo(dtype).tiny
 
 
 def test_the_page_says_what_these_tests_say():

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from teleport_lite.discovery.dispatch import DispatchMode
-from teleport_lite.runtime import on_host
+from teleport_lite.host import on_host
 
 WIDER = {
     torch.float32: torch.float64,

@@ -18,8 +18,9 @@ from teleport_lite.discovery.float64 import Float64, float64_default
 from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.watch import Watch
 from teleport_lite.functional import Params
+from teleport_lite.host import copy_of
 from teleport_lite.outputs import arguments_of, tensors_of
-from teleport_lite.runtime import copy_of, eager_mode, kept_random_state
+from teleport_lite.runtime import eager_mode, kept_random_state
 
 
 class Probe:

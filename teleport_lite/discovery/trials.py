@@ -16,8 +16,8 @@ from teleport_lite.discovery.probe import Probe
 from teleport_lite.discovery.trial import Trial
 from teleport_lite.discovery.watch import Watch
 from teleport_lite.errors import TeleportError
+from teleport_lite.host import on_host
 from teleport_lite.outputs import distance, numbers
-from teleport_lite.runtime import on_host
 
 SIZES = (30.0, 1 / 30, -1.0)  # times the inputs, for models that branch on what they read
 MANY = 16  # examples in a batch that is not run as a whole

@@ -29,9 +29,10 @@ from teleport_lite.distributed import Ranks
 from teleport_lite.errors import ActivationError, BatchError, NoSymmetryError, TeleportError, UnknownNameError
 from teleport_lite.functional import Evaluation, Params
 from teleport_lite.groups import GeneralLinear
+from teleport_lite.host import copy_of, on_host
 from teleport_lite.layers import Hidden, trace
 from teleport_lite.outputs import distance, tensors_of
-from teleport_lite.runtime import as_inputs, copy_of, on_host
+from teleport_lite.runtime import as_inputs
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.product import Product
 
