@@ -384,6 +384,7 @@ class Family:
     example: tuple[Tensor, ...]
     rest: int = 0
     why: str = ""
+    seed: int = 0  # of weights with which each neuron is on and off
 
 
 def _square(x: Tensor) -> Tensor:
@@ -392,7 +393,7 @@ def _square(x: Tensor) -> Tensor:
 
 FAMILIES: dict[str, Family] = {
     **{
-        f"MLP, {name}": Family(partial(mlp, act), (VECTORS,))
+        f"MLP, {name}": Family(partial(mlp, act), (VECTORS,), seed=12)
         for name, act in {
             "identity": nn.Identity,
             "leaky ReLU": nn.LeakyReLU,
@@ -450,7 +451,7 @@ FAMILIES: dict[str, Family] = {
     "LSTM": Family(partial(Recurrent, nn.LSTM), (_x(2, 4, 3),)),
     "GRU": Family(partial(Recurrent, nn.GRU), (_x(2, 4, 3),)),
     "RNN, tanh": Family(partial(Recurrent, nn.RNN), (_x(2, 4, 3),)),
-    "graph network, scatter": Family(partial(Graph, "scatter"), (_x(2, 5, 3),)),
-    "graph network, matrix": Family(partial(Graph, "matrix"), (_x(2, 5, 3),)),
+    "graph network, scatter": Family(partial(Graph, "scatter"), (_x(2, 5, 3),), seed=1),
+    "graph network, matrix": Family(partial(Graph, "matrix"), (_x(2, 5, 3),), seed=1),
     "neural ODE": Family(Flow, (_x(7, 5),)),
 }

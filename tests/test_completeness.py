@@ -16,8 +16,8 @@ from teleport_lite.outputs import tensors_of
 
 def drawn(family: Family) -> tuple[nn.Module, tl.Product, tuple[Tensor, ...]]:
     """The model at generic weights, in float64; its symmetry, and its example."""
-    torch.manual_seed(0)
-    model, generator = family.make().eval(), torch.Generator().manual_seed(0)
+    torch.manual_seed(family.seed)
+    model, generator = family.make().eval(), torch.Generator().manual_seed(family.seed)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn(p.shape, generator=generator))
