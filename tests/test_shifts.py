@@ -60,6 +60,17 @@ class Routed(nn.Module):
         return self.router(pooled).softmax(-1) * torch.tanh(self.values(pooled))
 
 
+class Pooled(nn.Module):
+    """A mean of values, with weights from a softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.value, self.score, self.head = nn.Linear(D, 5), nn.Linear(D, 1), nn.Linear(5, OUT)
+
+    def forward(self, x):
+        return self.head((self.score(x).softmax(1) * self.value(x)).sum(1))
+
+
 class Vision(nn.Module):
     def __init__(self):
         super().__init__()
@@ -130,6 +141,7 @@ CASES = {  # model, inputs, dimension of the translations, and of all symmetries
     "an LSTM": (lambda: Recurrent(nn.LSTM), real(5, IN), 4 * D, 4 * D),
     "a GRU": (lambda: Recurrent(nn.GRU), real(5, IN), 2 * D, 2 * D),
     "scores and routers": (Routed, real(5, D), 1 + D + 1, 1 + D + 1),
+    "a weighted mean": (Pooled, real(5, D), 5 + 1, None),  # mixings of its two linear maps come on top
     "convolutions": (
         lambda: nn.Sequential(nn.Conv2d(2, 2, 2), nn.Conv2d(2, 4, 1), nn.Tanh(), nn.AdaptiveAvgPool2d(1)),
         real(2, 5, 5), 2, 2 * 2 + 2,

@@ -70,14 +70,16 @@ class Difference:
     Attributes:
         source: that.
         t: the numbers, of length 1 along each dimension on which they do not depend.
-        chains: what, added up, makes `t` of c; None where it depends on the data.
+        chains: what, added up, makes `t` of c.
+        v: what the chains make, where `t` is that times data.
         support: the entries of c on which it depends.
     """
 
     source: Source
     t: Tensor
-    chains: tuple[Chain, ...] | None
+    chains: tuple[Chain, ...]
     support: Tensor
+    v: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.choice:
@@ -87,7 +89,7 @@ class Difference:
     @property
     def choice(self) -> Step | None:
         """The choice of entries that it is, where it is that."""
-        if self.chains is None or len(self.chains) > 1 or any(step.equation for step in self.chains[0]):
+        if self.v is not None or len(self.chains) > 1 or any(step.equation for step in self.chains[0]):
             return None
         return self.chains[0][0] if self.chains[0] else Step(tuple(range(self.t.numel())))
 
@@ -149,6 +151,8 @@ def _compare(x: Tensor, plus: Tensor | None = None, minus: Tensor | None = None)
         raise _NonlinearError
     if not x.is_floating_point() or not x.numel():
         return None
+    if bool(x.isnan().any()):
+        raise _NonlinearError
     if minus is None:
         return compact(plus) if bool(plus.any()) else None
     here = torch.where(x.isfinite(), x, 0).abs()

@@ -127,7 +127,7 @@ class Shifts(DispatchMode):
             shape = [-1 if k == BIASES[kind][1] % ndim else 1 for k in range(ndim)] if known else []
             new = [d.t.view(shape)] if known else compared(results, moved)
             found = [self._express((kind, args, given), inputs, t, support) if t is not None else None for t in new]
-            if not found or (storage_key(x) in self._owners and any(d and d.chains is None for d in found)):
+            if not found or (storage_key(x) in self._owners and any(d and d.v is not None for d in found)):
                 s.blocked |= support  # by what is not linear, a number that Python reads, or data times a gain
                 continue
             s.settled |= support & (not moving and found[0] is None)
@@ -145,8 +145,7 @@ class Shifts(DispatchMode):
     ) -> Difference:
         """The difference `t` in terms of those in the arguments."""
         (kind, args, given), s = op, inputs[0][1].source
-        chains = [d.chains for _, d in inputs]
-        if len(inputs) == 2 and kind in ("add", "sub") and None not in chains:
+        if len(inputs) == 2 and kind in ("add", "sub") and all(d.v is None for _, d in inputs):
             parts = []
             for x, d in inputs:
                 shape = (1,) * (t.ndim - x.ndim) + d.t.shape
@@ -155,14 +154,13 @@ class Shifts(DispatchMode):
                 parts.append((d, Step(tuple(places.tolist()), scale=scale)))
             total = torch.stack([step.scale * d.t.reshape(-1)[list(step.indices)] for d, step in parts]).sum(0)
             if torch.allclose(total, t.reshape(-1), EXACT, EXACT * float(t.abs().max())):
-                return Difference(s, t, tuple(then(c, step) for d, step in parts for c in d.chains or ()), support)
-        if len(inputs) > 1 or chains[0] is None:
-            return Difference(s, t, None, support)
-        v, w = inputs[0][1].t.reshape(-1), t.reshape(-1)
+                return Difference(s, t, tuple(then(c, step) for d, step in parts for c in d.chains), support)
+        d = inputs[0][1]
+        v, w = d.t.reshape(-1) if d.v is None else d.v, t.reshape(-1)
         step = next(([r] for x in given if (r := self._product(x, v, w))), None) or choice_of(v, w)
-        if step is None:
-            return Difference(s, t, None, support)
-        return Difference(s, t, tuple(then(c, *step) for c in chains[0]), support)
+        if len(inputs) > 1 or step is None:
+            return Difference(s, t, d.chains, support, v)
+        return Difference(s, t, tuple(then(c, *step) for c in d.chains), support)
 
     def _operand(self, x: Any) -> tuple[Operand, Tensor] | None:
         """The rows of a parameter that a tensor shows, in whatever order, and these rows themselves."""
@@ -196,7 +194,7 @@ class Shifts(DispatchMode):
 
     def _absorb(self, here: list[Difference]) -> None:
         """Let what is shifted by one source be shifted back by another, whose entries are added at the same places."""
-        for d in [d for d in here if d.chains is not None]:
+        for d in [d for d in here if d.v is None]:
             for e in here:
                 s, other, choice = d.source, e.source, e.choice
                 if other.name == s.name or choice is None or other.own:
@@ -214,7 +212,7 @@ class Shifts(DispatchMode):
                 undone = torch.cat([v, v.new_zeros(1)])[back][entries] * used
                 if bool(((undone - v[places]).abs() <= EXACT * v.abs().max()).all()):
                     step = Step(tuple(back.tolist()), scale=-1.0 / choice.scale)
-                    s.undone.update(dict.fromkeys((other, then(c, step)) for c in d.chains or ()))
+                    s.undone.update(dict.fromkeys((other, then(c, step)) for c in d.chains))
                     s.settled |= d.support
                     s.absorbed |= d.support
                     here.remove(d)
@@ -233,7 +231,7 @@ class Shifts(DispatchMode):
         (d, m), outer = matrix.shape, "oi" if matrix.stride(0) == 1 else "io"
         self.products[name] = (storage_key(x), x.storage_offset(), x.numel()), storage_key(out), outer
         vectors = {n: v for n, v in self._params.items() if v.shape == (d,) and d > 1}
-        if not vectors:
+        if not vectors or not len(x):
             return
         inverse = torch.stack([*vectors.values()]).reciprocal()
         totals, sizes = x @ inverse.T, x.abs().amax(0) @ inverse.abs().T
