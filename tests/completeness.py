@@ -391,6 +391,12 @@ def _square(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+FIXED = "holds with fixed statistics only, and training breaks it"
+READER = "a reader without a bias undoes the shift of the norm before it"
+MEAN = "maps of the stream that change its mean only, undone by what reads it beside the norms"
+GAINED = "the mean is shifted behind a gain"
+LOOP = "a shift of a stream that goes through a loop"
+EACH = "one number for each token that norms forget"
 FAMILIES: dict[str, Family] = {
     **{
         f"MLP, {name}": Family(partial(mlp, act), (VECTORS,), seed=12)
@@ -413,7 +419,7 @@ FAMILIES: dict[str, Family] = {
     "gated, SiLU": Family(lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Gated(4, 5, bias=True)), (VECTORS,)),
     "gated, leaky ReLU": Family(lambda: nn.Sequential(nn.Tanh(), Gated(4, 5, F.leaky_relu)), (VECTORS,)),
     "convolutions": Family(partial(conv, lambda n: nn.Identity()), (IMAGES,)),
-    "convolutions, batch norm": Family(partial(conv, nn.BatchNorm2d), (IMAGES,)),
+    "convolutions, batch norm": Family(partial(conv, nn.BatchNorm2d), (IMAGES,), rest=16, why=FIXED),
     "convolutions, group norm": Family(partial(conv, partial(nn.GroupNorm, 2)), (IMAGES,)),
     "convolutions, instance norm": Family(partial(conv, partial(nn.InstanceNorm2d, affine=True)), (IMAGES,)),
     "convolutions, layer norm": Family(partial(conv, partial(nn.GroupNorm, 1)), (IMAGES,)),
@@ -422,14 +428,14 @@ FAMILIES: dict[str, Family] = {
     "DenseNet": Family(Dense, (IMAGES,)),
     "U-Net": Family(UNet, (IMAGES[:, :1],)),
     "MobileNet": Family(mobile, (IMAGES,)),
-    "ConvNeXt": Family(ConvNext, (IMAGES,)),
+    "ConvNeXt": Family(ConvNext, (IMAGES,), rest=6, why=GAINED),
     "squeeze and excitation": Family(Excited, (IMAGES,)),
-    "encoder, pre-norm": Family(partial(Encoder, True, "gelu"), (_x(2, 5, 6),)),
-    "encoder, post-norm": Family(partial(Encoder, False, "gelu"), (_x(2, 5, 6),)),
-    "GPT": Family(Decoder, (TOKENS,)),
-    "GPT, two heads": Family(partial(Decoder, partial(Attention, D, 2, bias=True)), (TOKENS,)),
+    "encoder, pre-norm": Family(partial(Encoder, True, "gelu"), (_x(2, 5, 6),), rest=6, why=MEAN),
+    "encoder, post-norm": Family(partial(Encoder, False, "gelu"), (_x(2, 5, 6),), rest=5, why=MEAN),
+    "GPT": Family(Decoder, (TOKENS,), rest=4, why=READER),
+    "GPT, two heads": Family(partial(Decoder, partial(Attention, D, 2, bias=True)), (TOKENS,), rest=4, why=READER),
     "GPT, tied": Family(partial(Decoder, tied=True), (TOKENS,)),
-    "GPT, post-norm": Family(partial(Decoder, post=True), (TOKENS,)),
+    "GPT, post-norm": Family(partial(Decoder, post=True), (TOKENS,), rest=9, why=f"{READER}; {MEAN}"),
     "Llama": Family(llama, (TOKENS,)),
     "Llama, neighbours": Family(partial(llama, layout="neighbours"), (TOKENS,)),
     "Llama, grouped queries": Family(partial(llama, heads=2, kv=1), (TOKENS,)),
@@ -441,9 +447,9 @@ FAMILIES: dict[str, Family] = {
     "Llama, tied": Family(partial(llama, tied=True), (TOKENS,)),
     "Llama, gains 1 + w": Family(partial(llama, partial(RMSNorm, plus=1.0)), (TOKENS,)),
     "Llama, no gains": Family(partial(llama, partial(RMSNorm, plus=None)), (TOKENS,)),
-    "encoder and decoder": Family(Translate, (TOKENS, TOKENS)),
-    "vision transformer": Family(Vision, (_x(2, 1, 6, 6),)),
-    "mixer": Family(Mixer, (_x(2, LENGTH, 6),)),
+    "encoder and decoder": Family(Translate, (TOKENS, TOKENS), rest=14, why=f"{READER}; {MEAN}"),
+    "vision transformer": Family(Vision, (_x(2, 1, 6, 6),), rest=16, why=READER),
+    "mixer": Family(Mixer, (_x(2, LENGTH, 6),), rest=8, why=EACH),
     "attention pooling": Family(Pooled, (_x(2, 5, 4),)),
     "mixture of experts": Family(Experts, (VECTORS,)),
     "mixture of experts, top 2": Family(partial(Experts, 2), (VECTORS,)),
@@ -453,5 +459,5 @@ FAMILIES: dict[str, Family] = {
     "RNN, tanh": Family(partial(Recurrent, nn.RNN), (_x(2, 4, 3),)),
     "graph network, scatter": Family(partial(Graph, "scatter"), (_x(2, 5, 3),), seed=1),
     "graph network, matrix": Family(partial(Graph, "matrix"), (_x(2, 5, 3),), seed=1),
-    "neural ODE": Family(Flow, (_x(7, 5),)),
+    "neural ODE": Family(Flow, (_x(7, 5),), rest=3, why=LOOP),
 }

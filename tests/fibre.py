@@ -10,6 +10,7 @@ from torch.func import functional_call, jacrev
 
 from teleport_lite.functional import Params
 from teleport_lite.outputs import tensors_of
+from teleport_lite.runtime import unfused_attention
 
 ROWS = 2  # equations for each unknown, at least
 BATCH = 32
@@ -50,7 +51,9 @@ def fibre(model: nn.Module, example: tuple[Tensor, ...]) -> Fibre:
             )
             return found if len(found) <= 4 * BATCH else mixed @ found
 
-        rows = torch.cat([j.reshape(len(j), -1) for j in jacrev(outputs)(params).values()], 1)
+        with unfused_attention():
+            parts = jacrev(outputs)(params).values()
+        rows = torch.cat([j.reshape(len(j), -1) for j in parts], 1)
         rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300)
         triangle = torch.linalg.qr(torch.cat([triangle, rows]), mode="r")[1]
         count += len(rows)
