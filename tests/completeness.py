@@ -113,8 +113,8 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        attention: Callable[[], nn.Module] = partial(Attention, D, bias=True),
-        mlp: Callable[[], nn.Module] = partial(feed, D, 5),
+        attention: Callable[[], nn.Module] = lambda: Attention(D, bias=True),
+        mlp: Callable[[], nn.Module] = lambda: feed(D, 5),
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
         positions: bool = True,
         tied: bool = False,

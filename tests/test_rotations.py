@@ -334,7 +334,10 @@ def test_gains_of_the_form_one_plus_w_are_scaled_affinely():
     assert symmetry.dim == 4
     params = params_of(model)
     xi = symmetry.sample(params, radius=0.5, generator=torch.Generator().manual_seed(1))
-    loss = lambda w: (functional_call(model, w, (x,)) - y).square().mean()
+
+    def loss(w):
+        return (functional_call(model, w, (x,)) - y).square().mean()
+
     moved = symmetry.act(params, xi)
     assert torch.allclose(1 + moved["gain"], xi[0].exp() * (1 + params["gain"]), rtol=1e-14)
     assert abs(float(loss(moved) - loss(params))) < 1e-14

@@ -54,7 +54,7 @@ def _is_neutral(factor: Symmetry) -> bool:
 
 
 def _is_solvable(factor: Symmetry, gradients: bool) -> bool:
-    """A scaling or mixing that multiplies no entry of a tensor twice; of gradients, which no offset moves, or linear."""
+    """A scaling or mixing that multiplies no entry of a tensor twice, and no weight with an offset."""
     if not isinstance(factor, NeuronSymmetry) or not isinstance(factor.group, (PositiveScaling, GeneralLinear)):
         return False
     legs = sorted(factor.legs, key=lambda leg: (leg.name, leg.start))

@@ -6,9 +6,11 @@ from teleport_lite.symmetries.axes import Leg, NeuronSymmetry, mixing, permutati
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.minibatch import IncomingMixing, OutgoingMixing, minibatch_symmetries
 from teleport_lite.symmetries.product import Product
+from teleport_lite.symmetries.rotations import GainedRotation
 from teleport_lite.symmetries.shifts import Move, Shift, Step
 
 __all__ = [
+    "GainedRotation",
     "IncomingMixing",
     "Leg",
     "Move",
@@ -27,7 +29,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The test functions of the plane, which serve the book, where they are asked for."""
+    """The test functions of the plane, which serve the book, where they are asked for.
+
+    Raises:
+        AttributeError: for any other name.
+    """
     if name in ("PlaneRotation", "TestFunction"):
         from teleport_lite.book import plane
 
