@@ -44,11 +44,9 @@ def fibre(model: nn.Module, example: tuple[Tensor, ...]) -> Fibre:
     while count < ROWS * size:
         inputs = tuple(drawn(x) for x in example)
 
-        def outputs(p: Params, inputs: tuple[Tensor, ...] = inputs) -> Tensor:
+        def outputs(p: Params, inputs: tuple[Tensor, ...] = inputs, seed: int = count) -> Tensor:
             found = torch.cat([t.reshape(-1) for t in tensors_of(functional_call(model, p, inputs))])
-            mixed = torch.randn(
-                4 * BATCH, len(found), generator=torch.Generator().manual_seed(count), dtype=found.dtype
-            )
+            mixed = torch.randn(4 * BATCH, len(found), generator=torch.Generator().manual_seed(seed), dtype=found.dtype)
             return found if len(found) <= 4 * BATCH else mixed @ found
 
         with unfused_attention():

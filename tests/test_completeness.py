@@ -1,4 +1,4 @@
-"""Every continuous symmetry of many small models: what is found spans the kernel of the Jacobian, or the rest is named."""
+"""Every continuous symmetry of many small models: what is found spans the Jacobian's kernel, or the rest is named."""
 
 from __future__ import annotations
 
