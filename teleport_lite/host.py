@@ -68,7 +68,7 @@ def on_host(x: Any, copy: bool = False) -> Any:
     if not isinstance(x, Tensor):
         return x
     wide = torch.complex128 if x.is_complex() else torch.float64 if x.is_floating_point() else x.dtype
-    x = x.detach().to("cpu", wide, copy=copy)
+    x = x.detach().to("cpu", copy=copy).to(wide)  # not at once: some devices have no float64
     return x.contiguous() if x.layout == torch.strided and not x.is_nested else x
 
 

@@ -151,6 +151,11 @@ def widest(device: torch.device) -> torch.dtype:
         return torch.float32
 
 
+def home_of_float64(device: torch.device) -> torch.device:
+    """The device, or the CPU where it has no float64."""
+    return device if widest(device) == torch.float64 else torch.device("cpu")
+
+
 def unwrap_compiled(model: nn.Module, names: Iterable[str] = ()) -> nn.Module:
     """The module in which `names` are those of parameters: inside of `torch.compile`, or as it is."""
     inner = getattr(model, "_orig_mod", None)

@@ -191,7 +191,7 @@ class Device(TorchDispatchMode):
         wide = self._rounded(name, args)
         inner, named = tree_map(_host, (wide, {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}))
         if asked:
-            named["device"] = CPU
+            named["device"] = CPU if here else kwargs["device"]
         out = self._drawn(func, name, inner, named, leaves)
         if self.atomics and name in SUMS:
             eps = torch.finfo(out.dtype).eps if out.is_floating_point() else 0
@@ -199,11 +199,11 @@ class Device(TorchDispatchMode):
         given = {id(_host(t)): t for t in tensors}  # what is written is what was given
 
         def wrapped(t: Any) -> Any:
-            if not isinstance(t, Tensor) or id(t) in given or not here:
+            if not isinstance(t, Tensor) or id(t) in given:
                 return given.get(id(t), t)
-            if not self.float64 and t.dtype in (torch.float64, torch.complex128):
+            if not self.float64 and t.dtype in (torch.float64, torch.complex128):  # on the way to the CPU neither
                 raise TypeError("the device has no float64")
-            return DeviceTensor(t)
+            return DeviceTensor(t) if here else t
 
         return tree_map(wrapped, out)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.functional import Params, dot, generator_for, hvp, loss_of, normal_like, trainable
-from teleport_lite.runtime import check_generator, widest
+from teleport_lite.runtime import check_generator, home_of_float64
 
 CYCLES = 1000  # of the Lanczos method, at most
 
@@ -77,10 +77,10 @@ def hessian_eigenvalues(
     like, sizes = next(iter(params.values())), [p.numel() for p in params.values()]
     if not isinstance(count, int) or not 0 < count <= sum(sizes):
         raise TeleportError(f"a count from 1 to {sum(sizes)}, the number of parameters", repr(count), "pass count=1")
-    home = like.device if widest(like.device) == torch.float64 else torch.device("cpu")
+    home = home_of_float64(like.device)
 
     def vector(parts: Params) -> Tensor:
-        return torch.cat([p.flatten().to(home, torch.float64) for p in parts.values()])
+        return torch.cat([p.flatten().to(home).double() for p in parts.values()])
 
     def product(v: Tensor) -> Tensor:
         parts = zip(params.items(), v.split(sizes), strict=True)

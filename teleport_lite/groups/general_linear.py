@@ -102,7 +102,11 @@ class GeneralLinear(Group):
             sizes = (vectors * ((up + down) @ vectors)).sum(-2)
             dead = sizes <= 100 * torch.finfo(sizes.dtype).eps * sizes.amax(-1, keepdim=True)
             signs = torch.where(dead, 0.0, torch.where(values >= 0, radius, -radius))
-            return ((vectors * signs.to(vectors).unsqueeze(-2)) @ vectors.mT).to(home, non_blocking=True)
+            return (
+                ((vectors * signs.to(vectors).unsqueeze(-2)) @ vectors.mT)
+                .to(home.dtype)
+                .to(home.device, non_blocking=True)
+            )
         dead = _projector(_projector(up) + _projector(down), kernel=False)
         keep = torch.eye(dead.shape[-1], dtype=dead.dtype, device=dead.device) - dead
         up, down = (keep @ m @ keep + dead for m in (up, down))
@@ -110,7 +114,11 @@ class GeneralLinear(Group):
         middle, _ = _roots(root @ down @ root)
         values, vectors = torch.linalg.eigh(inverse @ middle @ inverse)
         logs = (values.clamp(min=0).log() / 2).clamp(-radius, radius)
-        return (keep @ (vectors * logs.unsqueeze(-2)) @ vectors.mT @ keep).to(home, non_blocking=True)
+        return (
+            (keep @ (vectors * logs.unsqueeze(-2)) @ vectors.mT @ keep)
+            .to(home.dtype)
+            .to(home.device, non_blocking=True)
+        )
 
 
 def _projector(matrix: Tensor, *, kernel: bool = True) -> Tensor:

@@ -64,24 +64,29 @@ class PositiveScaling(Group):
         r"""Extremise $\sum_p u_p e^{2p\xi}$ over $|\xi| \le r$, entry by entry.
 
         Convex: the maximum is at $\pm r$, the minimum where $\log \sum_{p>0} p u_p e^{2p\xi}$ equals the same for
-        the negative powers, clipped. Both are linear in $\xi$ with one power each: one Newton step gives
-        $\tfrac14 \log(d / u)$ for $u e^{2\xi} + d e^{-2\xi}$; with more powers steps are kept within a bracket.
+        the negative powers, clipped. Both are linear in $\xi$ with one power each, which gives
+        $\tfrac14 \log(d / u)$ for $u e^{2\xi} + d e^{-2\xi}$; with more powers Newton steps are kept within a bracket.
         Where all coefficients are zero the coordinate stays at zero, and so it does where there is no minimum.
 
         >>> PositiveScaling(1).extremum(torch.tensor([1.0]), torch.tensor([16.0]), maximize=False, radius=1.0)
         tensor([0.6931])
         """
-        u = torch.stack(coefficients)
-        p = u.new_tensor(powers).view(-1, *[1] * (u.ndim - 1))
+        order = sorted(range(len(powers)), key=lambda k: -powers[k])
+        u = torch.stack([coefficients[k] for k in order])
+        p = torch.stack([torch.full_like(u[0], powers[k]) for k in order])
         size = p.abs()
         if maximize:  # u_p sinh(2 p r), divided by what the largest power may overflow
             ends = u * p.sign() * (2 * radius * (size - size.max())).exp() * -(-4 * radius * size).expm1()
             return radius * torch.where((u == 0).all(0), 0.0, torch.where(ends.sum(0) >= 0, 1.0, -1.0)).to(u)
-        up, down = ([k for k, q in enumerate(powers) if (q > 0) == side] for side in (True, False))
+        positive = sum(power > 0 for power in powers)
+        up, down = slice(positive), slice(positive, None)
         xi = torch.zeros_like(u[0])
         low, high = xi - torch.inf, xi + torch.inf
-        for _ in range(1 if len(powers) == 2 else NEWTON):
-            logs = (u * size).log() + 2 * p * xi
+        start = (u * size).log()
+        if len(powers) == 2:
+            xi = (start[1] - start[0]) / (2 * size.sum(0))
+        for _ in range(NEWTON if len(powers) > 2 else 0):
+            logs = start + 2 * p * xi
             gap = logs[up].logsumexp(0) - logs[down].logsumexp(0)
             slope = 2 * sum((logs[s].softmax(0) * size[s]).sum(0) for s in (up, down))
             low, high = torch.where(gap < 0, xi, low), torch.where(gap > 0, xi, high)

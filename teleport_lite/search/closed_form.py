@@ -21,7 +21,7 @@ from teleport_lite.functional import Params
 from teleport_lite.groups import GeneralLinear, PositiveScaling
 from teleport_lite.groups.base import wide
 from teleport_lite.objectives import Objective
-from teleport_lite.runtime import widest
+from teleport_lite.runtime import home_of_float64
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.product import Product
@@ -148,9 +148,8 @@ def _sweep_squares(
     factor to factor: in a chain of layers no best corner lies outside of the last two (Proposition 4.4).
     """
     dims = {(leg.name, leg.dim) for f in factors for leg in f.legs}
-    home = tensors[factors[0].names[0]].device
-    dtype = wide(*(tensors[n].dtype for n, _ in dims)) if maximize else widest(home)  # a corner is a choice of signs
-    squares = {n: _summed_squares(tensors[n], {d for m, d in dims if m == n}).to(home, dtype) for n, _ in dims}
+    home, dtype = _room(tensors, maximize)
+    squares = {n: _summed_squares(tensors[n], {d for m, d in dims if m == n}).to(home).to(dtype) for n, _ in dims}
     first = next(iter(squares.values()))
     signs = torch.arange(3 if maximize and len(factors) > 1 else 1, device=first.device)
     starts = radius * ((signs + 1) % 3 - 1).to(first)  # 0, 1, -1
@@ -206,9 +205,8 @@ def _sweep_tensors(
 
     Its own element g, a symmetric matrix, is undone on these small matrices A alone, which become A' with gA'g = A.
     """
-    home = next(iter(tensors.values())).device
-    dtype = wide(*(t.dtype for t in tensors.values())) if maximize else widest(home)
-    state = {n: t.to(home, dtype) for n, t in tensors.items()}
+    home, dtype = _room(tensors, maximize)
+    state = {n: t.to(home).to(dtype) for n, t in tensors.items()}
     xis = [f.zeros(state) for f in factors]
     side = -1 if gradients else 1
     elements = [(one, one) for one in (f.group.exp(xi) for f, xi in zip(factors, xis, strict=True))]  # and inverses
@@ -237,6 +235,12 @@ def _extremum(group: Any, totals: dict[float, Tensor], maximize: bool, radius: f
     """The extremum of a group, which has to know the powers when there are others than 1 and -1."""
     powers = {} if len(totals) == 2 else {"powers": tuple(totals)}
     return group.extremum(*totals.values(), **powers, maximize=maximize, radius=radius)
+
+
+def _room(tensors: Params, maximize: bool) -> tuple[torch.device, torch.dtype]:
+    """Where to sweep, and in which type: a corner is a choice of signs, a minimum wants float64."""
+    home = next(iter(tensors.values())).device
+    return (home, wide(*(t.dtype for t in tensors.values()))) if maximize else (home_of_float64(home), torch.float64)
 
 
 def _summed_squares(tensor: Tensor, dims: set[int]) -> Tensor:

@@ -218,7 +218,7 @@ class Symmetry(ABC):
 
 
 def _times(t: Tensor, xi: Any) -> Any:
-    return tree_map(lambda x: t * x, xi)
+    return tree_map(lambda x: t.to(x.device) * x, xi)
 
 
 def check_radius(radius: float) -> float:

@@ -106,12 +106,12 @@ class Shift(Symmetry):
         return self._add(found, self._values(self._rows(params, xi), xi, params))
 
     def _add(self, params: Params, values: Params) -> Params:
-        added = {name: (params[name] + v).to(params[name].dtype) for name, v in values.items()}
+        added = {name: (params[name] + v.to(params[name].device)).to(params[name].dtype) for name, v in values.items()}
         return {name: added.get(name, params[name]) for name in self.names}
 
     def _rows(self, params: Params, xi: Tensor) -> dict[Operand, Tensor]:
         """What the einsums take."""
-        return {o: params[o[0]].narrow(0, o[1], o[2]).to(xi.dtype) ** o[3] for o in self._operands}
+        return {o: params[o[0]].narrow(0, o[1], o[2]).to(xi) ** o[3] for o in self._operands}
 
     def _values(self, rows: dict[Operand, Tensor], xi: Tensor, like: Params, entry: Any = None) -> Params:
         """What is added to each parameter that moves; with the `entry` of each scale in its place."""
@@ -123,9 +123,10 @@ class Shift(Symmetry):
                     operands = [rows[o] for o in step.operands]
                     v = torch.einsum(step.equation, *operands, v.view(step.shape)).reshape(-1)
                 else:
-                    v = torch.cat([v, v.new_zeros(1)])[torch.tensor(step.indices, device=v.device)]
+                    v = torch.cat([v, v.new_zeros(1)])[torch.tensor(step.indices).to(v.device, non_blocking=True)]
                 if step.scale != 1:
-                    v = (step.scale if entry is None else entry(v.new_tensor(step.scale))) * v
+                    scale = v.new_full((), step.scale)
+                    v = (scale if entry is None else entry(scale)) * v
             value = v.view(m.shape).expand(like[m.name].shape)
             found[m.name] = found[m.name] + value if m.name in found else value
         return found
@@ -146,12 +147,14 @@ class Shift(Symmetry):
         rows, xi = {o: entry(r) for o, r in rows.items()}, entry(xi)
         values = partial(self._values, xi=xi, like=tensors, entry=entry)
         if not dual:
-            tangents = {o: slopes[o] * tensors[o[0]].narrow(0, o[1], o[2]) for o in rows}
+            tangents = {o: slopes[o] * tensors[o[0]].narrow(0, o[1], o[2]).to(rows[o]) for o in rows}
             return {**tensors, **self._add(tensors, torch.func.jvp(values, (rows,), (tangents,))[1])}
         like, pull = torch.func.vjp(values, rows)[:2]
         found = {name: tensors[name].clone() for name in self.names}
-        for o, part in pull({name: tensors[name].to(v.dtype) for name, v in like.items()})[0].items():
-            found[o[0]].narrow(0, o[1], o[2]).add_(entry(part.new_tensor(-1.0)) * slopes[o] * part)
+        for o, part in pull({name: tensors[name].to(v) for name, v in like.items()})[0].items():
+            found[o[0]].narrow(0, o[1], o[2]).add_(
+                (entry(part.new_full((), -1.0)) * slopes[o] * part).to(tensors[o[0]])
+            )
         return {**tensors, **found}
 
     def check(self, params: Params) -> None:
