@@ -15,7 +15,7 @@ import torch
 from rule_cases import CASES, Draw
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import MIX, PERM, SCALE, SHIFTED, SIGN
+from teleport_lite.discovery.constraints import MIX, PERM, SCALE, SIGN
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.solve import signatures, solve_permutations, solve_scalings, solve_signs
 
@@ -87,6 +87,8 @@ class Followed:
             rows += [self._row((a, 1), (b, -power))] if systems & system else []
         for a, systems, _ in self.constraints.fixed:
             rows += [self._row((a, 1))] if systems & system else []
+        for shifted, _, _ in self.constraints.offsets if system == SCALE else ():  # where w + 1 is multiplied, w is not
+            rows += [self._row((shifted.reshape(-1), 1))]
         rows += [self._row((a, 1), (b, 1), (o, -1)) for a, b, o in self.constraints.sums]
         zero = torch.zeros(1, self.constraints.count, dtype=torch.float64)
         zero[0, 0] = 1
@@ -176,7 +178,7 @@ def rank(matrix: Tensor) -> int:
 def test_multiples(name):
     for seed in range(DRAWS):
         op = Followed(name, seed)
-        solutions = nullspace(op.rows(SCALE | SHIFTED))
+        solutions = nullspace(op.rows(SCALE))
         for _ in range(3 if solutions.shape[1] and op.variables else 0):
             s = solutions @ torch.randn(solutions.shape[1], dtype=torch.float64)
             factors = (s / s.abs().max().clamp(min=1)).exp()
@@ -341,5 +343,6 @@ def test_the_solver_finds_what_the_equations_allow():
             op = Followed(name, seed)
             if not op.constraints.sums:
                 classes, _ = solve_scalings(op.constraints)
-                assert len({*classes.tolist()} - {0}) == nullspace(op.rows(SCALE | SHIFTED)).shape[1]
+                free = sum(shifted.numel() for shifted, _, _ in op.constraints.offsets)
+                assert len({*classes.tolist()} - {0}) == nullspace(op.rows(SCALE)).shape[1] + free
                 assert len({*solve_signs(op.constraints).tolist()} - {0}) == len(binary_nullspace(op.rows(SIGN)))
