@@ -406,6 +406,18 @@ def test_overlapping_factors_are_counted_once():
     assert all(f.rank(params_of(model)) == f.dim for f in symmetry if f.dim)
 
 
+@pytest.mark.parametrize("name", ["linear layers", "a transformer", "a low-rank term"])
+def test_second_derivatives_agree_with_those_of_the_action(name):
+    model, inputs = build(name)
+    symmetry, params = tl.find_symmetries(model, inputs(4, 0)).continuous, params_of(model)
+    symmetry = tl.Product([f for f in symmetry if f.homogeneous or isinstance(f, Shift)])
+    xi = symmetry.sample(params, generator=torch.Generator().manual_seed(1))
+    found, expected = symmetry.jet(params, xi), Symmetry.jet(symmetry, params, xi)
+    assert all(
+        torch.allclose(a[n], b[n], 1e-9, 1e-9) for a, b in zip(found, expected, strict=True) for n in symmetry.names
+    )
+
+
 def test_errors_say_what_is_wrong():
     step = Step((), "oi,i->o", (2,), (("w", 0, 3, 1),))
     with pytest.raises(TeleportError, match="read and moved"):

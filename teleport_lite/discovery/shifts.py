@@ -78,11 +78,11 @@ class Shifts(DispatchMode):
         for s in self._own[name]:
             t = s.c.view(s.shape)
             if x is not p:
-                laid = torch.empty_strided(p.size(), p.stride(), dtype=p.dtype).copy_(t)
+                laid = torch.empty_strided(p.size(), p.stride(), dtype=p.dtype, device=p.device).copy_(t)
                 t = compact(laid.as_strided(x.size(), x.stride(), x.storage_offset() - p.storage_offset()))
             step = choice_of(s.c, t.reshape(-1))
             if step is not None:
-                self._put(x, Difference(s, t, (then((), *step),), torch.ones(len(s.c), dtype=torch.bool)))
+                self._put(x, Difference(s, t, (then((), *step),), s.read | True))
 
     def _put(self, tensor: Tensor, difference: Difference) -> None:
         self._found.setdefault(id(tensor), []).append(difference)
@@ -186,7 +186,7 @@ class Shifts(DispatchMode):
         for equation, shape in wanted.items():
             if shape == (a, b):
                 equation = equation if p.ndim > 1 else "o,o->o"
-                r = torch.einsum(equation, p, v)
+                r = torch.einsum(equation, p.to(v), v)
                 scale = float(w @ r / (r @ r))
                 if bool(((w - scale * r).abs() <= EXACT * w.abs().max()).all()):
                     return Step((), equation, (n,), (operand,), 1.0 if abs(scale - 1) < EXACT else scale)
@@ -209,7 +209,7 @@ class Shifts(DispatchMode):
                 used = entries >= 0
                 back = torch.full((len(other.c),), -1)
                 back[entries[used]] = places[used]
-                undone = torch.cat([v, v.new_zeros(1)])[back][entries] * used
+                undone = torch.cat([v, v.new_zeros(1)])[back][entries] * used.to(v)
                 if bool(((undone - v[places]).abs() <= EXACT * v.abs().max()).all()):
                     step = Step(tuple(back.tolist()), scale=-1.0 / choice.scale)
                     s.undone.update(dict.fromkeys((other, then(c, step)) for c in d.chains))
@@ -233,16 +233,17 @@ class Shifts(DispatchMode):
         vectors = {n: v for n, v in self._params.items() if v.shape == (d,) and d > 1}
         if not vectors or not len(x):
             return
-        inverse = torch.stack([*vectors.values()]).reciprocal()
+        inverse = torch.stack([v.to(x) for v in vectors.values()]).reciprocal()
         totals, sizes = x @ inverse.T, x.abs().amax(0) @ inverse.abs().T
         for k in ((totals - totals[:1]).abs().amax(0) <= EXACT * sizes).nonzero()[:, 0].tolist():
             total, rounding, gain = totals[0, k], EXACT * sizes[k], ([*vectors][k], 0, d, -1)
-            shifts = [n for n, v in vectors.items() if (v @ inverse[k] - total).abs() <= rounding]
+            shifts = [n for n, v in vectors.items() if (v.to(x) @ inverse[k] - total).abs() <= rounding]
             if shifts or total.abs() <= rounding:
                 own = Step((), f"i,o->{outer}", (m,), (gain,))
                 s = self._source(name, tuple(self._params[name].shape), m, (own,))
-                s.settled |= total.abs() <= rounding
+                s.settled |= bool(total.abs() <= rounding)
                 s.read |= True
             if shifts and total.abs() > rounding:
                 step = Step((), "i,i,o->o", (m,), ((shifts[0], 0, d, 1), gain))
-                self._put(out, Difference(s, (total * s.c).expand(1, m), ((step,),), torch.ones(m, dtype=torch.bool)))
+                t = (total.to(s.c) * s.c).to(out).expand(1, m)
+                self._put(out, Difference(s, t, ((step,),), s.read | True))

@@ -126,9 +126,10 @@ def absorbed(
         for w, a, b in [(*pair, b) for pair in beside for b in readers.get(products[pair[1]][1], ())]:
             full, inner, last = (products[name][2] for name in (w, a, b))
             left, right = "or" if last == "oi" else "ro", "ri" if inner == "oi" else "ir"
-            expected = torch.einsum(f"{full},{right}->{left}", gradient[w], params[a])
+            expected = torch.einsum(f"{full},{right}->{left}", gradient[w], params[a].to(gradient[w]))
             if expected.shape != gradient[b].shape:
                 continue
+            expected = expected.to(gradient[b])
             s = float((gradient[b] * expected).sum() / expected.square().sum())
             if (gradient[b] - s * expected).norm() <= ROUNDING * gradient[b].norm():
                 s = round(s, 6) if abs(s - round(s, 6)) < ROUNDING * abs(s) else s

@@ -13,6 +13,7 @@ from teleport_lite.errors import ShapeError, TeleportError, UnknownNameError
 from teleport_lite.functional import Params
 from teleport_lite.symmetries.base import KINDS, SAVED, Symmetry
 from teleport_lite.symmetries.rank import rank
+from teleport_lite.symmetries.shifts import Shift
 
 
 class Inverse(tuple):
@@ -79,13 +80,13 @@ class Product(Symmetry, Sequence):
         return tensors
 
     def jet(self, params, xi):
-        if not self.homogeneous:
+        if not all(f.homogeneous or isinstance(f, Shift) for f in self.factors):
             return super().jet(params, xi)
         zero = {name: torch.zeros_like(params[name]) for name in self.names}
         first, second = zero, zero
         for factor, x in self._steps(xi):  # (e^{tA} w(t))'' = w'' + 2 A w' + A A w
             once, twice = factor.jet(params, x)
-            cross = factor.velocity(first, x)
+            cross = factor.bend(params, x, first) if isinstance(factor, Shift) else factor.velocity(first, x)
             first = {**first, **{n: first[n] + once[n] for n in once}}
             second = {**second, **{n: second[n] + 2 * cross[n] + twice[n] for n in once}}
         return first, second

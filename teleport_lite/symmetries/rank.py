@@ -27,15 +27,15 @@ def components(factors: Sequence[Symmetry]) -> list[list[Symmetry]]:
 
 
 def tangents(factors: Sequence[Symmetry], params: Params) -> Tensor:
-    """The directions in which the coordinates move the parameters: unit rows [dim, entries], in float64."""
-    wide = {name: params[name].detach().double() for f in factors for name in f.names}
+    """The directions in which the coordinates move the parameters: unit rows [dim, entries], in float64, on the CPU."""
+    wide = {name: params[name].detach().cpu().double() for f in factors for name in f.names}
     moved = list(dict.fromkeys(name for f in factors for name in f.moved))
     rows = []
     for f in factors:
         zero = f.zeros(wide)
         basis = torch.eye(zero.numel(), dtype=zero.dtype, device=zero.device).view(-1, *zero.shape)
         found = torch.func.vmap(lambda e, f=f: f.velocity(wide, e))(basis)
-        parts = (found[n] if n in f.moved else wide[n].new_zeros(len(basis), wide[n].numel()) for n in moved)
+        parts = (found[n] if n in f.moved else zero.new_zeros(len(basis), wide[n].numel()) for n in moved)
         rows.append(torch.cat([part.reshape(len(basis), -1) for part in parts], 1))
     found = torch.cat(rows)
     return found / torch.linalg.vector_norm(found, dim=1, keepdim=True).clamp(min=torch.finfo(found.dtype).tiny)

@@ -105,6 +105,18 @@ class Shift(Symmetry):
         found = {name: torch.zeros_like(params[name]) for name in self.names}
         return self._add(found, self._values(self._rows(params, xi), xi, params))
 
+    def jet(self, params, xi):
+        first = self.velocity(params, xi)
+        return first, {name: torch.zeros_like(v) for name, v in first.items()}
+
+    def bend(self, params: Params, xi: Tensor, direction: Params) -> Params:
+        """The derivative of the velocity along a direction of the parameters."""
+        if not self.linear:
+            names = [{n: p[n] for n in self.names} for p in (params, direction)]
+            return torch.func.jvp(lambda w: self.velocity(w, xi), (names[0],), (names[1],))[1]
+        here, there = self.velocity(direction, xi), self.velocity({n: 0 * direction[n] for n in self.names}, xi)
+        return {name: here[name] - there[name] for name in here}
+
     def _add(self, params: Params, values: Params) -> Params:
         added = {name: (params[name] + v.to(params[name].device)).to(params[name].dtype) for name, v in values.items()}
         return {name: added.get(name, params[name]) for name in self.names}
