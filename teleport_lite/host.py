@@ -51,7 +51,7 @@ def check_loaded(model: nn.Module) -> None:
     """
     for name, p in model.named_parameters():
         if isinstance(p, UninitializedParameter):
-            raise ParameterError(name, "initialised", "a lazy one", "run the model on an input once")
+            raise ParameterError(name, "initialised", "a lazy one", "run the model once on an input")
         if p.is_meta:
             raise ParameterError(name, "a tensor with data", "one on the meta device", "load its values first")
 
