@@ -108,12 +108,13 @@ def scaled(net, goal: str, x: Tensor, y: Tensor, radii: Sequence[float], draws: 
     }
 
 
+@torch.no_grad()
 def random_signs(net, xi: list[Tensor], x: Tensor, y: Tensor, seed: int) -> dict:
     """Teleport `net` by coordinates of the same sizes as `xi` and with random signs."""
     draw = torch.Generator().manual_seed(2000 + seed)
     xi = [(2.0 * torch.randint(2, v.shape, generator=draw) - 1) * v for v in xi]
     params = {name: p.detach() for name, p in net.named_parameters()}
-    before = float(F.cross_entropy(net(x), y).detach())
+    before = float(F.cross_entropy(net(x), y))
     moved = scalings(tuple(len(p) for p in [x[0], *params.values()])).act(params, tuple(xi))
     for name, p in net.named_parameters():
         p.data.copy_(moved[name])
