@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics as st
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
@@ -91,7 +92,9 @@ def test_an_arm_without_all_its_seeds_is_called_missing(name):
 def test_no_arm_is_better_at_its_best_rate():
     for name in ("optimizers", "optimizers-fashion_mnist"):
         runs = record(name)["runs"]
-        for optimizer, arm in {(r["optimizer"], r["arm"]) for r in runs if r["arm"] != "plain"}:
+        seeds = {(r["optimizer"], r["arm"], r["seed"]) for r in runs if r["arm"] != "plain"}
+        count = Counter(key[:2] for key in seeds)
+        for optimizer, arm in (key for key, n in count.items() if n == 5):  # the record of others is growing
             arms, plain = (tuned(runs, optimizer, a) for a in (arm, "plain"))
             if arms.keys() == plain.keys() and len(arms) == 5:
                 mean, half = t_interval(minus(arms, plain))
