@@ -1,5 +1,4 @@
-// Tables of three columns or more know the heads of their columns, so that they can be cards on a phone; figures that are
-// wide for their height are marked, so that they keep their size there.
+// Tables of three columns or more know the heads of their columns, so that they can be cards on a phone.
 document.addEventListener("DOMContentLoaded", () => {
   for (const table of document.querySelectorAll(".bd-article table")) {
     const heads = [...table.querySelectorAll("thead th")].map((th) => th.textContent.trim());
@@ -12,8 +11,15 @@ document.addEventListener("DOMContentLoaded", () => {
       });
     }
   }
+  // what is wide for a phone keeps its size there and scrolls: plots, drawings, explorers
   for (const image of document.querySelectorAll(".bd-article .cell_output img")) {
-    const mark = () => image.naturalWidth > 2 * image.naturalHeight && image.parentElement.classList.add("tl-panels");
-    image.complete ? mark() : image.addEventListener("load", mark);
+    const player = image.closest(".tl-player"), mark = () => {
+      if (image.naturalWidth > 2 * image.naturalHeight || image.naturalWidth > 760) (player || image.parentElement).classList.add("tl-panels");
+    };
+    image.complete ? mark() : image.addEventListener("load", mark, { once: true });
+  }
+  for (const drawing of document.querySelectorAll(".bd-article figure svg.tl-d")) {
+    const { width, height } = drawing.viewBox.baseVal;
+    if (width > 2 * height && width > 400) drawing.parentElement.classList.add("tl-panels");
   }
 });
