@@ -14,9 +14,16 @@ document.addEventListener("DOMContentLoaded", () => {
   // what is wide for a phone keeps its size there and scrolls: plots, drawings, explorers
   for (const image of document.querySelectorAll(".bd-article .cell_output img")) {
     const player = image.closest(".tl-player"), mark = () => {
-      if (image.naturalWidth > 2 * image.naturalHeight || image.naturalWidth > 760) (player || image.parentElement).classList.add("tl-panels");
+      const { naturalWidth: width, naturalHeight: height } = image, { classList } = player || image.parentElement;
+      if (width > 2 * height || width > 760) classList.add("tl-panels");
+      if (width > 3.2 * height) classList.add("tl-wide");
     };
     image.complete ? mark() : image.addEventListener("load", mark, { once: true });
+  }
+  // the type of a printed table is as small as its longest line asks for
+  for (const printed of document.querySelectorAll(".bd-article .cell_output pre")) {
+    const lines = printed.textContent.split("\n").map((line) => line.length).filter((length) => length <= 125);
+    if (lines.length > 4) printed.style.setProperty("--tl-columns", Math.max(...lines));
   }
   for (const drawing of document.querySelectorAll(".bd-article figure svg.tl-d")) {
     const { width, height } = drawing.viewBox.baseVal;
