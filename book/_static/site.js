@@ -11,6 +11,7 @@ document.addEventListener("DOMContentLoaded", () => {
       });
     }
   }
+  for (const toggle of document.querySelectorAll("nav .has-children > details > summary")) toggle.setAttribute("aria-label", "Pages of this chapter");
   // what is wide for a phone keeps its size there and scrolls: plots, drawings, explorers
   for (const image of document.querySelectorAll(".bd-article .cell_output img")) {
     const player = image.closest(".tl-player"), mark = () => {
