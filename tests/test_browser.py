@@ -225,7 +225,8 @@ async () => {
     links: [...document.querySelectorAll("a[href]")].map(a => a.href),
     statements: all(".admonition.statement").map(e => e.id),
     wide: document.documentElement.scrollWidth,
-    clipped: all(".cell_input pre, .cell_output pre").filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent.slice(0, 60)),
+    clipped: all(".cell_input pre, .cell_output pre").filter(e => e.scrollWidth > e.clientWidth + 1)
+      .map(e => e.textContent.slice(0, 60)),
     drawings: all("svg.tl-d, .tl-live > svg").map(e => e.getAttribute("aria-label") || ""),
   };
 }"""
