@@ -8,7 +8,7 @@ chapter *Teleporting*.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -106,6 +106,7 @@ class Problem:
             return check_scalar(self.loss(params))
 
 
+@dataclass(repr=False, eq=False)
 class Objective:
     """What a teleport improves, as a function on the orbit.
 
@@ -118,17 +119,12 @@ class Objective:
         transports: whether it takes gradients along the orbit instead of computing them there.
     """
 
-    def __init__(
-        self,
-        name: str,
-        along: Callable[[Problem, Symmetry], AlongOrbit],
-        *,
-        quadratic: str | None = None,
-        maximize: bool = True,
-        transports: bool = False,
-    ) -> None:
-        self.name, self.along, self.quadratic = name, along, quadratic
-        self.maximize, self.transports = maximize, transports
+    name: str
+    along: Callable[[Problem, Symmetry], AlongOrbit]
+    _: KW_ONLY
+    quadratic: str | None = None
+    maximize: bool = True
+    transports: bool = False
 
     def before(self, problem: Problem, symmetry: Symmetry) -> Tensor:
         """The objective at the identity, without graph."""
@@ -140,19 +136,15 @@ class Objective:
         return f"Objective({self.name})"
 
 
-def _gradient_at(problem: Problem, symmetry: Symmetry, moved: Params, xi: Any) -> Params:
+def _gradient_at(problem: Problem, symmetry: Symmetry, xi: Any) -> Params:
     """The gradient at the moved parameters, differentiable in xi: transported when exact, differentiated otherwise."""
     if symmetry.exact:
         return symmetry.transport(problem.gradient, xi, None if symmetry.linear else problem.params)
-    return value_and_grad(problem.loss, moved, create_graph=True)[1]
+    return value_and_grad(problem.loss, symmetry.act(problem.params, xi), create_graph=True)[1]
 
 
 def _gradient_norm(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
-    def along(xi):
-        moved = {} if symmetry.exact else symmetry.act(problem.params, xi)
-        return norm(_gradient_at(problem, symmetry, moved, xi))
-
-    return along
+    return lambda xi: norm(_gradient_at(problem, symmetry, xi))
 
 
 def _weight_norm(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
@@ -175,8 +167,7 @@ def one_step_loss(lr: float = 0.1) -> Objective:
 
     def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
         def along(xi):
-            moved = symmetry.act(problem.params, xi)
-            grads = _gradient_at(problem, symmetry, moved, xi)
+            moved, grads = symmetry.act(problem.params, xi), _gradient_at(problem, symmetry, xi)
             return check_scalar(problem.loss({name: moved[name] - lr * grads[name] for name in moved}))
 
         return along

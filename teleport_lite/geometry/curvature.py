@@ -13,11 +13,11 @@ from torch.func import vmap
 
 from teleport_lite.errors import TeleportError
 from teleport_lite.functional import Params, dot, trainable
+from teleport_lite.geometry.mixing_curves import is_chain, jets
 from teleport_lite.groups import PositiveScaling
 from teleport_lite.runtime import check_generator, widest
 from teleport_lite.symmetries.axes import NeuronSymmetry
 from teleport_lite.symmetries.base import Symmetry
-from teleport_lite.symmetries.minibatch import is_chain, jets
 from teleport_lite.symmetries.product import Product, check_symmetry
 
 CURVES = 4  # at once, each of which holds several copies of the parameters
@@ -76,12 +76,7 @@ def mean_kappa(params: Params, symmetry: Symmetry, curves: tuple[Tensor, ...]) -
         return scaling_kappas(params, continuous, curves).mean()
     if is_chain(continuous):
         return vmap(kappa)(*jets(continuous, params, curves)).mean()
-    one = continuous[0] if len(continuous) == 1 else None
-
-    def along(xi: tuple[Tensor, ...]) -> Tensor:
-        return kappa(*(one.jet(params, xi[0]) if one else continuous.jet(params, xi)))
-
-    return vmap(along, chunk_size=CURVES)(curves).mean()
+    return vmap(lambda xi: kappa(*continuous.jet(params, xi)), chunk_size=CURVES)(curves).mean()
 
 
 def _is_matrix_scaling(factor: Symmetry) -> bool:

@@ -121,38 +121,34 @@ KINDS: dict[str, Kind] = {  # but for "fixed"
 ENTANGLED = ("grad_avg", "row_var")  # entries that others are computed from
 MONOMIAL_ONLY = ("step bound", "direction")
 
-_ADAM = {"step": "fixed", "exp_avg": "gradient", "exp_avg_sq": "squared gradient"}
+
+def _kinds(table: dict[str, str]) -> dict[str, str]:
+    """By entry its kind, from entries by kind."""
+    return {entry: kind for kind, entries in table.items() for entry in entries.split()}
+
+
+_ADAM = _kinds({"fixed": "step", "gradient": "exp_avg", "squared gradient": "exp_avg_sq max_exp_avg_sq"})
 RULES: dict[str, dict[str, str]] = {  # by the name of the class of the optimizer, or of a base of it
-    "SGD": {"momentum_buffer": "gradient"},
-    "Muon": {"momentum_buffer": "gradient"},
-    "Adam": {**_ADAM, "max_exp_avg_sq": "squared gradient"},
-    "AdamW": {**_ADAM, "max_exp_avg_sq": "squared gradient"},
-    "SparseAdam": _ADAM,
-    "RAdam": _ADAM,
+    **dict.fromkeys(("SGD", "Muon"), {"momentum_buffer": "gradient"}),
+    **dict.fromkeys(("Adam", "AdamW", "SparseAdam", "RAdam"), _ADAM),
     "NAdam": {**_ADAM, "mu_product": "fixed"},
-    "Adamax": {"step": "fixed", "exp_avg": "gradient", "exp_inf": "gradient bound"},
-    "Adagrad": {"step": "fixed", "sum": "squared gradient"},
-    "Adadelta": {"step": "fixed", "square_avg": "squared gradient", "acc_delta": "squared step"},
-    "RMSprop": {
-        "step": "fixed",
-        "square_avg": "squared gradient",
-        "grad_avg": "gradient",
-        "momentum_buffer": "direction",
-    },
-    "Rprop": {"step": "fixed", "prev": "gradient", "step_size": "step bound"},
-    "ASGD": {"step": "fixed", "eta": "fixed", "mu": "fixed", "ax": "point"},
-    "Adafactor": {
-        "step": "fixed",
-        "row_var": "factored square",
-        "col_var": "factored square",
-        "variance": "squared gradient",
-    },
-    "LBFGS": {
-        **dict.fromkeys(("n_iter", "func_evals", "t", "ro", "al", "prev_loss"), "fixed"),
-        **dict.fromkeys(("old_dirs", "prev_flat_grad"), "gradient"),
-        **dict.fromkeys(("old_stps", "d"), "step"),
-        "H_diag": "inverse curvature",
-    },
+    "Adamax": _kinds({"fixed": "step", "gradient": "exp_avg", "gradient bound": "exp_inf"}),
+    "Adagrad": _kinds({"fixed": "step", "squared gradient": "sum"}),
+    "Adadelta": _kinds({"fixed": "step", "squared gradient": "square_avg", "squared step": "acc_delta"}),
+    "RMSprop": _kinds(
+        {"fixed": "step", "squared gradient": "square_avg", "gradient": "grad_avg", "direction": "momentum_buffer"}
+    ),
+    "Rprop": _kinds({"fixed": "step", "gradient": "prev", "step bound": "step_size"}),
+    "ASGD": _kinds({"fixed": "step eta mu", "point": "ax"}),
+    "Adafactor": _kinds({"fixed": "step", "factored square": "row_var col_var", "squared gradient": "variance"}),
+    "LBFGS": _kinds(
+        {
+            "fixed": "n_iter func_evals t ro al prev_loss",
+            "gradient": "old_dirs prev_flat_grad",
+            "step": "old_stps d",
+            "inverse curvature": "H_diag",
+        }
+    ),
 }
 
 
@@ -289,21 +285,21 @@ def _forget(optimizers: list[Optimizer]) -> None:
 
     `optimizer.state` stays the same object: others may hold it.
     """
-    fresh: list[Any] = []
-    for optimizer in optimizers:
-        if isinstance(optimizer, Adagrad):
-            start = optimizer.defaults["initial_accumulator_value"]
-            groups = [dict(group) for group in optimizer.param_groups]
-            fresh.append(Adagrad(groups, initial_accumulator_value=start).state)
-        else:
-            fresh.append({})
     backup = [dict(optimizer.state) for optimizer in optimizers]
     try:
-        for optimizer, state in zip(optimizers, fresh, strict=True):
-            optimizer.state.clear()
-            optimizer.state.update(state)
+        for optimizer in optimizers:
+            fresh: Any = {}
+            if isinstance(optimizer, Adagrad):
+                start = optimizer.defaults["initial_accumulator_value"]
+                groups = [dict(group) for group in optimizer.param_groups]
+                fresh = Adagrad(groups, initial_accumulator_value=start).state
+            _replace(optimizer, fresh)
     except BaseException:
         for optimizer, state in zip(optimizers, backup, strict=True):
-            optimizer.state.clear()
-            optimizer.state.update(state)
+            _replace(optimizer, state)
         raise
+
+
+def _replace(optimizer: Optimizer, state: Any) -> None:
+    optimizer.state.clear()
+    optimizer.state.update(state)

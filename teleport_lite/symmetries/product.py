@@ -80,6 +80,8 @@ class Product(Symmetry, Sequence):
         return tensors
 
     def jet(self, params, xi):
+        if len(self) == 1:
+            return self[0].jet(params, xi[0])
         if not all(f.homogeneous or isinstance(f, Shift) for f in self.factors):
             return super().jet(params, xi)
         zero = {name: torch.zeros_like(params[name]) for name in self.names}
