@@ -129,7 +129,8 @@ def _kinds(table: dict[str, str]) -> dict[str, str]:
 
 _ADAM = _kinds({"fixed": "step", "gradient": "exp_avg", "squared gradient": "exp_avg_sq max_exp_avg_sq"})
 RULES: dict[str, dict[str, str]] = {  # by the name of the class of the optimizer, or of a base of it
-    **dict.fromkeys(("SGD", "Muon"), {"momentum_buffer": "gradient"}),
+    "SGD": _kinds({"gradient": "momentum_buffer"}),
+    "Muon": _kinds({"gradient": "momentum_buffer"}),
     **dict.fromkeys(("Adam", "AdamW", "SparseAdam", "RAdam"), _ADAM),
     "NAdam": {**_ADAM, "mu_product": "fixed"},
     "Adamax": _kinds({"fixed": "step", "gradient": "exp_avg", "gradient bound": "exp_inf"}),
