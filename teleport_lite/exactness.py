@@ -106,11 +106,7 @@ def _close(a: float, b: float, tol: float) -> bool:
 
 
 def _is_noise(before: float, after: float, problem: Problem, tol: float) -> bool:
-    """Whether rounding the weights moves the loss as far: it does where the loss is small beside its terms.
-
-    Raises:
-        LossError: when it changes by itself.
-    """
+    """Whether rounding the weights moves the loss as far: it does where the loss is small beside its terms."""
     check_deterministic(problem, after, tol)
     probes = [float(problem.at(rounded(problem.params, sign))) for sign in (1, -1)]
     return abs(after - before) <= 2 * max(abs(probe - after) for probe in probes)

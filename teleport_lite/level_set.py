@@ -281,12 +281,7 @@ def carry_out(
     reason = "the loss or its gradient is not finite"
 
     def verify() -> None:
-        """Compare the model, which has moved, with what it was.
-
-        Raises:
-            LossError: when the loss changes by itself.
-            _RefusedError: when it must not stay there.
-        """
+        """Compare the model, which has moved, with what it was."""
         nonlocal after, new
         with walk.loss.observed() as outputs:
             after, new = walk.now()

@@ -51,11 +51,7 @@ class Trials:
     # -- evaluation
 
     def _calls(self, example: Arguments) -> list[Trial]:
-        """Trials in evaluation mode, the first one of usual size and the last one longest.
-
-        Raises:
-            TeleportError: when the model does not run on the example, or returns no tensor.
-        """
+        """Trials in evaluation mode, the first one of usual size and the last one longest."""
         try:
             given = self._given(example)
         except Exception as error:

@@ -220,11 +220,7 @@ def move(
 def _carried(
     optimizer: Optimizer, carrier: Carrier, parameters: dict[str, Tensor], infinite: dict[tuple[str, str], Tensor]
 ) -> Iterator[Pairs]:
-    """The tensors of the state that move, with their new values, entry by entry; all at once where they are entangled.
-
-    Raises:
-        StateError: when there is no rule for an entry, or none under this symmetry.
-    """
+    """The tensors of the state that move, with their new values, entry by entry; all at once where they are entangled."""
     label = type(optimizer).__name__
     rules: dict[str, str] = next((RULES[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in RULES), {})
     names = {id(parameters[name]): name for name in carrier.params}

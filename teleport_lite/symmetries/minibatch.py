@@ -242,11 +242,7 @@ def minibatch_symmetries(
 
 
 def _single(hidden: Hidden) -> nn.Module:
-    """The one activation of a hidden layer.
-
-    Raises:
-        ActivationError: when several modules stand there, or the width changes.
-    """
+    """The one activation of a hidden layer."""
     modules = [m for m in hidden.between if not isinstance(m, (nn.Identity, nn.Dropout))]
     if len(modules) > 1 or any(list(m.parameters()) for m in modules):
         raise ActivationError(hidden.between, "a single module without parameters", "build the symmetry by hand")

@@ -36,11 +36,7 @@ ENTRYWISE = ("linalg_vector_norm", "norm", "any", "all", "count_nonzero")  # eac
 
 
 def _dims_of(op: Operation, x: Tensor) -> list[int]:
-    """The dimensions that a reduction goes over.
-
-    Raises:
-        RuleMisfit: when they are given by name.
-    """
+    """The dimensions that a reduction goes over."""
     given = op["dim"] if op.has("dim") else -1 if op.short_name in SCANS else None
     dims = list(range(x.ndim)) if given is None or given == [] else [given] if isinstance(given, int) else list(given)
     if not all(isinstance(d, int) for d in dims):
@@ -100,7 +96,7 @@ def gather_over(
     if not how.linear or (inside and not stacked):
         op.keep_entries_apart([a])
     out = op.constraints.fresh(*first.shape)
-    for system, answer, verb in ((SCALE, how.scale, "rescaling"), (SIGN, how.sign, "flipping")):
+    for system, answer, verb in how.systems:
         if answer is None:
             op.fix([a, out], f"{word} {verb} them", system)
             continue
