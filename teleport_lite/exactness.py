@@ -16,7 +16,7 @@ from torch import Tensor
 from teleport_lite.distributed import BITS
 from teleport_lite.errors import BatchError, LossError, ParameterError
 from teleport_lite.functional import Params, norms, value_and_grad
-from teleport_lite.objectives import Problem
+from teleport_lite.problem import Problem
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
 from teleport_lite.symmetries.product import Product
 

@@ -16,7 +16,8 @@ from teleport_lite.distributed import Ranks
 from teleport_lite.errors import LossError, NoSymmetryError, ParameterError, TeleportError
 from teleport_lite.exactness import MOVED, RefusedError, check_deterministic, largest_change, relative_gap, why_refused
 from teleport_lite.functional import Evaluation, Params, norms, stacked, trainable
-from teleport_lite.objectives import Objective, Problem, as_objective
+from teleport_lite.objectives import Objective, as_objective
+from teleport_lite.problem import Problem
 from teleport_lite.report import Report
 from teleport_lite.runtime import TOLERANCES, LossFn, check_generator, coarsest, unwrap_compiled
 from teleport_lite.search import search as find
@@ -99,7 +100,13 @@ def teleport(
     """
     ranks = Ranks(model)
     with ranks.together():
-        options = {"maximize": maximize, "radius": radius, "tol": tol, "generator": generator, "search": search}
+        options: dict[str, Any] = {
+            "maximize": maximize,
+            "radius": radius,
+            "tol": tol,
+            "generator": generator,
+            "search": search,
+        }
         return carry_out(ranks, loss_fn, symmetry, objective, **options)
 
 
@@ -184,15 +191,7 @@ def carry_out(
         numbers: list[float] = []
 
         def verify(more: Sequence[Tensor] = (), check: Check = lambda _: None) -> None:
-            """Compare the real model, which has moved, with what it was.
-
-            Args:
-                more: numbers that the host waits for along with these.
-                check: looks at them; what it raises undoes the move.
-
-            Raises:
-                RefusedError: when it must not stay there.
-            """
+            """Compare the real model, which has moved, with what it was; `check` looks at `more` numbers likewise."""
             now = Problem(loss, {name: p.detach() for name, p in parameters.items()}, ranks)
             zero = loss_before.new_zeros(())
             with loss.observed() as new_outputs:

@@ -24,7 +24,7 @@ from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.functional import loss_of, norm, value_and_grad
 from teleport_lite.geometry.mixing_curves import is_chain, jets
 from teleport_lite.groups import GeneralLinear, PositiveScaling
-from teleport_lite.objectives import Problem
+from teleport_lite.problem import Problem
 from teleport_lite.symmetries import TestFunction, mixing, scaling
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 

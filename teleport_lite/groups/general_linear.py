@@ -91,7 +91,8 @@ class GeneralLinear(Group):
         On the CPU, in float64 for a minimum: a device is waited for once, and not at each decomposition.
         """
         home, both = up, torch.stack([up, down]).cpu()
-        found = _corner(*both, radius) if maximize else _balanced(*both.double(), radius)
+        up, down = both if maximize else both.double()
+        found = (_corner if maximize else _balanced)(up, down, radius)
         return found.to(home.dtype).to(home.device, non_blocking=True)
 
 

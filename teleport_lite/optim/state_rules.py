@@ -123,7 +123,6 @@ MONOMIAL_ONLY = ("step bound", "direction")
 
 
 def _kinds(table: dict[str, str]) -> dict[str, str]:
-    """By entry its kind, from entries by kind."""
     return {entry: kind for kind, entries in table.items() for entry in entries.split()}
 
 
@@ -136,9 +135,10 @@ RULES: dict[str, dict[str, str]] = {  # by the name of the class of the optimize
     "Adamax": _kinds({"fixed": "step", "gradient": "exp_avg", "gradient bound": "exp_inf"}),
     "Adagrad": _kinds({"fixed": "step", "squared gradient": "sum"}),
     "Adadelta": _kinds({"fixed": "step", "squared gradient": "square_avg", "squared step": "acc_delta"}),
-    "RMSprop": _kinds(
-        {"fixed": "step", "squared gradient": "square_avg", "gradient": "grad_avg", "direction": "momentum_buffer"}
-    ),
+    "RMSprop": {
+        **_kinds({"fixed": "step", "squared gradient": "square_avg", "gradient": "grad_avg"}),
+        "momentum_buffer": "direction",
+    },
     "Rprop": _kinds({"fixed": "step", "gradient": "prev", "step bound": "step_size"}),
     "ASGD": _kinds({"fixed": "step eta mu", "point": "ax"}),
     "Adafactor": _kinds({"fixed": "step", "factored square": "row_var col_var", "squared gradient": "variance"}),
@@ -220,7 +220,7 @@ def move(
 def _carried(
     optimizer: Optimizer, carrier: Carrier, parameters: dict[str, Tensor], infinite: dict[tuple[str, str], Tensor]
 ) -> Iterator[Pairs]:
-    """The tensors of the state that move, with their new values, entry by entry; all at once where they are entangled."""
+    """The tensors of the state that move, with new values, entry by entry; all at once where they are entangled."""
     label = type(optimizer).__name__
     rules: dict[str, str] = next((RULES[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in RULES), {})
     names = {id(parameters[name]): name for name in carrier.params}
