@@ -128,17 +128,15 @@ def _kinds(table: dict[str, str]) -> dict[str, str]:
 
 _ADAM = _kinds({"fixed": "step", "gradient": "exp_avg", "squared gradient": "exp_avg_sq max_exp_avg_sq"})
 RULES: dict[str, dict[str, str]] = {  # by the name of the class of the optimizer, or of a base of it
-    "SGD": _kinds({"gradient": "momentum_buffer"}),
-    "Muon": _kinds({"gradient": "momentum_buffer"}),
+    **dict.fromkeys(("SGD", "Muon"), _kinds({"gradient": "momentum_buffer"})),
     **dict.fromkeys(("Adam", "AdamW", "SparseAdam", "RAdam"), _ADAM),
     "NAdam": {**_ADAM, "mu_product": "fixed"},
     "Adamax": _kinds({"fixed": "step", "gradient": "exp_avg", "gradient bound": "exp_inf"}),
     "Adagrad": _kinds({"fixed": "step", "squared gradient": "sum"}),
     "Adadelta": _kinds({"fixed": "step", "squared gradient": "square_avg", "squared step": "acc_delta"}),
-    "RMSprop": {
-        **_kinds({"fixed": "step", "squared gradient": "square_avg", "gradient": "grad_avg"}),
-        "momentum_buffer": "direction",
-    },
+    "RMSprop": _kinds(
+        {"fixed": "step", "squared gradient": "square_avg", "gradient": "grad_avg", "direction": "momentum_buffer"}
+    ),
     "Rprop": _kinds({"fixed": "step", "gradient": "prev", "step bound": "step_size"}),
     "ASGD": _kinds({"fixed": "step eta mu", "point": "ax"}),
     "Adafactor": _kinds({"fixed": "step", "factored square": "row_var col_var", "squared gradient": "variance"}),
