@@ -227,15 +227,14 @@ def generator_for(params: Params, generator: torch.Generator | None) -> torch.Ge
     return torch.Generator(next(iter(params.values())).device).manual_seed(int(torch.randint(2**62, ())))
 
 
-def normal_like(params: Params, count: int, generator: torch.Generator | None) -> Params:
-    """Normal random numbers [count, ...] for each parameter, drawn where the generator lives."""
-    drawn, generator = {}, check_generator(generator)
-    for name, p in params.items():
-        device = p.device if generator is None else generator.device
-        drawn[name] = torch.randn(count, *p.shape, generator=generator, dtype=p.dtype, device=device).to(
-            p.device, non_blocking=True
-        )
-    return drawn
+def normal_like(params: Params, generator: torch.Generator) -> Params:
+    """Normal random numbers for each parameter, drawn where the generator lives."""
+
+    def draw(p: Tensor) -> Tensor:
+        drawn = torch.randn(p.shape, generator=generator, dtype=p.dtype, device=generator.device)
+        return drawn.to(p.device, non_blocking=True)
+
+    return {name: draw(p) for name, p in params.items()}
 
 
 def norms(params: Params) -> Tensor:
