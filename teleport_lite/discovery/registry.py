@@ -136,8 +136,3 @@ def _name_of(op: object) -> str:
         remedy = "pass what torch.library.custom_op returned, or torch.ops.mylib.name"
         raise TeleportError("an operator", type(op).__name__, remedy)
     return qualified
-
-
-def words_for(**rules: Rule) -> None:
-    """Enter rules that one word stands for."""
-    WORDS.update(rules)

@@ -19,7 +19,7 @@ from teleport_lite.discovery.labels import (
     varying_dims,
 )
 from teleport_lite.discovery.operation import Operation
-from teleport_lite.discovery.registry import rule_for, words_for
+from teleport_lite.discovery.registry import WORDS, rule_for
 from teleport_lite.discovery.rules.equivariance import NEITHER, Ask, Equivariance, Operands, ask_once, operands_of
 
 UNMARKED = ("add", "pow", "square")  # after which an axis may still be rotated, as where squares are summed over it
@@ -36,7 +36,7 @@ def declared(equivariance: Equivariance, op: Operation) -> list[Labels]:
     return [_commute(op, operands_of(op), lambda which: equivariance)]
 
 
-words_for(
+WORDS.update(
     pointwise=pointwise,
     homogeneous=partial(declared, Equivariance(1, None)),
     odd=partial(declared, Equivariance(None, 1)),

@@ -8,7 +8,7 @@ from torch import Tensor
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN
 from teleport_lite.discovery.labels import Labels, are_stacked, order_along
 from teleport_lite.discovery.operation import Operation, RuleMisfit
-from teleport_lite.discovery.registry import rule_for, words_for
+from teleport_lite.discovery.registry import WORDS, rule_for
 from teleport_lite.discovery.rules.equivariance import NEITHER, Equivariance
 
 COMMUTES = {  # what they commute with, entry by entry of what is left
@@ -127,4 +127,4 @@ def softmax_labels(op: Operation) -> list[Labels]:
     return [labels]
 
 
-words_for(softmax=softmax_labels)
+WORDS.update(softmax=softmax_labels)
