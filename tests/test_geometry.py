@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 import teleport_lite as tl
 from teleport_lite import geometry, objectives
+from teleport_lite.book.curves import is_chain, jets, scaling_kappas
 from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.functional import loss_of, norm, value_and_grad
-from teleport_lite.geometry.mixing_curves import is_chain, jets
 from teleport_lite.groups import GeneralLinear, PositiveScaling
 from teleport_lite.problem import Problem
 from teleport_lite.symmetries import TestFunction, mixing, scaling
@@ -648,7 +648,7 @@ def test_curvature_of_scalings_by_moments_is_that_of_their_jets(build, dtype, ge
     symmetry, params = tl.Product([symmetry]), params_of(model)
     curves = geometry.sample_curves(params, symmetry, 5, generator=generator)
     points = {name: p.to(dtype).requires_grad_() for name, p in params.items()}
-    found = geometry.scaling_kappas(points, symmetry, tuple(xi.to(dtype) for xi in curves))
+    found = scaling_kappas(points, symmetry, tuple(xi.to(dtype) for xi in curves))
     exact = {name: p.clone().requires_grad_() for name, p in params.items()}
     jets = [symmetry.jet(exact, xi) for xi in zip(*curves, strict=True)]
     expected = torch.stack([geometry.kappa(*jet) for jet in jets])

@@ -1,4 +1,6 @@
-r"""Curves of mini-batch mixings, in closed form: what `Symmetry.jet` gives, at a small part of its cost.
+r"""The curvature of orbits of scalings, and of mini-batch mixings, at a small part of what `Symmetry.jet` costs.
+
+Importing this lets `teleport_lite.curvature` use it: the chapter *Sharpness and curvature* takes many curves.
 
 A chain of minimum-change mixings, each of the layer that follows the one before, acts from below: a layer whose inputs
 and weights move already is mixed by $e^{tM}$. Velocity and acceleration in Proposition 11.5 of the chapter *Sharpness
@@ -7,6 +9,7 @@ and curvature*.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,9 +17,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jvp, vmap
 
 from teleport_lite.functional import Params
+from teleport_lite.geometry.curvature import FASTER, kappa
+from teleport_lite.groups import PositiveScaling
+from teleport_lite.runtime import widest
+from teleport_lite.symmetries.axes import NeuronSymmetry
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.minibatch import IncomingMixing, MiniBatchMixing, OutgoingMixing
 
@@ -116,3 +123,54 @@ def _corrections(matrix: Tensor, slope: Tensor | None, first: Tensor, second: Te
         back = slope.mT @ (inverse.mT @ w)
         second = second + 2 * (inverse.mT @ (slope.mT @ (first - matrix @ w)) - slope @ w - matrix @ back)
     return w.mT, (inverse @ second + 2 * back).mT
+
+
+def _is_matrix_scaling(factor: Symmetry) -> bool:
+    """Whether it multiplies rows and columns, the first two dimensions of tensors, by positive numbers."""
+    legs = factor.legs if isinstance(factor, NeuronSymmetry) and isinstance(factor.group, PositiveScaling) else ()
+    return len(legs) > 0 and all(leg.dim < 2 and leg.groups == 1 for leg in legs)
+
+
+def scaling_kappas(params: Params, scalings: Sequence[Any], curves: tuple[Tensor, ...]) -> Tensor:
+    r"""`kappa` of curves of scalings, [curves], by a few matrix products; differentiable in `params`.
+
+    Such a curve is $w_i(t) = e^{\theta_i t} w_i$, so that $|\gamma'|^2$, $\gamma' \cdot \gamma''$ and
+    $|\gamma''|^2$ are $\sum_i \theta_i^m w_i^2$ for m = 2, 3, 4. For a matrix $\theta_{ij} = a_i + b_j$, and all
+    follows from $\sum_{ij} a_i^p\, w_{ij}^2\, b_j^q$. The sums are of float64, for $\kappa$ is a difference of them.
+
+    Args:
+        params: w.
+        scalings: of rows and columns.
+        curves: from `sample_curves`.
+
+    >>> from teleport_lite.symmetries import scaling
+    >>> w = {"v": torch.tensor([[2.0]]), "u": torch.tensor([[1.0]])}
+    >>> scaling_kappas(w, [scaling(1, "v", "u")], (torch.ones(1, 1),))  # of (2 e^t, e^-t): 4 / 5^(3/2)
+    tensor([0.3578])
+    """
+    tables = []
+    for name in dict.fromkeys(name for f in scalings for name in f.names):
+        moves = zip(scalings, curves, strict=True)
+        legs = [(xi, leg) for f, xi in moves for leg in f.legs if leg.name == name]
+        w = params[name].to(widest(params[name].device)).square()
+        w = w.flatten(2).sum(2) if w.ndim > 2 else w.reshape(len(w), -1)
+        for dim in {0, 1} - {leg.dim for *_, leg in legs}:
+            w = w.sum(dim, keepdim=True)
+        rates = [w.new_zeros(len(curves[0]), n) for n in w.shape]
+        for xi, leg in legs:
+            rate = (leg.exponent * xi).repeat_interleave(leg.each, 1)
+            rates[leg.dim].narrow(1, leg.start, rate.shape[1]).add_(rate.to(w))
+        a, b = (torch.linalg.vander(rate, N=5) for rate in rates)
+        tables.append(torch.einsum("kip,ij,kjq->pqk", a, w, b))
+    table = torch.stack([t.to(tables[0]) for t in tables]).sum(0)
+    speed, along, bend = (  # by the binomial theorem
+        torch.stack([math.comb(m, p) * table[p, m - p] for p in range(m + 1)]).sum(0) for m in (2, 3, 4)
+    )
+    across = (bend - along.square() / speed).clamp(min=torch.finfo(bend.dtype).eps * bend)
+    return (across.sqrt() / speed).to(params[scalings[0].names[0]])
+
+
+FASTER += [
+    (lambda symmetry: all(map(_is_matrix_scaling, symmetry)), scaling_kappas),
+    (is_chain, lambda params, symmetry, curves: vmap(kappa)(*jets(symmetry, params, curves))),
+]
