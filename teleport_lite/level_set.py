@@ -53,6 +53,7 @@ def level_set_teleport(
         ParameterError: when a parameter is complex or not finite.
         TeleportError: when steps, radius, tol or kkt_tol is not positive.
 
+    >>> import torch
     >>> model = nn.Linear(2, 1, bias=False, dtype=torch.float64)
     >>> _ = model.weight.data.copy_(torch.tensor([[3.0, 1.0]]))
     >>> ellipse = lambda net: (net(torch.diag(torch.tensor([1.0, 3.0]).double())) ** 2).sum()  # w1^2 + 9 w2^2
