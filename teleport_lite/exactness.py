@@ -16,7 +16,7 @@ from torch import Tensor
 from teleport_lite.distributed import BITS
 from teleport_lite.errors import BatchError, LossError, ParameterError
 from teleport_lite.functional import Params, norms, value_and_grad
-from teleport_lite.objectives import Problem
+from teleport_lite.problem import Problem
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
 from teleport_lite.symmetries.product import Product
 
@@ -106,11 +106,7 @@ def _close(a: float, b: float, tol: float) -> bool:
 
 
 def _is_noise(before: float, after: float, problem: Problem, tol: float) -> bool:
-    """Whether rounding the weights moves the loss as far: it does where the loss is small beside its terms.
-
-    Raises:
-        LossError: when it changes by itself.
-    """
+    """Whether rounding the weights moves the loss as far: it does where the loss is small beside its terms."""
     check_deterministic(problem, after, tol)
     probes = [float(problem.at(rounded(problem.params, sign))) for sign in (1, -1)]
     return abs(after - before) <= 2 * max(abs(probe - after) for probe in probes)

@@ -383,3 +383,10 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     **{how: written(how) for how in ("index_add", "index_copy", "scatter_add", "in place", "index_put", "mask")},
     **{f"scatter_reduce {how}": written(how) for how in ("sum", "mean", "amax", "prod")},
 }
+
+if hasattr(torch.ops.aten, "_fused_rms_norm"):  # torch >= 2.8
+
+    def fused_rms_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        return torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], gain, 0.5)[0] + shift
+
+    CASES["fused rms norm"] = normed(fused_rms_norm, -1)

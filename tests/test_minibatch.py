@@ -14,8 +14,9 @@ from torch.func import functional_call
 import teleport_lite as tl
 from teleport_lite.errors import ActivationError, BatchError, NoSymmetryError, TeleportError, UnknownNameError
 from teleport_lite.functional import loss_of, norm, value_and_grad
-from teleport_lite.objectives import Problem, as_objective
+from teleport_lite.objectives import as_objective
 from teleport_lite.outputs import tensors_of
+from teleport_lite.problem import Problem
 
 ACTIVATIONS = {"outgoing": [nn.LeakyReLU(0.1), nn.Tanh(), nn.GELU(), nn.Sigmoid()], "incoming": [nn.LeakyReLU(0.1)]}
 EXACT = [(kind, act) for kind, acts in ACTIVATIONS.items() for act in acts]

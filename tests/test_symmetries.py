@@ -116,7 +116,10 @@ def test_groups(kind, generator):
     assert group.isometry == (abs(float(acted(g).norm() / vectors.norm()) - 1) < 1e-12)
     if group.dim:
         assert float(group.norm(a)) <= 0.7
-        assert float(group.norm(group.clip(10 * a / group.norm(a), 0.5))) == pytest.approx(0.5)
+        far = 10 * a / group.norm(a)
+        assert float(group.norm(group.clip(far, 0.5))) == pytest.approx(0.5)
+        assert relative(group.clip(-far, 0.5), -group.clip(far, 0.5)) < 1e-12
+        assert relative(group.clip(a, 0.8), a) < 1e-12  # what is inside stays
         stretch = torch.linalg.matrix_norm(acted(g).movedim(1, 0).flatten(1), 2) / torch.linalg.matrix_norm(
             vectors.movedim(1, 0).flatten(1), 2
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -67,31 +67,23 @@ class Probe:
         self.buffers = {b: b.clone() for b in self.buffers}
         self.values = {name: p.detach().clone() for name, p in self.params.items()}
 
-    def run(
+    def outputs(
         self, call: Arguments, training: bool = False, seed: int = 0, modes: tuple[TorchDispatchMode, ...] = ()
-    ) -> Any:
-        """What the copy returns, from its first state; `modes` see its operators, the last one first."""
+    ) -> list[Tensor]:
+        """The tensors that the copy returns, from its first state; `modes` see its operators, the last one first."""
         self._restore()
         self.module.train(training)
         seed_everything(seed)
         call = call.fresh()
         with ExitStack() as stack:
-            for mode in (*modes, *((self.mode,) if self.mode else ())):
+            for mode in modes:
                 if isinstance(mode, Watch):
                     mode.look_at(call.tensors())
                 stack.enter_context(mode)
-            return self.module(*call.args, **call.kwargs)
-
-    def outputs(
-        self, call: Arguments, training: bool = False, seed: int = 0, modes: tuple[TorchDispatchMode, ...] = ()
-    ) -> list[Tensor]:
-        """The tensors of what `run` returns."""
-        found = tensors_of(self.run(call, training, seed, modes), self.arguments)
-        if self.of == "outputs":
-            return found
-        with ExitStack() as stack:
-            for mode in modes:
-                stack.enter_context(mode)
+            with self.mode or nullcontext():
+                found = tensors_of(self.module(*call.args, **call.kwargs), self.arguments)
+            if self.of == "outputs":
+                return found
             real = (t.is_floating_point() and t.ndim > 1 for t in found)
             return [t.log_softmax(1 if t.ndim > 3 else -1) if r else t for t, r in zip(found, real, strict=True)]
 

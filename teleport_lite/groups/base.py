@@ -13,6 +13,7 @@ networks*.
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -30,6 +31,7 @@ class Group(ABC):
 
     Attributes:
         n: length of the vectors.
+        shape: of the coordinates.
         dim: dimension of the group, 0 when it is finite.
         isometry: whether all elements preserve the Euclidean norm.
         kind: what its elements do, in one word.
@@ -44,21 +46,25 @@ class Group(ABC):
         self.n = n
 
     @property
-    @abstractmethod
-    def dim(self) -> int: ...
+    def shape(self) -> tuple[int, ...]:
+        return (self.n,)
+
+    @property
+    def dim(self) -> int:
+        return math.prod(self.shape)
 
     @property
     @abstractmethod
     def symbol(self) -> str:
         """The group in the notation of the book, such as GL(16)."""
 
-    @abstractmethod
     def zeros(self, like: Tensor) -> Tensor:
         """Coordinates of the identity, on the device and with the dtype of `like`, but in float32 at least."""
+        return like.new_zeros(self.shape, dtype=wide(like.dtype))
 
-    @abstractmethod
     def exp(self, xi: Tensor) -> Tensor:
         """The element with coordinates `xi`."""
+        return xi
 
     @abstractmethod
     def compose(self, g: Tensor, h: Tensor) -> Tensor:

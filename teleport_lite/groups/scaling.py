@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from teleport_lite.groups.base import Group, draw, multiply_along, wide
+from teleport_lite.groups.base import Group, draw, multiply_along
 
 NEWTON = 20  # steps, each of which doubles the digits in the end
 
@@ -23,15 +23,8 @@ class PositiveScaling(Group):
     kind = "scaling"
 
     @property
-    def dim(self) -> int:
-        return self.n
-
-    @property
     def symbol(self) -> str:
         return f"(R>0)^{self.n}"
-
-    def zeros(self, like):
-        return like.new_zeros(self.n, dtype=wide(like.dtype))
 
     def exp(self, xi):
         return xi.exp()

@@ -25,6 +25,7 @@ from teleport_lite.runtime import home_of_float64
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.product import Product
+from teleport_lite.symmetries.rank import components
 
 SWEEPS_UP = 4  # a corner maximum has been stable after 1 to 4 sweeps wherever it was measured
 SWEEPS_DOWN = 100  # balancing converges linearly, by about cos^2(pi / depth) a sweep
@@ -82,7 +83,7 @@ def closed_form(
     """
     moving = [f for f in symmetry if isinstance(f, NeuronSymmetry) and _is_solvable(f, gradients)]
     found: dict[int, Tensor] = {}
-    for parts in _alike(_components(moving), tensors):
+    for parts in _alike(components(moving, _meet), tensors):
         first = parts[0]
         plain = all(isinstance(f.group, PositiveScaling) and all(leg.groups == 1 for leg in f.legs) for f in first)
         sweep = partial(
@@ -103,16 +104,6 @@ def closed_form(
         for factors, elements in zip(zip(*parts, strict=True), xis, strict=True):
             found |= {id(f): xi.to(f.zeros(tensors)) for f, xi in zip(factors, elements, strict=True)}
     return tuple(found[id(f)] if id(f) in found else f.zeros(tensors) for f in symmetry)
-
-
-def _components(factors: list[NeuronSymmetry]) -> list[list[NeuronSymmetry]]:
-    """Factors that move the same entries, directly or through others, taken together; what is apart is independent."""
-    parts: list[list[NeuronSymmetry]] = []
-    for factor in factors:
-        near = [part for part in parts if any(_meet(factor, f) for f in part)]
-        parts = [part for part in parts if part not in near]
-        parts.append([*(f for part in near for f in part), factor])
-    return parts
 
 
 def _meet(a: NeuronSymmetry, b: NeuronSymmetry) -> bool:

@@ -70,9 +70,7 @@ class Symmetry(ABC):
         Raises:
             TeleportError: when the action is nonlinear and `params` is missing.
         """
-        if params is None and not self.linear:
-            remedy = "pass the params at which grads was taken"
-            raise TeleportError("params, because the action is nonlinear", None, remedy)
+        self._check_point(params)
         end = self.act(grads if params is None else params, xi)
         pull = torch.func.vjp(lambda w: self.act(w, self.inverse(xi)), end)[1]
         return pull(grads)[0]
@@ -98,8 +96,7 @@ class Symmetry(ABC):
         Raises:
             TeleportError: when the action is nonlinear and `params`, where J is taken, is missing.
         """
-        if params is None and not self.linear:
-            raise TeleportError("params, because the action is nonlinear", None, "pass the params to be moved")
+        self._check_point(params)
         point = tensors if params is None else params
         self.check(point)
 
@@ -115,7 +112,7 @@ class Symmetry(ABC):
 
     def velocity(self, params: Params, xi: Any) -> Params:
         r"""The infinitesimal action $A_\xi w = \frac{d}{dt} e^{t\xi} \cdot w$ at t = 0, for the entries in `names`."""
-        return self._derivative(lambda t: self.move(params, _times(t, xi)), params)[1]
+        return torch.func.jvp(lambda z: self.move(params, z), (_origin(xi),), (xi,))[1]
 
     def jet(self, params: Params, xi: Any) -> tuple[Params, Params]:
         r"""First and second derivative of the curve $t \mapsto e^{t\xi} \cdot w$ at t = 0, for the entries in `names`.
@@ -127,16 +124,10 @@ class Symmetry(ABC):
             first = self.velocity(params, xi)
             return first, self.velocity(first, xi)
 
-        def slope(t: Tensor) -> Params:
-            return torch.func.jvp(lambda s: self.move(params, _times(s, xi)), (t,), (torch.ones_like(t),))[1]
+        def slope(z: Any) -> Params:
+            return torch.func.jvp(lambda y: self.move(params, y), (z,), (xi,))[1]
 
-        return self._derivative(slope, params)
-
-    def _derivative(self, curve: Callable[[Tensor], Params], params: Params) -> tuple[Params, Params]:
-        """A curve of parameters and its derivative, at t = 0."""
-        zero = self._like(params).new_zeros(())
-        point, tangent = torch.func.jvp(curve, (zero,), (torch.ones_like(zero),))[:2]
-        return point, tangent
+        return torch.func.jvp(slope, (_origin(xi),), (xi,))[:2]
 
     def zeros(self, params: Params) -> Any:
         """Coordinates of the identity."""
@@ -199,6 +190,11 @@ class Symmetry(ABC):
         remedy = "make it again from the model and the batch"
         raise TeleportError("a symmetry that can be saved", type(self).__name__, remedy)
 
+    def _check_point(self, params: Params | None) -> None:
+        if params is None and not self.linear:
+            remedy = "pass the params to be moved, at which the tensors were taken"
+            raise TeleportError("params, because the action is nonlinear", None, remedy)
+
     def _check_coordinates(self, params: Params, xi: Any) -> None:
         expected = self.zeros(params)
         if not isinstance(xi, Tensor) or xi.shape != expected.shape:
@@ -217,8 +213,9 @@ class Symmetry(ABC):
         return f"{type(self).__name__}({self}; {self.group}, dim {self.dim}, {self.holds})"
 
 
-def _times(t: Tensor, xi: Any) -> Any:
-    return tree_map(lambda x: t.to(x.device) * x, xi)
+def _origin(xi: Any) -> Any:
+    """The coordinates of the identity, one for all that `vmap` runs together."""
+    return tree_map(lambda x: torch.zeros(x.shape, dtype=x.dtype, device=x.device), xi)
 
 
 def check_radius(radius: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -64,22 +64,22 @@ class Product(Symmetry, Sequence):
         return {name: params[name] for name in self.names}
 
     def transport(self, grads, xi, params=None):
-        self._check_coordinates(grads, xi)
-        for factor, x in self._steps(xi):
-            grads = factor.transport(grads, x, params)
-            if params is not None:
-                params = factor.act(params, x)
-        return grads
+        return self._carried(lambda f, g, x, p: f.transport(g, x, p), grads, xi, params)
 
     def spread(self, tensors, xi, entry, *, dual=True, params=None):
+        return self._carried(lambda f, t, x, p: f.spread(t, x, entry, dual=dual, params=p), tensors, xi, params)
+
+    def _carried(self, carry: Callable[..., Params], tensors: Params, xi: Any, params: Params | None) -> Params:
+        """`carry` by one factor after the other, from where those before have moved the parameters."""
         self._check_coordinates(tensors, xi)
         for factor, x in self._steps(xi):
-            tensors = factor.spread(tensors, x, entry, dual=dual, params=params)
-            if params is not None:
-                params = factor.act(params, x)
+            tensors = carry(factor, tensors, x, params)
+            params = None if params is None else factor.act(params, x)
         return tensors
 
     def jet(self, params, xi):
+        if len(self) == 1:
+            return self[0].jet(params, xi[0])
         if not all(f.homogeneous or isinstance(f, Shift) for f in self.factors):
             return super().jet(params, xi)
         zero = {name: torch.zeros_like(params[name]) for name in self.names}
