@@ -20,6 +20,7 @@ from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.probe import Probe, laboratory
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.propose import solve_and_verify
+from teleport_lite.discovery.shears import shears
 from teleport_lite.discovery.solve import reasons as reasons_of
 from teleport_lite.discovery.translate import together, translations
 from teleport_lite.discovery.trial import Trial
@@ -94,7 +95,7 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
         propagation.fix_idle_matrices(check.matters)
         factors, reasons = solve_and_verify(propagation, check)
         shifts = translations(probe, check, generator)
-        found: list[Symmetry] = [*factors, *together(shifts)]
+        found: list[Symmetry] = [*factors, *shears(factors, shifts, propagation, check), *together(shifts)]
         if of == "loss":
             probe.of = of
             seen = translations(probe, Verifier(probe, Arguments.of(example_inputs), generator), generator)

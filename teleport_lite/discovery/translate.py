@@ -15,6 +15,7 @@ from teleport_lite.discovery.probe import Probe, normal
 from teleport_lite.discovery.shifts import Shifts
 from teleport_lite.discovery.verify import Verifier
 from teleport_lite.functional import Params, norm
+from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.shifts import Move, Shift, Step, joined
 
 ROUNDING = 1e-8  # the cosine of what is orthogonal
@@ -35,9 +36,8 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
         }
         trial = next((t for t in check.planned.trials if t.training), trial)
         with probe.at(elsewhere):
-            for gradient in exercised(params, [trial.run])[2]:
-                length = float(norm(gradient))
-                proposed = [s for s in proposed if _orthogonal(s, elsewhere, gradient, length)]
+            gradients = exercised(params, [trial.run])[2]
+        proposed = [s for s in proposed if to_first_order(s, elsewhere, gradients)]
     family = {**unseen, **{s: -k for k, s in enumerate(low_rank, 1)}}
     return {s: family.get(s, 0) for s in check.keep(proposed, lambda *_: None)}
 
@@ -58,11 +58,12 @@ def together(found: dict[Shift, int]) -> list[Shift]:
     return [joined(part) for _, part in parts]
 
 
-def _orthogonal(shift: Shift, params: Params, gradient: Params, length: float) -> bool:
-    """Whether a gradient, of this length, has no part along a translation there: then it holds to first order."""
-    velocity = shift.velocity(params, shift.sample(params, generator=torch.Generator().manual_seed(0)))
-    inner = sum(float((gradient[n] * v).sum()) for n, v in velocity.items() if n in gradient)
-    return not abs(inner) > ROUNDING * length * float(norm(velocity))
+def to_first_order(symmetry: Symmetry, params: Params, gradients: list[Params]) -> bool:
+    """Whether gradients have no part along a symmetry there: then it holds to first order."""
+    velocity = symmetry.velocity(params, symmetry.sample(params, generator=torch.Generator().manual_seed(0)))
+    inner = [sum(float((g[n] * v).sum()) for n, v in velocity.items() if n in g) for g in gradients]
+    lengths = [float(norm(g)) * float(norm(velocity)) for g in gradients]
+    return not any(abs(a) > ROUNDING * b for a, b in zip(inner, lengths, strict=True))
 
 
 def constants(params: Params, gradients: list[Params], generator: torch.Generator) -> Iterator[tuple[Shift, int]]:
