@@ -70,8 +70,13 @@ def constants(params: Params, gradients: list[Params], generator: torch.Generato
     """Shifts that are constant along an axis which a softmax or a norm reads, and the length of that axis.
 
     There the sum of the gradient along the axis is zero, or along each of several runs of its entries, as the groups of
-    a GroupNorm: where partial sums of a gradient come back to a value, such a run begins and ends.
+    a GroupNorm: where partial sums of a gradient come back to a value, such a run begins and ends. Where a gain stands
+    between, it is the sum of the gradient divided by that gain.
     """
+    vectors: dict[int, list[str]] = defaultdict(list)
+    for name, p in params.items():
+        if p.ndim and p.numel() == max(p.shape):
+            vectors[p.numel()].append(name)
     largest = max((float(g.abs().max()) for found in gradients for g in found.values() if g.numel()), default=0.0)
     for name, p in params.items():
         grads = [g[name] for g in gradients if name in g]
@@ -82,6 +87,11 @@ def constants(params: Params, gradients: list[Params], generator: torch.Generato
             runs = _runs(entries, EXACT * (largest + 10 * float(entries.abs().sum())))
             if runs:
                 yield _constant(name, p.shape, dim, runs), p.shape[dim]
+                continue
+            for gain in vectors[p.shape[dim]] if p.shape[dim] > 1 else ():
+                parts = entries / params[gain].to(entries).flatten()
+                if gain != name and parts.sum().abs() <= EXACT * parts.abs().sum():
+                    yield _behind(gain, params[gain].shape, name, p.shape, dim), p.shape[dim]
 
 
 def _runs(entries: torch.Tensor, rounding: float) -> list[tuple[int, int]]:
@@ -96,6 +106,16 @@ def _runs(entries: torch.Tensor, rounding: float) -> list[tuple[int, int]]:
     if ends == [[0, len(some)]]:
         return [(0, len(entries))]
     return [(int(some[a]), int(some[b - 1]) + 1) for a, b in ends]
+
+
+def _behind(gain: str, gains: torch.Size, name: str, shape: torch.Size, dim: int) -> Shift:
+    """The shift that is constant along an axis behind a gain, a vector in the shape `gains`."""
+    axes = "ijklm"[: len(shape)]
+    flat = tuple(1 if d == dim else n for d, n in enumerate(shape))
+    n = torch.Size(flat).numel()
+    own = "".join(axes[dim] if length > 1 else "xyz"[d] for d, length in enumerate(gains))
+    step = Step((), f"{own},{axes}->{axes}", flat, ((gain, 0, gains[0], -1),))
+    return Shift(n, [Move(name, tuple(shape), 0, n, (step,))])
 
 
 def _constant(name: str, shape: torch.Size, dim: int, runs: list[tuple[int, int]]) -> Shift:
