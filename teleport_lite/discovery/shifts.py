@@ -159,9 +159,10 @@ class Shifts(DispatchMode):
                 return Difference(s, t, tuple(then(c, step) for d, step in parts for c in d.chains), support)
         d = inputs[0][1]
         v, w = d.t.reshape(-1) if d.v is None else d.v, t.reshape(-1)
-        step = next(([r] for x in given if (r := self._product(x, v, w))), None) or choice_of(v, w)
+        step = next(([r] for x in given if (r := self._product(x, v, w))), None)
         if step is None and d.v is None:
             step = self._broadcast(given, inputs[0][0], d.t, w) if kind in PRODUCTS else summed(d.t, w)
+        step = choice_of(v, w) if step is None else step
         if len(inputs) > 1 or step is None:
             return Difference(s, t, d.chains, support, v)
         return Difference(s, t, tuple(then(c, *step) for c in d.chains), support)
@@ -200,6 +201,8 @@ class Shifts(DispatchMode):
             if shape == (a, b):
                 equation = equation if p.ndim > 1 else "o,o->o"
                 r = torch.einsum(equation, p.to(v), v)
+                if r.shape != w.shape:
+                    continue
                 scale = float(w @ r / (r @ r))
                 if bool(((w - scale * r).abs() <= EXACT * w.abs().max()).all()):
                     return Step((), equation, (n,), (operand,), 1.0 if abs(scale - 1) < EXACT else scale)

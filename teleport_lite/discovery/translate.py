@@ -28,7 +28,9 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
     outputs = probe.outputs(trial.call, trial.training, trial.seed, (*trial.modes(), mode))
     unseen = dict(constants(params, check.gradients, generator))
     low_rank = list(absorbed(params, check.gradients, mode.products))
-    proposed = [*mode.finish(outputs), *low_rank, *unseen]
+    alike = {s.moves[0].name: Move(s.moves[0].name, (1,) * len(s.moves[0].shape), 0, 1) for s in unseen}
+    followed = [s for s in mode.finish(outputs) if alike.get(s.moves[0].name) != s.moves[0] or s in unseen]
+    proposed = [*followed, *low_rank, *unseen]
     proposed = [s for s in proposed if all(params[n].requires_grad for n in s.names)]
     if proposed:
         elsewhere = {
