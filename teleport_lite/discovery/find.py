@@ -109,7 +109,13 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
 def propagated(probe: Probe, trials: Iterable[Trial]) -> Propagation:
     """The constraints that all these runs put on the parameters together."""
     kernels = {id(m.weight) for m in probe.module.modules() if isinstance(m, (_ConvNd, nn.Bilinear))}
-    stacks = [n for n, p in probe.params.items() if p.ndim == 3 and len(p) > 1 and id(p) not in kernels]
+    stacks = {n: len(p) for n, p in probe.params.items() if p.ndim == 3 and len(p) > 1 and id(p) not in kernels}
+    trials = list(trials)
+    propagation = _followed(probe, trials, stacks)
+    return _followed(probe, trials, stacks | propagation.cut) if propagation.cut else propagation
+
+
+def _followed(probe: Probe, trials: list[Trial], stacks: dict[str, int]) -> Propagation:
     propagation = Propagation(probe.params, stacks)
     for name, p in probe.params.items():
         if not p.requires_grad:

@@ -244,10 +244,18 @@ class Shifts(DispatchMode):
         """
         x, matrix = args[-2:]
         name = self._owners.get(storage_key(matrix), "")
-        if not name or self._params[name].ndim != 2 or self._params[name].numel() != matrix.numel():
-            return
         (d, m), outer = matrix.shape, "oi" if matrix.stride(0) == 1 else "io"
-        self.products[name] = (storage_key(x), x.storage_offset(), x.numel()), storage_key(out), outer
+        if not name or self._params[name].ndim != 2 or self._params[name].shape[outer.index("i")] != d:
+            return
+        rows: tuple[Step, ...] = ()
+        if self._params[name].numel() == matrix.numel():
+            self.products[name] = (storage_key(x), x.storage_offset(), x.numel()), storage_key(out), outer
+        elif outer == "oi":
+            places = torch.full((self._params[name].numel(),), -1)
+            places[matrix.storage_offset() :][: matrix.numel()] = torch.arange(matrix.numel())
+            rows = (Step(tuple(places.tolist())),)
+        else:
+            return
         vectors = {n: v for n, v in self._params.items() if v.shape == (d,) and d > 1}
         if not vectors or not len(x):
             return
@@ -258,7 +266,7 @@ class Shifts(DispatchMode):
             shifts = [n for n, v in vectors.items() if (v.to(x) @ inverse[k] - total).abs() <= rounding]
             if shifts or total.abs() <= rounding:
                 own = Step((), f"i,o->{outer}", (m,), (gain,))
-                s = self._source(name, tuple(self._params[name].shape), m, (own,))
+                s = self._source(name, tuple(self._params[name].shape), m, (own, *rows))
                 s.settled |= bool(total.abs() <= rounding)
                 s.read |= True
             if shifts and total.abs() > rounding:
