@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,12 @@ class Fibre(NamedTuple):
 
 
 def fibre(model: nn.Module, example: tuple[Tensor, ...]) -> Fibre:
-    """Count, in float64 and evaluation mode, on random inputs of the example's shapes."""
+    """Count, in float64 and evaluation mode, on random inputs of the example's shapes.
+
+    Where statistics of a batch matter, as in a batch norm, the outputs are those with fixed and with its own ones
+    together: the kernel of both Jacobians, one above the other.
+    """
+    modes = [model, *([own] if (own := _with_own_statistics(model)) else [])]
     params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     size = sum(p.numel() for p in params.values())
     generator = torch.Generator().manual_seed(2)
@@ -45,7 +51,7 @@ def fibre(model: nn.Module, example: tuple[Tensor, ...]) -> Fibre:
         inputs = tuple(drawn(x) for x in example)
 
         def outputs(p: Params, inputs: tuple[Tensor, ...] = inputs, seed: int = count) -> Tensor:
-            found = torch.cat([t.reshape(-1) for t in tensors_of(functional_call(model, p, inputs))])
+            found = torch.cat([t.reshape(-1) for m in modes for t in tensors_of(functional_call(m, p, inputs))])
             mixed = torch.randn(4 * BATCH, len(found), generator=torch.Generator().manual_seed(seed), dtype=found.dtype)
             return found if len(found) <= 4 * BATCH else mixed @ found
 
@@ -60,3 +66,12 @@ def fibre(model: nn.Module, example: tuple[Tensor, ...]) -> Fibre:
     last = int(drops.argmax())
     gap = float(drops[last])
     return Fibre(size - 1 - last, gap) if gap > 4 else Fibre(0, gap)
+
+
+def _with_own_statistics(model: nn.Module) -> nn.Module | None:
+    """A copy whose batch norms use the statistics of each batch, as in training; None where there is no batch norm."""
+    own = copy.deepcopy(model)
+    norms = [m for m in own.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in norms:
+        m.running_mean = m.running_var = None
+    return own if norms else None

@@ -20,6 +20,7 @@ from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.probe import Probe, laboratory
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.propose import solve_and_verify
+from teleport_lite.discovery.shears import shears
 from teleport_lite.discovery.solve import reasons as reasons_of
 from teleport_lite.discovery.translate import together, translations
 from teleport_lite.discovery.trial import Trial
@@ -94,7 +95,7 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
         propagation.fix_idle_matrices(check.matters)
         factors, reasons = solve_and_verify(propagation, check)
         shifts = translations(probe, check, generator)
-        found: list[Symmetry] = [*factors, *together(shifts)]
+        found: list[Symmetry] = [*factors, *shears(factors, shifts, propagation, check), *together(shifts)]
         if of == "loss":
             probe.of = of
             seen = translations(probe, Verifier(probe, Arguments.of(example_inputs), generator), generator)
@@ -108,7 +109,13 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
 def propagated(probe: Probe, trials: Iterable[Trial]) -> Propagation:
     """The constraints that all these runs put on the parameters together."""
     kernels = {id(m.weight) for m in probe.module.modules() if isinstance(m, (_ConvNd, nn.Bilinear))}
-    stacks = [n for n, p in probe.params.items() if p.ndim == 3 and len(p) > 1 and id(p) not in kernels]
+    stacks = {n: len(p) for n, p in probe.params.items() if p.ndim == 3 and len(p) > 1 and id(p) not in kernels}
+    trials = list(trials)
+    propagation = _followed(probe, trials, stacks)
+    return _followed(probe, trials, stacks | propagation.cut) if propagation.cut else propagation
+
+
+def _followed(probe: Probe, trials: list[Trial], stacks: dict[str, int]) -> Propagation:
     propagation = Propagation(probe.params, stacks)
     for name, p in probe.params.items():
         if not p.requires_grad:

@@ -9,8 +9,9 @@ without a rule is taken apart into others where PyTorch, or we, know how; otherw
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Propagation(DispatchMode):
 
     Args:
         params: the parameters by name.
-        stacks: names of those that hold a matrix, with axes of its own, for each index of their first dimension.
+        stacks: those that hold several matrices with axes of their own along their first dimension, and how many.
 
     Attributes:
         constraints: the equations between labels.
@@ -45,10 +46,12 @@ class Propagation(DispatchMode):
         unexercised: names of the parameters of which the run read nothing, or not all.
         memory: what is known of memory.
         answers: what elementwise functions were found to commute with.
+        cut: names of matrices of which some rows were read apart, and in how many such parts they fall.
     """
 
-    def __init__(self, params: dict[str, Tensor], stacks: Collection[str] = ()) -> None:
+    def __init__(self, params: dict[str, Tensor], stacks: Mapping[str, int] | None = None) -> None:
         super().__init__()
+        stacks = stacks or {}
         self.constraints = Constraints()
         self.parameter_axes: dict[tuple[str, int, int], Tensor] = {}
         self.used: set[str] = set()
@@ -56,6 +59,7 @@ class Propagation(DispatchMode):
         self.unexercised: list[str] = []
         self.memory = Memory(params)
         self.answers: dict[Any, Any] = {}
+        self.cut: dict[str, int] = {}
         self._params = params
         self._names = {id(p): name for name, p in params.items()}
         self._labels: dict[int, Labels] = {}
@@ -63,12 +67,11 @@ class Propagation(DispatchMode):
         for name, p in params.items():
             own = self._labels[id(p)] = []
             for dim in (d for d in range(p.ndim) if p.ndim <= 2 or p.shape[d] > 1):
-                groups = p.shape[0] if dim and name in stacks else 1
-                own.append(
-                    self.constraints.fresh(*(n if d == dim else 1 if d else groups for d, n in enumerate(p.shape)))
-                )
-                self.parameter_axes[name, dim, groups] = own[-1].reshape(-1)
-                if not dim and name in stacks:  # as many multiples as another dimension has for each index
+                groups = stacks.get(name, 1) if dim else 1
+                labels = self.constraints.fresh(*(n if d == dim else 1 if d else groups for d, n in enumerate(p.shape)))
+                self.parameter_axes[name, dim, groups] = labels.reshape(-1)
+                own.append(labels if groups == 1 else labels.repeat_interleave(len(p) // groups, 0))
+                if not dim and stacks.get(name) == len(p):  # as many multiples as another dimension has for each index
                     self.constraints.fix(own[-1], "", SCALE | SIGN)
 
     def labels_of(self, tensor: Tensor) -> Labels:
@@ -142,6 +145,7 @@ class Propagation(DispatchMode):
         op.out = func(*args, **op.kwargs)
         labels = self._follow(op) if busy else []
         self._note_memory(op)
+        self._note_parts(op)
         if busy:
             self._assign(op, labels, blank)
         return op.out
@@ -229,6 +233,16 @@ class Propagation(DispatchMode):
         if tracked and new:
             for t, entries in zip(results, self._carried(op, tracked[0]), strict=True):
                 self.memory.carry_entries(t, entries)
+
+    def _note_parts(self, op: Operation) -> None:
+        """Note where rows of a matrix are taken out."""
+        name = self._names.get(id(op.args[0])) if op.args and op.short_name in VIEWS else None
+        if name is None or (p := self._params[name]).ndim != 2 or not p.is_contiguous():
+            return
+        for t in op.results():
+            if t.shape[1:] == p.shape[1:] and len(t) < len(p):
+                rows = math.gcd(len(p) // self.cut.get(name, 1), len(t), t.storage_offset() // p.stride(0))
+                self.cut[name] = len(p) // rows
 
     def _carried(self, op: Operation, tracked: Tensor) -> list[Tensor]:
         """For each result of an operation that carries entries of parameters along, which ones."""

@@ -23,12 +23,13 @@ from teleport_lite.groups import (
     PairRotations,
     Permutation,
     PositiveScaling,
+    Shears,
     Signs,
     SpecialOrthogonal,
 )
 from teleport_lite.symmetries.base import SAVED, Symmetry
 
-GROUPS = {group.kind: group for group in (PositiveScaling, GeneralLinear, SpecialOrthogonal, Permutation, Signs)}
+GROUPS = {g.kind: g for g in (PositiveScaling, GeneralLinear, SpecialOrthogonal, Shears, Permutation, Signs)}
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class NeuronSymmetry(Symmetry):
 
     def to_dict(self) -> dict[str, Any]:
         group = {"kind": self.group.kind, "n": self.group.n, "blocks": getattr(self.group, "blocks", 1)}
-        options = {key: vars(self.group)[key] for key in ("centered", "halves") if key in vars(self.group)}
+        options = {key: vars(self.group)[key] for key in ("centered", "halves", "transposed") if key in vars(self.group)}
         return {"symmetry": "neurons", "group": group | options, "legs": [asdict(leg) for leg in self.legs]}
 
     @classmethod

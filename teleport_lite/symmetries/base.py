@@ -18,7 +18,7 @@ from teleport_lite.functional import Params
 from teleport_lite.groups import Group
 from teleport_lite.symmetries.rank import rank
 
-KINDS = ("scaling", "mixing", "rotation", "translation", "permutation", "sign")  # of groups
+KINDS = ("scaling", "mixing", "rotation", "shear", "translation", "permutation", "sign")  # of groups
 SAVED: dict[str, Any] = {}  # by the name that a saved symmetry carries, its class
 
 

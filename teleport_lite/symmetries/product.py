@@ -106,7 +106,7 @@ class Product(Symmetry, Sequence):
         """The factors of one kind, and those that move a parameter whose name matches a pattern.
 
         Args:
-            kind: "scaling", "mixing", "rotation", "translation", "permutation" or "sign".
+            kind: "scaling", "mixing", "rotation", "shear", "translation", "permutation" or "sign".
             name: a pattern with * and ?, as for file names.
 
         Raises:
