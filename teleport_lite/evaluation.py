@@ -41,6 +41,7 @@ class Evaluation:
     Attributes:
         call: the arguments of the first call of the model.
         dtype: the coarsest type that the parameters, the outputs and the loss had so far, autocast included.
+        buffers: what buffers are at the start of an evaluation, by name, where they are not the model's own.
 
     >>> model, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
     >>> loss = Evaluation(model, lambda net: net(x).sum() + net.weight.square().sum())
@@ -51,6 +52,7 @@ class Evaluation:
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         self.model, self.loss_fn = model, loss_fn
         self.call: Call | None = None
+        self.buffers: Params = {}
         first = next((p for p in self.model.parameters() if p.dtype in TOLERANCES), torch.empty(0))
         self.dtype, self.device = first.dtype, first.device.type
         self._arguments = arguments_of(model)
@@ -82,7 +84,7 @@ class Evaluation:
 
     def __call__(self, params: Params) -> Tensor:
         with self:
-            self._stage.put(params)
+            self._stage.put(params, self.buffers)
             self._placed = params
             self._random.restore()
             on = self._autocast is not None
@@ -99,9 +101,11 @@ class Evaluation:
         Several evaluations may be differentiated together; autograd goes through them from the last to the first.
         """
 
+        buffers = self.buffers
+
         def put(_: Tensor) -> None:
             if self._depth and self._placed is not params:
-                self._stage.put(params)
+                self._stage.put(params, buffers)
                 self._placed = params
 
         for t in tensors:
@@ -121,7 +125,7 @@ class Evaluation:
     def rest(self) -> None:
         """Put the model's own parameters and buffers back in their places, until the next call."""
         self._stage.put_back()
-        self._placed = None
+        self._placed, self.buffers = None, {}
 
     def _note_call(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         if self.call is None:

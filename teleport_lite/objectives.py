@@ -52,11 +52,13 @@ class Problem:
         local: the loss on the batch of this process.
         params: the point.
         ranks: the processes whose batches count; by default this one alone.
+        buffers: those of the model that a symmetry moves along.
     """
 
     local: Loss
     params: Params
     ranks: Ranks | None = None
+    buffers: Params = field(default_factory=dict)
     _gradient: tuple[Tensor, Params] | None = field(default=None, repr=False)
     _along: AlongOrbit | None = field(default=None, repr=False)
 
@@ -83,6 +85,18 @@ class Problem:
     def gradient(self) -> Params:
         """The gradient of the loss, without graph."""
         return self.differentiate()[1]
+
+    @property
+    def point(self) -> Params:
+        """The parameters and the buffers."""
+        return {**self.params, **self.buffers}
+
+    def moved(self, symmetry: Symmetry, xi: Any) -> Params:
+        """The parameters that an element moves to; the loss is evaluated with the buffers that it moves to from now on."""
+        point = symmetry.act(self.point, xi)
+        if self.buffers:
+            self.local.buffers = {name: point.pop(name) for name in self.buffers}  # type: ignore[attr-defined] # an Evaluation
+        return point
 
     def along(self, objective: Objective, symmetry: Symmetry) -> AlongOrbit:
         """The objective as a function of the coordinates, made once."""
@@ -149,14 +163,14 @@ def _gradient_at(problem: Problem, symmetry: Symmetry, moved: Params, xi: Any) -
 
 def _gradient_norm(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
     def along(xi):
-        moved = {} if symmetry.exact else symmetry.act(problem.params, xi)
+        moved = {} if symmetry.exact else problem.moved(symmetry, xi)
         return norm(_gradient_at(problem, symmetry, moved, xi))
 
     return along
 
 
 def _weight_norm(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
-    return lambda xi: norm(symmetry.act(problem.params, xi))
+    return lambda xi: norm(problem.moved(symmetry, xi))
 
 
 def one_step_loss(lr: float = 0.1) -> Objective:
@@ -175,7 +189,7 @@ def one_step_loss(lr: float = 0.1) -> Objective:
 
     def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
         def along(xi):
-            moved = symmetry.act(problem.params, xi)
+            moved = problem.moved(symmetry, xi)
             grads = _gradient_at(problem, symmetry, moved, xi)
             return check_scalar(problem.loss({name: moved[name] - lr * grads[name] for name in moved}))
 
@@ -208,7 +222,7 @@ def sharpness(
             return mean_loss_around(problem.local, params, around, radii, chunk_size=chunk_size, one_by_one=one_by_one)
 
         mean = problem.mean(local)
-        return lambda xi: mean(symmetry.act(problem.params, xi))
+        return lambda xi: mean(problem.moved(symmetry, xi))
 
     return Objective("sharpness", bind, maximize=False)
 
@@ -224,7 +238,7 @@ def curvature(samples: int = 10, *, generator: torch.Generator | None = None) ->
 
     def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
         curves = sample_curves(problem.params, symmetry, samples, generator=_seeded(generator))
-        return lambda xi: mean_kappa(symmetry.act(problem.params, xi), symmetry, curves)
+        return lambda xi: mean_kappa(problem.moved(symmetry, xi), symmetry, curves)
 
     return Objective("curvature", bind)
 
@@ -257,7 +271,7 @@ def hessian_trace(samples: int = 10, *, generator: torch.Generator | None = None
             return mean({f"{k}/{name}": x for k, z in enumerate(probes) for name, x in back(z)[0].items()})
 
         def moved(xi):
-            point = symmetry.act(problem.params, xi)
+            point = problem.moved(symmetry, xi)
             point = {n: p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for n, p in point.items()}
             _, grads = value_and_grad(problem.loss, point, create_graph=True)
             return torch.stack([_quadratic(grads, point, z) for z in probes]).mean()
@@ -321,6 +335,6 @@ def as_objective(objective: object) -> Objective:
             return value.reshape(())
 
         mean = problem.mean(checked)
-        return lambda xi: mean(symmetry.act(problem.params, xi))
+        return lambda xi: mean(problem.moved(symmetry, xi))
 
     return Objective(getattr(objective, "__name__", type(objective).__name__), bind)

@@ -35,9 +35,11 @@ class Propagation(DispatchMode):
     Args:
         params: the parameters by name.
         stacks: names of those that hold a matrix, with axes of its own, for each index of their first dimension.
+        buffers: buffers that may move along, by name, on the axes on which their values vary.
 
     Attributes:
         constraints: the equations between labels.
+        buffers: as given.
         parameter_axes: for each axis of each parameter its labels; an axis is a parameter, a dimension and a number of
             groups.
         used: names of the parameters that took part.
@@ -47,8 +49,12 @@ class Propagation(DispatchMode):
         answers: what elementwise functions were found to commute with.
     """
 
-    def __init__(self, params: dict[str, Tensor], stacks: Collection[str] = ()) -> None:
+    def __init__(
+        self, params: dict[str, Tensor], stacks: Collection[str] = (), buffers: dict[str, Tensor] | None = None
+    ) -> None:
         super().__init__()
+        self.buffers = buffers or {}
+        params = {**params, **self.buffers}
         self.constraints = Constraints()
         self.parameter_axes: dict[tuple[str, int, int], Tensor] = {}
         self.used: set[str] = set()
@@ -63,6 +69,8 @@ class Propagation(DispatchMode):
         for name, p in params.items():
             own = self._labels[id(p)] = []
             for dim in (d for d in range(p.ndim) if p.ndim <= 2 or p.shape[d] > 1):
+                if name in self.buffers and bool((p == p.narrow(dim, 0, 1)).all()):
+                    continue
                 groups = p.shape[0] if dim and name in stacks else 1
                 own.append(
                     self.constraints.fresh(*(n if d == dim else 1 if d else groups for d, n in enumerate(p.shape)))

@@ -84,7 +84,8 @@ class Trials:
         given = None if small is None else self._accepted(small)
         if given is None or (inputs.rows(example) <= MANY and not self._watched(example).reads <= given.reads):
             given = self._watched(example)
-        return self._watched(given.call) if self.probe.unsettle(self.generator) else given
+        unsettled = self.probe.unsettle(self.generator)
+        return self._watched(given.call) if self.probe.settle(given.call) or unsettled else given
 
     def _varied(self, base: Trial) -> list[Trial]:
         """Other values, of the first kind that the model takes."""
@@ -129,6 +130,8 @@ class Trials:
         found = self.probe.outputs(call, trial.training, trial.seed, (self.drawn, watch))
         self.drawn.outside = drawn_outside(trial.seed)
         trial.before, trial.reads = [t.detach().clone() for t in found], watch.reads
+        home = self.probe.home
+        trial.written = {n: b.clone() for n, b in self.probe.left().items() if not torch.equal(b, home[n])}
         for k, length in watch.tables.items():
             self.tables[k] = min(length, self.tables.get(k, length))
         return trial
