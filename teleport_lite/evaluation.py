@@ -100,7 +100,6 @@ class Evaluation:
 
         Several evaluations may be differentiated together; autograd goes through them from the last to the first.
         """
-
         buffers = self.buffers
 
         def put(_: Tensor) -> None:

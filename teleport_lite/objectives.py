@@ -18,6 +18,7 @@ from torch import Tensor
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import LossError, TeleportError, UnknownNameError
 from teleport_lite.functional import (
+    Evaluation,
     Loss,
     Params,
     check_complete,
@@ -92,10 +93,10 @@ class Problem:
         return {**self.params, **self.buffers}
 
     def moved(self, symmetry: Symmetry, xi: Any) -> Params:
-        """The parameters that an element moves to; the loss is evaluated with the buffers that it moves to from now on."""
+        """The parameters that an element moves to; from now on the loss has the buffers that it moves to."""
         point = symmetry.act(self.point, xi)
-        if self.buffers:
-            self.local.buffers = {name: point.pop(name) for name in self.buffers}  # type: ignore[attr-defined] # an Evaluation
+        if self.buffers and isinstance(self.local, Evaluation):
+            self.local.buffers = {name: point.pop(name) for name in self.buffers}
         return point
 
     def along(self, objective: Objective, symmetry: Symmetry) -> AlongOrbit:

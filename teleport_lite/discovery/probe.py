@@ -183,11 +183,8 @@ def _movable(model: nn.Module) -> set[str]:
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     saved = {id(b) for m in modules for key, b in m._buffers.items() if key not in m._non_persistent_buffers_set}
     holders = Counter(storage_key(t) for t in (*model.parameters(), *model.buffers()))
-    return {
-        name
-        for name, b in model.named_buffers()
-        if id(b) in saved and b.is_floating_point() and b.numel() > 1 and holders[storage_key(b)] == 1 and all(b.stride())
-    }
+    real = {n: b for n, b in model.named_buffers() if id(b) in saved and b.is_floating_point() and b.numel() > 1}
+    return {n for n, b in real.items() if holders[storage_key(b)] == 1 and all(b.stride())}
 
 
 def _kept(value: Any) -> Any:

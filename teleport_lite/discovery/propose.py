@@ -89,11 +89,14 @@ def solve_and_verify(
         ),
         (Permutation, orders, signatures(constraints, orders, PERM)),
     ]
+    proposals: list[NeuronSymmetry] = []
     for kind, classes, signature in kinds:
         entries = _entries(axes, classes, torch.ones(len(classes)))
         rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.indices)}
-        proposals = [s for s in _proposals(axes, rest, kind, signature, classes, reasons) if s not in found]
-        found += check.keep([s for s in proposals if kind is Signs or s.group.n > 1], drop)
+        made = [s for s in _proposals(axes, rest, kind, signature, classes, reasons) if s not in found + proposals]
+        proposals += [s for s in made if kind is Signs or s.group.n > 1]
+        if check.planned.trials != check.planned.even or kind is Permutation:  # else all in one go
+            found, proposals = found + check.keep(proposals, drop), []
     found = [s for s in found if not _trivial(s, check)]
     first = {(a[0], a[1]): i for i, a in reversed(list(enumerate(axes)))}
     rank = [GeneralLinear, PositiveScaling, SpecialOrthogonal, PairRotations, Signs, Permutation]

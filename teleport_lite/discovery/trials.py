@@ -175,7 +175,8 @@ class Trials:
             return
         draws = self.drawn
         random = draws.single or draws.many or draws.outside
-        if not random and plain.reads == first.reads and distance(plain.before, first.before) == 0:
+        alike = plain.reads == first.reads and not plain.written and distance(plain.before, first.before) == 0
+        if not random and alike:
             return
         if not self._repeats(plain):
             self.notes.append("training mode: two runs on the same input differ")
