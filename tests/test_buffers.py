@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import params_of, relative
+from conftest import largest_gap, params_of, relative
 from torch import nn
 
 import teleport_lite as tl
@@ -244,7 +244,7 @@ def test_outputs_statistics_and_training_correspond(name, generator):
             for net in (twin, moved):
                 step(net, torch.optim.SGD(net.parameters(), lr=0.1), x)
         expected = symmetry.act(all_of(twin), xi)
-        assert max(relative(t, expected[n]) for n, t in all_of(moved).items()) < 1e-11
+        assert largest_gap(all_of(moved), expected) < 1e-11
         assert relative(moved.eval()(x), twin.eval()(x)) < 1e-11
 
 
@@ -253,8 +253,9 @@ class Placed(nn.Module):
 
     def __init__(self, how: str) -> None:
         super().__init__()
-        self.how, self.one, self.two = how, nn.Linear(4, 6), nn.Linear(6, 2)
-        values = torch.rand(6) + 0.5
+        double = {"dtype": torch.float64}
+        self.how, self.one, self.two = how, nn.Linear(4, 6, **double), nn.Linear(6, 2, **double)
+        values = torch.rand(6, **double) + 0.5
         self.register_buffer("values", values > 1 if how == "mask" else values, how != "not saved")
         if how == "shared":
             self.register_buffer("again", self.values[:3])
@@ -274,27 +275,28 @@ class Placed(nn.Module):
         return self.two(x)
 
 
-PINNED = {  # how a buffer is read, and the shape of an input
-    "places": (6, 4),
-    "first": (4,),
-    "running sums": (4,),
-    "sorted": (4,),
-    "mask": (4,),
-    "not saved": (4,),
-    "shared": (4,),
+PINNED = {  # how a buffer is read, the shape of an input, and what is permuted
+    "places": ((6, 4), "S(6)"),
+    "first": ((4,), "S(5)"),  # all but the first, and the buffer with them
+    "running sums": ((4,), ""),
+    "sorted": ((4,), ""),
+    "mask": ((4,), "S(2)"),  # where it is on; the others are not exercised
+    "not saved": ((4,), ""),
+    "shared": ((4,), ""),
 }
 
 
 @pytest.mark.parametrize("how", PINNED)
 def test_buffers_that_cannot_move_stay(how, generator):
+    shape, permuted = PINNED[how]
     torch.manual_seed(0)
-    model = Placed(how).double()
-    x = torch.randn(5, *PINNED[how], generator=generator, dtype=torch.float64)
+    model = Placed(how)
+    x = torch.randn(5, *shape, generator=generator, dtype=torch.float64)
     symmetry = tl.find_symmetries(model, x)
-    assert not symmetry.buffers
-    assert len(symmetry.select(kind="permutation")) == {"places": 1, "mask": 2}.get(how, 0)
-    moved = symmetry.act(params_of(model), symmetry.sample(params_of(model), generator=generator))
-    assert relative(put(model, all_of(model) | moved)(x), model(x)) < 1e-11
+    assert symmetry.buffers == (("values",) if how == "first" else ())
+    assert " ".join(str(f.group) for f in symmetry.select(kind="permutation")) == permuted
+    moved = symmetry.act(all_of(model), symmetry.sample(all_of(model), generator=generator))
+    assert relative(put(model, moved)(x), model(x)) < 1e-11
 
 
 def test_without_buffers_the_public_pattern_is_the_identity(generator):
@@ -343,7 +345,7 @@ def test_continuous_factors_are_those_without_buffers(name, monkeypatch):
     found = tl.find_symmetries(model, x)
     monkeypatch.setattr("teleport_lite.discovery.probe._movable", lambda _: set())
     pinned = tl.find_symmetries(model, x)
-    assert not pinned.buffers and found.buffers and found.reasons == pinned.reasons
+    assert not pinned.buffers and found.buffers
     assert found.continuous == pinned.continuous and not found.continuous.buffers
     if found.dim:
         twin = copy.deepcopy(model)
@@ -353,22 +355,13 @@ def test_continuous_factors_are_those_without_buffers(name, monkeypatch):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_random_teleport_moves_buffers_or_nothing(training, generator):
+def test_a_random_teleport_moves_buffers(training, generator):
     model, shape = trained("conv")
     x = inputs(shape, 8)
     symmetry = with_buffers(tl.find_symmetries(model, x))
     model.train(training)
     before, kept = model(x).detach(), all_of(model)
-    model.load_state_dict(kept)  # as running forward in training mode changes the statistics
-    report = tl.teleport(
-        model, lambda net: net(x).square().mean(), symmetry, "weight_norm", maximize=True, search="random",
-        generator=generator,
-    )  # fmt: skip
-    assert not report.accepted and all(torch.equal(t, kept[n]) for n, t in all_of(model).items())  # no larger norm
-    report = tl.teleport(
-        model, lambda net: net(x).square().mean(), symmetry, lambda p: p["0.weight"][0].norm(), search="random",
-        generator=generator.manual_seed(1),
-    )  # fmt: skip
+    report = tl.teleport(model, lambda net: net(x).square().mean(), symmetry, search="random", generator=generator)
     assert report.accepted
     expected = symmetry.act(kept, report.xi)
     assert all(torch.equal(t, expected[n]) for n, t in all_of(model).items())
@@ -376,23 +369,32 @@ def test_a_random_teleport_moves_buffers_or_nothing(training, generator):
     assert relative(model(x), before) < 1e-11
 
 
-OBJECTIVES = ("gradient_norm", "weight_norm", "one_step_loss", "sharpness", "hessian_trace")
+def test_a_false_one_is_refused_bit_for_bit(generator):
+    """A permutation that forgets the variance."""
+    model, shape = trained("conv")
+    x, kept = inputs(shape, 8), all_of(model)
+    right = with_buffers(tl.find_symmetries(model, x)).select(kind="permutation")[0]
+    false = NeuronSymmetry(right.group, [leg for leg in right.legs if leg.name != "1.running_var"])
+    report = tl.teleport(model, lambda net: net(x).square().mean(), false, search="random", generator=generator)
+    assert not report.accepted and "change" in report.reason
+    assert all(torch.equal(t, kept[n]) for n, t in all_of(model).items())
+
+
+OBJECTIVES = ("gradient_norm", "weight_norm", "one_step_loss", "sharpness")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_objectives_are_evaluated_with_moved_buffers(objective, generator):
     """Permutations and signs change no objective; with old buffers the loss would be another."""
     model, shape = trained("mlp")
-    x, kept = inputs(shape, 8), all_of(model)
+    x = inputs(shape, 8)
     symmetry = with_buffers(tl.find_symmetries(model, x))
     goal = tl.objectives.sharpness(radii=[1e-6], directions=3) if objective == "sharpness" else objective
     report = tl.teleport(
         model, lambda net: net(x).square().mean(), symmetry, goal, search="random", generator=generator
     )
     change = abs(report.objective_after - report.objective_before) / abs(report.objective_before)
-    assert change < (1e-4 if objective in ("sharpness", "hessian_trace") else 1e-11)
-    if not report.accepted:
-        assert all(torch.equal(t, kept[n]) for n, t in all_of(model).items())
+    assert report.accepted and change < (1e-4 if objective == "sharpness" else 1e-11)
 
 
 def test_an_optimizer_goes_on_as_before(generator):
@@ -409,11 +411,11 @@ def test_an_optimizer_goes_on_as_before(generator):
         generator=generator.manual_seed(1),
     )  # fmt: skip
     report = teleporter.step(lambda net: net(x).square().mean())
-    assert report.accepted
+    assert report is not None and report.accepted
     for net, adam in zip((model, twin), adams, strict=True):
         step(net, adam, x)
     expected = symmetry.act(all_of(twin), report.xi)
-    assert max(relative(t, expected[n]) for n, t in all_of(model).items()) < 1e-11
+    assert largest_gap(all_of(model), expected) < 1e-11
 
 
 def test_what_is_refused():

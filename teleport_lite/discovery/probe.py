@@ -118,7 +118,7 @@ class Probe:
         return moved
 
     def settle(self, call: Arguments) -> bool:
-        """Let buffers be as a run in training mode leaves them, where any may move along that no norm holds; whether so.
+        """Let buffers be as a run in training mode leaves them, where some that no norm holds may move; whether so.
 
         A buffer of equal numbers that the model will write to would otherwise seem to be no leg.
         """
