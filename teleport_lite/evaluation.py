@@ -32,6 +32,7 @@ class Evaluation:
     Attributes:
         call: the arguments of the first call of the model.
         dtype: the coarsest type that the parameters, the outputs and the loss had so far, autocast included.
+        buffers: what buffers are at the start of an evaluation, by name, where they are not the model's own.
 
     Raises:
         TeleportError: when the model is a `DistributedDataParallel`, of which one process knows a shard of the loss.
@@ -48,6 +49,7 @@ class Evaluation:
             raise TeleportError("a model of this process", "DistributedDataParallel", remedy)
         self.model, self.loss_fn = model, loss_fn
         self.call: Call | None = None
+        self.buffers: Params = {}
         first = next((p for p in self.model.parameters() if p.dtype in TOLERANCES), torch.empty(0))
         self.dtype, self.device = first.dtype, first.device.type
         self._arguments = arguments_of(model)
@@ -79,7 +81,7 @@ class Evaluation:
 
     def __call__(self, params: Params) -> Tensor:
         with self:
-            self._stage.put(params)
+            self._stage.put(params, self.buffers)
             self._placed = params
             self._random.restore()
             on = self._autocast is not None
@@ -95,10 +97,11 @@ class Evaluation:
 
         Several evaluations may be differentiated together; autograd goes through them from the last to the first.
         """
+        buffers = self.buffers
 
         def put(_: Tensor) -> None:
             if self._depth and self._placed is not params:
-                self._stage.put(params)
+                self._stage.put(params, buffers)
                 self._placed = params
 
         for t in tensors:
@@ -118,7 +121,7 @@ class Evaluation:
     def rest(self) -> None:
         """Put the model's own parameters and buffers back in their places, until the next call."""
         self._stage.put_back()
-        self._placed = None
+        self._placed, self.buffers = None, {}
 
     def _note_call(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         if self.call is None:

@@ -73,7 +73,7 @@ def _gradient_at(problem: Problem, symmetry: Symmetry, xi: Any) -> Params:
     """The gradient at the moved parameters, differentiable in xi: transported when exact, differentiated otherwise."""
     if symmetry.exact:
         return symmetry.transport(problem.gradient, xi, None if symmetry.linear else problem.params)
-    return value_and_grad(problem.loss, symmetry.act(problem.params, xi), create_graph=True)[1]
+    return value_and_grad(problem.loss, problem.moved(symmetry, xi), create_graph=True)[1]
 
 
 def _gradient_norm(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
@@ -81,7 +81,7 @@ def _gradient_norm(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
 
 
 def _weight_norm(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
-    return lambda xi: norm(symmetry.act(problem.params, xi))
+    return lambda xi: norm(problem.moved(symmetry, xi))
 
 
 def one_step_loss(lr: float = 0.1) -> Objective:
@@ -100,7 +100,7 @@ def one_step_loss(lr: float = 0.1) -> Objective:
 
     def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
         def along(xi):
-            moved, grads = symmetry.act(problem.params, xi), _gradient_at(problem, symmetry, xi)
+            moved, grads = problem.moved(symmetry, xi), _gradient_at(problem, symmetry, xi)
             return check_scalar(problem.loss({name: moved[name] - lr * grads[name] for name in moved}))
 
         return along
@@ -132,7 +132,7 @@ def sharpness(
             return mean_loss_around(problem.local, params, around, radii, chunk_size=chunk_size, one_by_one=one_by_one)
 
         mean = problem.mean(local)
-        return lambda xi: mean(symmetry.act(problem.params, xi))
+        return lambda xi: mean(problem.moved(symmetry, xi))
 
     return Objective("sharpness", bind, maximize=False)
 
@@ -148,7 +148,7 @@ def curvature(samples: int = 10, *, generator: torch.Generator | None = None) ->
 
     def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
         curves = sample_curves(problem.params, symmetry, samples, generator=_seeded(generator))
-        return lambda xi: mean_kappa(symmetry.act(problem.params, xi), symmetry, curves)
+        return lambda xi: mean_kappa(problem.moved(symmetry, xi), symmetry, curves)
 
     return Objective("curvature", bind)
 
@@ -181,7 +181,7 @@ def hessian_trace(samples: int = 10, *, generator: torch.Generator | None = None
             return mean({f"{k}/{name}": x for k, z in enumerate(probes) for name, x in back(z)[0].items()})
 
         def moved(xi):
-            point = symmetry.act(problem.params, xi)
+            point = problem.moved(symmetry, xi)
             point = {n: p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for n, p in point.items()}
             _, grads = value_and_grad(problem.loss, point, create_graph=True)
             return torch.stack([_quadratic(grads, point, z) for z in probes]).mean()
@@ -245,6 +245,6 @@ def as_objective(objective: object) -> Objective:
             return value.reshape(())
 
         mean = problem.mean(checked)
-        return lambda xi: mean(symmetry.act(problem.params, xi))
+        return lambda xi: mean(problem.moved(symmetry, xi))
 
     return Objective(getattr(objective, "__name__", type(objective).__name__), bind)

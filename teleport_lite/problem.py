@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from teleport_lite.distributed import Ranks
-from teleport_lite.functional import Loss, Params, check_scalar, value_and_grad
+from teleport_lite.functional import Evaluation, Loss, Params, check_scalar, value_and_grad
 from teleport_lite.symmetries.base import Symmetry
 
 if TYPE_CHECKING:
@@ -29,11 +29,13 @@ class Problem:
         local: the loss on the batch of this process.
         params: the point.
         ranks: the processes whose batches count; by default this one alone.
+        buffers: those of the model that a symmetry moves along.
     """
 
     local: Loss
     params: Params
     ranks: Ranks | None = None
+    buffers: Params = field(default_factory=dict)
     _gradient: tuple[Tensor, Params] | None = field(default=None, repr=False)
     _along: AlongOrbit | None = field(default=None, repr=False)
 
@@ -60,6 +62,18 @@ class Problem:
     def gradient(self) -> Params:
         """The gradient of the loss, without graph."""
         return self.differentiate()[1]
+
+    @property
+    def point(self) -> Params:
+        """The parameters and the buffers."""
+        return {**self.params, **self.buffers}
+
+    def moved(self, symmetry: Symmetry, xi: Any) -> Params:
+        """The parameters that an element moves to; from now on the loss has the buffers that it moves to."""
+        point = symmetry.act(self.point, xi)
+        if self.buffers and isinstance(self.local, Evaluation):
+            self.local.buffers = {name: point.pop(name) for name in self.buffers}
+        return point
 
     def along(self, objective: Objective, symmetry: Symmetry) -> AlongOrbit:
         """The objective as a function of the coordinates, made once."""

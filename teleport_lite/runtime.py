@@ -56,21 +56,29 @@ class Stage:
             for key, p in module._parameters.items()
             if p is not None
         ]
-        self._buffers: list[tuple[dict, str, Tensor]] = [
-            (module._buffers, key, b) for module in modules for key, b in module._buffers.items() if b is not None
+        names = {id(b): name for name, b in model.named_buffers()}
+        self._buffers: list[tuple[dict, str, Tensor, str]] = [
+            (module._buffers, key, b, names[id(b)])
+            for module in modules
+            for key, b in module._buffers.items()
+            if b is not None
         ]
         self._attributes = [(vars(module), dict(vars(module))) for module in modules]
         self._sparse = [vars(module) for module in modules if getattr(module, "sparse", False) is True]
 
-    def put(self, params: dict[str, Tensor]) -> None:
-        """Let `params` stand in their places, the model's own parameters in all others, and buffers be as at first."""
+    def put(self, params: dict[str, Tensor], buffers: dict[str, Tensor] | None = None) -> None:
+        """Let `params` stand in their places, the model's own parameters in all others, and buffers be as at first.
+
+        Those among `buffers` begin as copies of these.
+        """
         self._restore_attributes()
         for attributes in self._sparse:  # sparse gradients cannot be carried through what made the parameters
             attributes["sparse"] = False
-        copies = {id(b): b.clone() for _, _, b in self._buffers}
+        buffers = buffers or {}
+        copies = {id(b): buffers.get(name, b).clone() for _, _, b, name in self._buffers}
         for places, key, p, name in self._parameters:
             places[key] = params.get(name, p)
-        for places, key, b in self._buffers:
+        for places, key, b, _ in self._buffers:
             places[key] = copies[id(b)]
 
     def put_back(self) -> None:
@@ -78,7 +86,7 @@ class Stage:
         self._restore_attributes()
         for places, key, p, _ in self._parameters:
             places[key] = p
-        for places, key, b in self._buffers:
+        for places, key, b, _ in self._buffers:
             places[key] = b
 
     def _restore_attributes(self) -> None:
@@ -154,6 +162,15 @@ def widest(device: torch.device) -> torch.dtype:
 def home_of_float64(device: torch.device) -> torch.device:
     """The device, or the CPU where it has no float64."""
     return device if widest(device) == torch.float64 else torch.device("cpu")
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model, by name.
+
+    >>> list(named_tensors(nn.BatchNorm1d(1)))
+    ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
+    """
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def unwrap_compiled(model: nn.Module, names: Iterable[str] = ()) -> nn.Module:

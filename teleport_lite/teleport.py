@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from teleport_lite.discovery import find_symmetries
 from teleport_lite.distributed import Ranks
-from teleport_lite.errors import LossError, NoSymmetryError, ParameterError, TeleportError
+from teleport_lite.errors import LossError, NoSymmetryError, ParameterError, TeleportError, UnknownNameError
 from teleport_lite.exactness import MOVED, RefusedError, check_deterministic, largest_change, relative_gap, why_refused
 from teleport_lite.functional import Evaluation, Params, norms, stacked, trainable
 from teleport_lite.objectives import Objective, as_objective
 from teleport_lite.problem import Problem
 from teleport_lite.report import Report
-from teleport_lite.runtime import TOLERANCES, LossFn, check_generator, coarsest, unwrap_compiled
+from teleport_lite.runtime import TOLERANCES, LossFn, check_generator, coarsest, named_tensors, unwrap_compiled
 from teleport_lite.search import search as find
 from teleport_lite.search import searched
 from teleport_lite.symmetries.base import Symmetry, check_radius
@@ -46,7 +46,8 @@ def teleport(
     Exact or nothing, on the model itself: when it has moved, its loss and the outputs that the loss saw are compared
     with those before. The move stays only if they agree within `tol`, the objective improves and all is finite.
     Otherwise, and when anything raises (a KeyboardInterrupt too), the model is bit for bit what it was. Parameters keep
-    their identity, so optimizers stay valid; buffers, modes and the global random state are left as they were.
+    their identity, so optimizers stay valid; modes and the global random state are left as they were, and so are
+    buffers, but for those that a symmetry names, as a permutation does the running statistics of a BatchNorm.
 
     For exact symmetries one gradient tells the whole orbit (Proposition 4.1 of the chapter *Teleporting*), so a
     gradient-norm teleport costs about two gradients, verification included. When a symmetry is first used on a model,
@@ -149,6 +150,7 @@ def carry_out(
     model = unwrap_compiled(ranks.model, product.names)
     parameters = trainable(model)
     params = {name: p.detach() for name, p in parameters.items()}  # in the same memory
+    tensors = named_tensors(model)
 
     with Evaluation(model, loss_fn) as loss:
         if not len(product):
@@ -168,7 +170,7 @@ def carry_out(
             generator=None if generator is None else generator.get_state().tolist(),
             request=(goal.name, maximize, radius, tol, search),
         )
-        problem = Problem(loss, params, ranks)
+        problem = Problem(loss, params, ranks, {name: tensors[name].detach() for name in product.buffers})
         steep = goal.quadratic == "gradient"
         checked = vars(symmetry).setdefault("_checked", weakref.WeakSet())  # models whose gradient it has foretold
         first = product.exact and model not in checked
@@ -186,8 +188,10 @@ def carry_out(
             foretold = norms(product.transport(problem.gradient, xi, None if product.linear else params))
         scores.append(foretold.norm() if steep else problem.along(goal, product)(xi).detach())
         problem.forget()
-        moved = product.act(params, xi)
-        moved = ranks.first({name: moved[name] for name in product.names})
+        point = product.act(problem.point, xi)
+        moved = ranks.first({name: point[name] for name in product.names})
+        moved |= {name: point[name] for name in product.buffers}  # each rank has its own
+        del point
         numbers: list[float] = []
 
         def verify(more: Sequence[Tensor] = (), check: Check = lambda _: None) -> None:
@@ -257,11 +261,14 @@ def check_movable(model: nn.Module, symmetry: Symmetry) -> None:
 
     Raises:
         ParameterError: when it moves a frozen parameter.
+        UnknownNameError: when the model has no buffer of a name.
     """
-    everything: dict[str, Any] = dict(model.named_parameters())
-    product_params = {name: p.detach() for name, p in everything.items()}
+    everything: dict[str, Any] = named_tensors(model)
+    point = {name: p.detach() for name, p in everything.items()}
     for factor in symmetry if isinstance(symmetry, Product) else [symmetry]:
-        factor.check(product_params)
+        factor.check(point)
+        if missing := factor.missing(point):
+            raise UnknownNameError("buffer", missing[0], dict(model.named_buffers()))
     for name in symmetry.names:
         if not everything[name].requires_grad:
             remedy = "unfreeze it, or call find_symmetries again, which leaves frozen parameters out"

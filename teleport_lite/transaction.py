@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from teleport_lite.functional import Params
+from teleport_lite.runtime import named_tensors
 
 Check = Callable[[Sequence[float]], None]  # of numbers, raises
 Finish = Callable[[list[Tensor], Check], None]  # is given numbers that the host does not have yet, and what checks them
@@ -15,8 +16,8 @@ Pairs = Iterable[tuple[Tensor, Tensor]]  # where to write, and what
 
 
 def commit(model: nn.Module, moved: Params, finish: Callable[[], None] | None = None) -> None:
-    """Use `moved` up: copy it into the parameters of `model`, in place, then `finish`; all or nothing."""
-    write([consumed(dict(model.named_parameters()), moved)], finish)
+    """Use `moved` up: copy it into the parameters and buffers of `model`, in place, then `finish`; all or nothing."""
+    write([consumed(named_tensors(model), moved)], finish)
 
 
 def consumed(parameters: Mapping[str, Tensor], moved: Params) -> Iterator[tuple[Tensor, Tensor]]:

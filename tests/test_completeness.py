@@ -15,7 +15,6 @@ from torch.func import functional_call
 import teleport_lite as tl
 from teleport_lite.outputs import tensors_of
 
-
 FAMILIES = FIRST | LATER
 
 

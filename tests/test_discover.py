@@ -148,9 +148,9 @@ def test_no_false_symmetry(twist, found, reason, generator):
 def test_norms_stop_what_comes_in_and_start_with_their_gain():
     batch = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
     found = tl.find_symmetries(batch, torch.zeros(3, 4))
-    assert kinds(found) == ["PositiveScaling"]  # no permutation: the running statistics would have to be moved
-    assert found[0].names == ("1.weight", "1.bias", "3.weight")
-    assert found.reasons == ("rows of 0.weight: they are normalised",)
+    assert kinds(found) == ["Signs", "Permutation", "PositiveScaling"]
+    assert [f.buffers for f in found] == [("1.running_mean",), ("1.running_mean", "1.running_var"), ()]
+    assert found[2].names == ("1.weight", "1.bias", "3.weight")
     layer = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 2))
     assert kinds(tl.find_symmetries(layer, torch.zeros(3, 4))) == ["Permutation", "PositiveScaling", "Translation"]
     assert shifts(tl.find_symmetries(layer, torch.zeros(3, 4))) == 4 + 1  # constants in what the norm reads

@@ -9,7 +9,7 @@ reason.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -91,9 +91,14 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
     with laboratory(probe.module):
         probe.perturb(generator)
         check = Verifier(probe, Arguments.of(example_inputs), generator)
-        propagation = propagated(probe, check.planned.informative())
+        trials = check.planned.informative()
+        propagation = moving = propagated(probe, trials)
         propagation.fix_idle_matrices(check.matters)
-        factors, reasons = solve_and_verify(propagation, check)
+        if probe.movable:
+            training = [t for t in check.planned.even if t.training][:1]
+            moving = propagated(probe, dict.fromkeys([*trials, *training]), probe.movable)
+            moving.fix_idle_matrices(check.matters)
+        factors, reasons = solve_and_verify(propagation, moving, check)
         shifts = translations(probe, check, generator)
         found: list[Symmetry] = [*factors, *shears(factors, shifts, propagation, check), *together(shifts)]
         if of == "loss":
@@ -106,17 +111,17 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
     return Product(found, reasons, overlap)
 
 
-def propagated(probe: Probe, trials: Iterable[Trial]) -> Propagation:
-    """The constraints that all these runs put on the parameters together."""
+def propagated(probe: Probe, trials: Iterable[Trial], buffers: Collection[str] = ()) -> Propagation:
+    """The constraints that all these runs put on the parameters together, and on these buffers."""
     kernels = {id(m.weight) for m in probe.module.modules() if isinstance(m, (_ConvNd, nn.Bilinear))}
     stacks = {n: len(p) for n, p in probe.params.items() if p.ndim == 3 and len(p) > 1 and id(p) not in kernels}
-    trials = list(trials)
-    propagation = _followed(probe, trials, stacks)
-    return _followed(probe, trials, stacks | propagation.cut) if propagation.cut else propagation
+    trials, moving = list(trials), {n: probe.movable[n] for n in buffers}
+    propagation = _followed(probe, trials, stacks, moving)
+    return _followed(probe, trials, stacks | propagation.cut, moving) if propagation.cut else propagation
 
 
-def _followed(probe: Probe, trials: list[Trial], stacks: dict[str, int]) -> Propagation:
-    propagation = Propagation(probe.params, stacks)
+def _followed(probe: Probe, trials: list[Trial], stacks: dict[str, int], buffers: Params) -> Propagation:
+    propagation = Propagation(probe.params, stacks, buffers)
     for name, p in probe.params.items():
         if not p.requires_grad:
             propagation.freeze(name, f"{name} is frozen")

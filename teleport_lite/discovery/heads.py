@@ -87,7 +87,8 @@ def permute_stacks(found: list[NeuronSymmetry], check: Verifier) -> list[NeuronS
         others += [o for (_, n), o in rows.items() if n == count]
         others.sort(key=lambda o: min(abs(place[name] - place[first]) for name in o))
         for other in others[:NEARBY]:
-            s = NeuronSymmetry(Permutation(count), [Leg(name, 0) for name in place if name in names | other])
+            both = [name for name in place if name in names | other]
+            s = NeuronSymmetry(Permutation(count), [Leg(n, 0, buffer=n in check.probe.movable) for n in both])
             if s in made or check.keep([s], lambda *_: None):
                 made += [s] if s not in made else []
                 break

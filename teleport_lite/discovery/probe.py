@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -16,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from teleport_lite.discovery.draws import seed_everything
 from teleport_lite.discovery.float64 import Float64, float64_default
 from teleport_lite.discovery.inputs import Arguments
+from teleport_lite.discovery.memory import storage_key
 from teleport_lite.discovery.watch import Watch
 from teleport_lite.functional import Params
-from teleport_lite.host import copy_of
+from teleport_lite.host import copy_of, innermost
 from teleport_lite.outputs import arguments_of, tensors_of
 from teleport_lite.runtime import eager_mode, kept_random_state
 
@@ -29,6 +31,8 @@ class Probe:
     Attributes:
         params: the parameters themselves, by the names that they have in `model`.
         values: where they stand between two runs.
+        movable: the buffers that may move along, by name.
+        home: values of the parameters and of these buffers.
         of: what `outputs` gives: "outputs", or "loss" for their logarithmic softmax, which a cross-entropy sees.
     """
 
@@ -41,6 +45,8 @@ class Probe:
         self.mode: Float64 | None = Float64()
         self.of = "outputs"
         self.buffers = {b: b.clone() for b in self.module.buffers()}
+        names = _movable(innermost(model))
+        self.movable: Params = {n: b for n, b in self.module.named_buffers() if n in names}
         self.attributes = [
             (m, {k: _kept(v) for k, v in m.__dict__.items()})
             for m in self.module.modules()
@@ -52,7 +58,12 @@ class Probe:
             for v in m.__dict__.values()
             if isinstance(v, torch.Generator)
         ]
+        self._settle_home()
+
+    def _settle_home(self) -> None:
         self.values: Params = {name: p.detach().clone() for name, p in self.params.items()}
+        self.home: Params = {**self.values, **{n: self.buffers[b] for n, b in self.movable.items()}}
+        self._here = self.home
 
     def perturb(self, generator: torch.Generator) -> None:
         """Move everything off special values: nothing must hold only because a number happens to be 0 or 1."""
@@ -65,7 +76,7 @@ class Probe:
                     module.running_mean.add_(0.1 * normal(module.running_mean, generator))
                     module.running_var.mul_((0.1 * normal(module.running_var, generator)).exp())
         self.buffers = {b: b.clone() for b in self.buffers}
-        self.values = {name: p.detach().clone() for name, p in self.params.items()}
+        self._settle_home()
 
     def outputs(
         self, call: Arguments, training: bool = False, seed: int = 0, modes: tuple[TorchDispatchMode, ...] = ()
@@ -90,14 +101,41 @@ class Probe:
     def unsettle(self, generator: torch.Generator) -> bool:
         """Move buffers that the last run has changed off their values, for a state may be anything; whether any is."""
         moved = False
-        for module, attributes in self.attributes:
-            for name, b in attributes["_buffers"].items():
-                if b is None or not b.is_floating_point() or b.layout is not torch.strided:
-                    continue
-                if id(module._buffers.get(name)) != id(b) or not torch.equal(b, self.buffers[b]):
-                    self.buffers[b] += self.buffers[b].abs().mean().clamp(min=1.0) * normal(b, generator)
-                    moved = True
+        for module, name, b in self._places():
+            if not b.is_floating_point() or b.layout is not torch.strided:
+                continue
+            if id(module._buffers.get(name)) != id(b) or not torch.equal(b, self.buffers[b]):
+                self.buffers[b] += self.buffers[b].abs().mean().clamp(min=1.0) * normal(b, generator)
+                moved = True
         return moved
+
+    def settle(self, call: Arguments) -> bool:
+        """Let buffers be as a run in training mode leaves them, where some that no norm holds may move; whether so.
+
+        A buffer of equal numbers that the model will write to would otherwise seem to be no leg.
+        """
+        normed = {b for m in self.module.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
+        if normed.issuperset(self.movable.values()):
+            return False
+        try:
+            self.outputs(call, training=True)
+        except Exception:
+            return False
+        for b, now in [(b, module._buffers.get(name)) for module, name, b in self._places()]:
+            if b not in normed and now is not None and now.shape == b.shape:
+                self.buffers[b].copy_(now)
+        return True
+
+    def _places(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """Where the buffers were at first."""
+        for module, attributes in self.attributes:
+            yield from ((module, name, b) for name, b in attributes["_buffers"].items() if b is not None)
+
+    def left(self) -> Params:
+        """What the last run has made of the buffers that may move along."""
+        names = {b: n for n, b in self.movable.items()}
+        now = {names[b]: module._buffers.get(name) for module, name, b in self._places() if b in names}
+        return {n: b for n, b in now.items() if b is not None}
 
     def _restore(self) -> None:
         """Give back to the modules what they held at first; a run may have changed it."""
@@ -112,18 +150,33 @@ class Probe:
 
     @contextmanager
     def at(self, params: Params) -> Iterator[None]:
-        """A context in which the copy stands at `params`."""
-        moved = [name for name, p in params.items() if p is not self.values[name]]
+        """A context in which the copy stands at `params`, and where it stood before in all others."""
+        here = self._here
+        moved = {name: p for name, p in params.items() if p is not here[name]}
         try:
-            self._write({name: params[name] for name in moved})
+            self._here = {**here, **moved}
+            self._write(moved)
             yield
         finally:
-            self._write({name: self.values[name] for name in moved})
+            self._here = here
+            self._write({name: here[name] for name in moved})
 
     def _write(self, params: Params) -> None:
         with torch.no_grad():
             for name, value in params.items():
-                self.params[name].copy_(value)
+                if name in self.movable:
+                    self.buffers[self.movable[name]] = value
+                else:
+                    self.params[name].copy_(value)
+
+
+def _movable(model: nn.Module) -> set[str]:
+    """The names of the buffers that hold several real numbers, are saved with the model, and share no memory."""
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    saved = {id(b) for m in modules for key, b in m._buffers.items() if key not in m._non_persistent_buffers_set}
+    holders = Counter(storage_key(t) for t in (*model.parameters(), *model.buffers()))
+    real = {n: b for n, b in model.named_buffers() if id(b) in saved and b.is_floating_point() and b.numel() > 1}
+    return {n for n, b in real.items() if holders[storage_key(b)] == 1 and all(b.stride())}
 
 
 def _kept(value: Any) -> Any:

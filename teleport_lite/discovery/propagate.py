@@ -36,9 +36,11 @@ class Propagation(DispatchMode):
     Args:
         params: the parameters by name.
         stacks: those that hold several matrices with axes of their own along their first dimension, and how many.
+        buffers: buffers that may move along, by name, on the axes on which their values vary.
 
     Attributes:
         constraints: the equations between labels.
+        buffers: as given.
         parameter_axes: for each axis of each parameter its labels; an axis is a parameter, a dimension and a number of
             groups.
         used: names of the parameters that took part.
@@ -49,9 +51,15 @@ class Propagation(DispatchMode):
         cut: names of matrices of which some rows were read apart, and in how many such parts they fall.
     """
 
-    def __init__(self, params: dict[str, Tensor], stacks: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        params: dict[str, Tensor],
+        stacks: Mapping[str, int] | None = None,
+        buffers: dict[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        stacks = stacks or {}
+        stacks, self.buffers = stacks or {}, buffers or {}
+        params = {**params, **self.buffers}
         self.constraints = Constraints()
         self.parameter_axes: dict[tuple[str, int, int], Tensor] = {}
         self.used: set[str] = set()
@@ -67,6 +75,8 @@ class Propagation(DispatchMode):
         for name, p in params.items():
             own = self._labels[id(p)] = []
             for dim in (d for d in range(p.ndim) if p.ndim <= 2 or p.shape[d] > 1):
+                if name in self.buffers and bool((p == p.narrow(dim, 0, 1)).all()):
+                    continue
                 groups = stacks.get(name, 1) if dim else 1
                 labels = self.constraints.fresh(*(n if d == dim else 1 if d else groups for d, n in enumerate(p.shape)))
                 self.parameter_axes[name, dim, groups] = labels.reshape(-1)

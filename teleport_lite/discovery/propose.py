@@ -48,9 +48,11 @@ class _Entry:
     indices: tuple[int, ...]
 
 
-def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[NeuronSymmetry], list[str]]:
-    """Propose what solves the constraints, and verify it."""
-    axes = [a for a in _axes(propagation) if a[0] in propagation.used]
+def solve_and_verify(
+    propagation: Propagation, moving: Propagation, check: Verifier
+) -> tuple[list[NeuronSymmetry], list[str]]:
+    """Propose what solves the constraints, and verify it: for finite groups those where buffers are `moving` along."""
+    axes = still = [a for a in _axes(propagation) if a[0] in propagation.used]
     reasons: list[str] = [
         f"{op} is not understood{f' ({why})' if why else ''}: what it reads stays as it is"
         for op, why in propagation.unsupported_ops.items()
@@ -62,7 +64,7 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
         reasons.append(f"{symmetry}: {symmetry.group} {told(error)}")
 
     found: list[NeuronSymmetry] = []
-    covered: set[tuple[int, int]] = set()
+    mixings: list[NeuronSymmetry] = []
     sums, scaled = bool(propagation.constraints.sums), _with_offsets(axes, propagation.constraints)
     for term in (SECOND, PRODUCT) if sums else (SECOND,):
         classes, factors = solve_scalings(propagation.constraints, term)
@@ -73,23 +75,28 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
         mixed = [s for s in join_side_by_side([s for s in single if s.group.n > 1]) if s not in found]
         kept = check.keep(mixed, lambda *_: None)
         kept += check.keep([part for s in mixed if s not in kept for part in split_blocks(s)], lambda *_: None)
-        covered |= _covered(axes, kept)
+        mixings += kept
+        covered = _covered(axes, mixings)
         rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.indices)}
         made = [s for s in _proposals(scaled, rest, PositiveScaling, None, classes, reasons) if s not in found]
         found += kept + check.keep(made, drop)
-    orders = solve_permutations(propagation.constraints)
+    constraints, axes = moving.constraints, [a for a in _axes(moving) if a[0] in moving.used]
+    covered, orders = _covered(axes, mixings), solve_permutations(constraints)
     kinds: list[tuple[type[Group], Tensor, Tensor | None]] = [
         *(
-            (Signs, solve_signs(propagation.constraints, term), None)
-            for term in ((SECOND, FIRST, PRODUCT) if sums else (SECOND,))
+            (Signs, solve_signs(constraints, term), None)
+            for term in ((SECOND, FIRST, PRODUCT) if constraints.sums else (SECOND,))
         ),
-        (Permutation, orders, signatures(propagation.constraints, orders, PERM)),
+        (Permutation, orders, signatures(constraints, orders, PERM)),
     ]
+    proposals: list[NeuronSymmetry] = []
     for kind, classes, signature in kinds:
         entries = _entries(axes, classes, torch.ones(len(classes)))
         rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.indices)}
-        proposals = [s for s in _proposals(axes, rest, kind, signature, classes, reasons) if s not in found]
-        found += check.keep([s for s in proposals if kind is Signs or s.group.n > 1], drop)
+        made = [s for s in _proposals(axes, rest, kind, signature, classes, reasons) if s not in found + proposals]
+        proposals += [s for s in made if kind is Signs or s.group.n > 1]
+        if check.planned.trials != check.planned.even or kind is Permutation:  # else all in one go
+            found, proposals = found + check.keep(proposals, drop), []
     found = [s for s in found if not _trivial(s, check)]
     first = {(a[0], a[1]): i for i, a in reversed(list(enumerate(axes)))}
     rank = [GeneralLinear, PositiveScaling, SpecialOrthogonal, PairRotations, Signs, Permutation]
@@ -98,7 +105,7 @@ def solve_and_verify(propagation: Propagation, check: Verifier) -> tuple[list[Ne
         return min(first[leg.name, leg.dim] for leg in s.legs), rank.index(type(s.group))
 
     found.sort(key=sort_key)
-    turning = rotations(found, propagation.constraints, orders, {a[:2]: a[3] for a in axes}, check)
+    turning = rotations(found, propagation.constraints, {a[:2]: a[3] for a in still}, check)
     found += permute_blocks([part for s in found for part in split_blocks(s)], check)
     found += permute_stacks(found, check) + turning
     return sorted(found, key=sort_key), reasons
@@ -112,6 +119,7 @@ class Axis(NamedTuple):
     groups: int
     labels: Tensor
     offset: float = 0.0
+    buffer: bool = False
 
 
 def _axes(propagation: Propagation) -> list[Axis]:
@@ -122,7 +130,7 @@ def _axes(propagation: Propagation) -> list[Axis]:
             each = len(propagation.parameter_axes[name, 0, 1]) // groups
             axes.append(Axis(name, 0, 1, labels.repeat_interleave(each)))
         else:
-            axes.append(Axis(name, dim, groups, labels))
+            axes.append(Axis(name, dim, groups, labels, buffer=name in propagation.buffers))
     return axes
 
 
@@ -191,15 +199,16 @@ def _proposals(
             dual_sign = kind in (PositiveScaling, GeneralLinear)
             legs = []
             for entry in piece[0]:
-                name, dim, groups, _, offset = axes[entry.axis]
+                name, dim, groups, _, offset, buffer = axes[entry.axis]
                 each = _block(entry.indices)
                 dual, power = (entry.power < 0, abs(entry.power)) if dual_sign else (dim == 1, 1.0)
-                own = Leg(name, dim, dual, 0, each, groups, 0, power, offset)
+                own = Leg(name, dim, dual, 0, each, groups, 0, power, offset, buffer)
                 legs += [replace(own, start=start) for start in entry.indices[::each]]
             if kind is Permutation:  # in and out of a depthwise convolution: one place, moved once
                 legs = list(dict.fromkeys(legs))
-            made.append(NeuronSymmetry(kind(len(piece)), legs))
-        if kind in (PositiveScaling, Signs):
+            if not all(leg.buffer for leg in legs):
+                made.append(NeuronSymmetry(kind(len(piece)), legs))
+        if made and kind in (PositiveScaling, Signs):
             made = _whole_stack(made, {a[:3]: len(a[3]) // a[2] for a in axes})
         if len(made) > PIECES:
             reasons.append(f"{', '.join(made[0].names)}: a {kind.__name__} whose places are scattered")
@@ -230,7 +239,8 @@ def _trivial(symmetry: NeuronSymmetry, check: Verifier) -> bool:
         return False
     old = check.params
     new = symmetry.act(old, symmetry.sample(old, generator=check.generator))
-    return distance([new[n] for n in symmetry.names], [old[n] for n in symmetry.names]) < TOLERANCE
+    names = (*symmetry.names, *symmetry.buffers)
+    return distance([new[n] for n in names], [old[n] for n in names]) < TOLERANCE
 
 
 def _block(indices: tuple[int, ...]) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from teleport_lite.discovery.constraints import TURN, Constraints
-from teleport_lite.discovery.solve import signatures, solve_scalings
+from teleport_lite.discovery.solve import signatures, solve_permutations, solve_scalings
 from teleport_lite.discovery.verify import Verifier
 from teleport_lite.functional import Params
 from teleport_lite.groups import PairRotations, Permutation, PositiveScaling, SpecialOrthogonal
@@ -24,7 +24,6 @@ Rotate = Callable[[int, bool], NeuronSymmetry]  # so many entries of a stream, a
 def rotations(
     found: list[NeuronSymmetry],
     constraints: Constraints,
-    orders: Tensor,
     axes: dict[tuple[str, int], Tensor],
     check: Verifier,
 ) -> list[NeuronSymmetry]:
@@ -33,12 +32,11 @@ def rotations(
     Args:
         found: what was verified, permutations and scalings among it.
         constraints: the equations between labels.
-        orders: their solution for permutations.
         axes: the labels of each parameter and dimension.
         check: the verifier.
     """
     turning = check.keep([turned for s in found if (turned := _of_pairs(s))], lambda *_: None)
-    streams = list(_streams(found, constraints, orders, axes, check.params))
+    streams = list(_streams(found, constraints, axes, check.params))
     for centered in (False, True):  # behind an RMSNorm, and behind a LayerNorm
         tried = {rotate(min(n, TRIED), centered): (n, rotate) for n, rotate in streams if n > 1 + centered}
         held = check.holding(list(tried), lambda *_: None)
@@ -67,7 +65,6 @@ def _of_pairs(scaling: NeuronSymmetry) -> NeuronSymmetry | None:
 def _streams(
     found: list[NeuronSymmetry],
     constraints: Constraints,
-    orders: Tensor,
     axes: dict[tuple[str, int], Tensor],
     params: Params,
 ) -> Iterator[tuple[int, Rotate]]:
@@ -79,9 +76,10 @@ def _streams(
     def label(leg: Leg) -> int:
         return int(axes[leg.name, leg.dim][leg.start])
 
-    permuted = [s for s in found if isinstance(s.group, Permutation)]
-    marks = signatures(constraints, orders, TURN) if permuted else orders
-    permuted = [s for s in permuted if not marks[label(s.legs[0]) >> 1]]
+    permuted = [s for s in found if isinstance(s.group, Permutation) and not s.buffers]
+    if permuted:
+        marks = signatures(constraints, solve_permutations(constraints), TURN)
+        permuted = [s for s in permuted if not marks[label(s.legs[0]) >> 1]]
     if not permuted:
         return
     classes, factors = solve_scalings(constraints)

@@ -34,7 +34,7 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
     proposed = [s for s in proposed if all(params[n].requires_grad for n in s.names)]
     if proposed:
         elsewhere = {
-            n: p + p * normal(p, generator) / 2 if p.is_floating_point() else p for n, p in check.params.items()
+            n: p + p * normal(p, generator) / 2 if p.is_floating_point() else p for n, p in probe.values.items()
         }
         trial = next((t for t in check.planned.trials if t.training), trial)
         with probe.at(elsewhere):

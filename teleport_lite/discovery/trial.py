@@ -11,7 +11,8 @@ from torch import Tensor
 from teleport_lite.discovery.draws import Draws
 from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.probe import Probe, normal
-from teleport_lite.outputs import gaps, numbers
+from teleport_lite.functional import Params
+from teleport_lite.outputs import distance, gaps, numbers
 
 SLACK = 1e2  # times that rounding explains
 CHAOS = 1e-9  # outputs that rounding changes by more cannot be compared
@@ -27,6 +28,7 @@ class Trial:
         call, training, seed: what is run.
         draws: arguments of `Draws`; None for the generators as they are.
         before: the outputs.
+        written: the buffers that the run changes, of those that may move along.
         reads: what the run read, as `Watch` says.
     """
 
@@ -36,6 +38,7 @@ class Trial:
     seed: int = 0
     draws: dict[str, Any] | None = None
     before: list[Tensor] = field(default_factory=list)
+    written: Params = field(default_factory=dict)
     reads: set[tuple] = field(default_factory=set)
     _constant: list[Tensor] | None = None
     _noise: list[float] | None = None
@@ -48,14 +51,21 @@ class Trial:
         """The dispatch modes that decide what is drawn."""
         return () if self.draws is None else (Draws(**self.draws),)
 
-    def gap(self, floor: float) -> float:
-        """How far the outputs are now from those before, beyond what rounding explains; 0 when below `floor`."""
+    def gap(self, floor: float, written: Params | None = None) -> float:
+        """How far the outputs are now from those before, beyond what rounding explains; 0 when below `floor`.
+
+        The run has to leave the buffers `written` as they are here, too.
+        """
         try:
             after = self.run()
         except Exception:  # as when a shape depends on values
             return float("inf")
         if len(after) != len(self.before):
             return float("inf")
+        left = self.probe.left() if written else {}
+        wrong = max((distance([left[n]] if n in left else [], [b]) for n, b in (written or {}).items()), default=0.0)
+        if wrong > floor:
+            return wrong
         found = gaps(after, self.before, self.constant)
         if max(found, default=0.0) <= floor:
             return 0.0
@@ -96,7 +106,7 @@ class Trial:
             n: p * (1 + spread * normal(p, draw)) if p.is_floating_point() else p for n, p in self.probe.values.items()
         }
         try:
-            with self.probe.at(moved):
+            with self.probe.at({**self.probe.home, **moved}):
                 found = self.run()
         except Exception:
             return default

@@ -80,7 +80,8 @@ class Trials:
         given = None if small is None else self._accepted(small)
         if given is None or (inputs.rows(example) <= MANY and not self._watched(example).reads <= given.reads):
             given = self._watched(example)
-        return self._watched(given.call) if self.probe.unsettle(self.generator) else given
+        unsettled = self.probe.unsettle(self.generator)
+        return self._watched(given.call) if self.probe.settle(given.call) or unsettled else given
 
     def _varied(self, base: Trial) -> list[Trial]:
         """Other values, of the first kind that the model takes."""
@@ -124,6 +125,8 @@ class Trials:
         found = self.probe.outputs(call, trial.training, trial.seed, (self.drawn, watch))
         self.drawn.outside = drawn_outside(trial.seed)
         trial.before, trial.reads = [t.detach().clone() for t in found], watch.reads
+        home = self.probe.home
+        trial.written = {n: b.clone() for n, b in self.probe.left().items() if not torch.equal(b, home[n])}
         for k, length in watch.tables.items():
             self.tables[k] = min(length, self.tables.get(k, length))
         return trial
@@ -167,7 +170,8 @@ class Trials:
             return
         draws = self.drawn
         random = draws.single or draws.many or draws.outside
-        if not random and plain.reads == first.reads and distance(plain.before, first.before) == 0:
+        alike = plain.reads == first.reads and not plain.written and distance(plain.before, first.before) == 0
+        if not random and alike:
             return
         if not self._repeats(plain):
             self.notes.append("training mode: two runs on the same input differ")

@@ -36,7 +36,7 @@ class Verifier:
     """Asks the copy of a model whether symmetries hold.
 
     Attributes:
-        params: where they are tried.
+        params: where they are tried, and buffers that may move along.
         untouched: parameters that matter in no trial; they stay.
         gradients: of random sums of the outputs, in some of the trials.
         unread: those of them that no operator reads, or that reach the outputs times zero alone, so that nobody knows
@@ -47,7 +47,7 @@ class Verifier:
     def __init__(self, probe: Probe, example: Arguments, generator: torch.Generator) -> None:
         self.probe, self.generator = probe, generator
         self.planned = Trials(probe, example, generator)
-        self.params: Params = probe.values
+        self.params: Params = probe.home
         self.untouched = self._unexercised()
         for _ in range(WIDER):
             idle = sum(self._idle_parts().values())
@@ -88,7 +88,7 @@ class Verifier:
     def _same(self, entries: Params) -> bool:
         """Whether all outputs stay, bit for bit, when these entries are changed."""
         moved = {n: self.params[n] + normal(self.params[n], self.generator) * where for n, where in entries.items()}
-        with self.probe.at({**self.params, **moved}):
+        with self.probe.at(moved):
             return all(_identical(s) for s in self.trials)
 
     def allowed(self, symmetry: Symmetry) -> bool:
@@ -98,7 +98,7 @@ class Verifier:
         own = {self.params[leg.name].shape[leg.dim] for leg in legs} | {symmetry.group.n}
         own |= set() if legs else {n for name in symmetry.moved for n in self.params[name].shape}
         shared = lengths & own or {*symmetry.names} & {*self.untouched}
-        if not shared and not any(self._idle(symmetry, leg) for leg in legs):
+        if not shared and not any(self._idle(symmetry, leg) for leg in legs if not leg.buffer):
             return True
         self.withheld[str(symmetry)] = None
         return False
@@ -159,7 +159,7 @@ class Verifier:
             moved = self._moved(symmetries, turn)
             with self.probe.at(moved):
                 for trial in trials:
-                    gap = trial.gap(TOLERANCE)
+                    gap = trial.gap(TOLERANCE, self._written(symmetries, turn, trial))
                     if gap and not (trial.chaotic and self._spared(trial)):
                         self._look_here_first(trial)
                         return gap, trial, turn
@@ -181,7 +181,13 @@ class Verifier:
 
     def _gap(self, symmetries: Sequence[Symmetry], trial: Trial, turn: int) -> float:
         with self.probe.at(self._moved(symmetries, turn)):
-            return trial.gap(TOLERANCE)
+            return trial.gap(TOLERANCE, self._written(symmetries, turn, trial))
+
+    def _written(self, symmetries: Sequence[Symmetry], turn: int, trial: Trial) -> Params:
+        """The buffers that a trial changes and that these symmetries move, as the moved model has to leave them."""
+        names = {n for s in symmetries for n in s.buffers if n in trial.written}
+        moved = self._moved(symmetries, turn, trial.written) if names else {}
+        return {n: moved[n] for n in names}
 
     def _turns(self, symmetries: Sequence[Symmetry]) -> Iterator[tuple[int, list[Trial]]]:
         """Which elements to try, by number, on which trials.
@@ -203,8 +209,8 @@ class Verifier:
             for k in range(DRAWN + bits if len(small) > 1 else 0):
                 yield 2 + k, [smallest]
 
-    def _moved(self, symmetries: Sequence[Symmetry], turn: int) -> Params:
-        moved = self.params
+    def _moved(self, symmetries: Sequence[Symmetry], turn: int, written: Params | None = None) -> Params:
+        moved = {**self.params, **(written or {})}
         for s in symmetries:
             if turn < 2 + DRAWN or self.numbers.get(s, 0) >> (turn - 2 - DRAWN) & 1:
                 moved = s.act(moved, self._element(s, turn))

@@ -42,7 +42,7 @@ from torch.optim import LBFGS, Adagrad, Optimizer
 
 from teleport_lite.errors import StateError, UnknownNameError
 from teleport_lite.functional import Params, dot, stacked
-from teleport_lite.runtime import eager_mode, unwrap_compiled
+from teleport_lite.runtime import eager_mode, named_tensors, unwrap_compiled
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.transaction import Finish, Pairs, consumed, write
 
@@ -52,7 +52,7 @@ Slots = dict[str, Params]  # the entries of an optimizer's state by name, each b
 
 @dataclass(frozen=True)
 class Carrier:
-    """A move of `params`, the ones that `symmetry` names, by `xi`; it carries what is shaped like some of them."""
+    """A move of `params`, all that `symmetry` names, by `xi`; it carries what is shaped like some of them."""
 
     symmetry: Symmetry
     xi: Any
@@ -170,7 +170,7 @@ def move(
         xi: coordinates of the element.
         optimizers: those that hold its parameters.
         state: "transport" to carry the state along, "reset" to forget it, "keep" to leave it.
-        moved: the parameters that `symmetry.act` gives, when they are known already; used up.
+        moved: the parameters and buffers that `symmetry.act` gives, when they are known already; used up.
         finish: called when all is written, with numbers that it has to hand on to a check; what it raises undoes the
             move.
 
@@ -188,8 +188,9 @@ def move(
     if state not in STATES:
         raise UnknownNameError("state", state, STATES)
     model, optimizers = unwrap_compiled(model, symmetry.names), list(optimizers)
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
-    carrier = Carrier(symmetry, xi, {name: parameters[name].detach() for name in symmetry.names})
+    parameters = named_tensors(model)
+    names = (*symmetry.names, *symmetry.buffers)
+    carrier = Carrier(symmetry, xi, {name: parameters[name].detach() for name in names})
     with torch.no_grad(), eager_mode(next(iter(carrier.params.values())).device.type):
         new = symmetry.act(carrier.params, xi) if moved is None else moved
         infinite: dict[tuple[str, str], Tensor] = {}  # for entries of the state whether they are not finite
@@ -202,7 +203,7 @@ def move(
         def steps() -> Iterator[Pairs]:
             for optimizer in optimizers if state == "transport" else ():
                 yield from _carried(optimizer, carrier, parameters, infinite)
-            yield consumed(parameters, {name: new.pop(name) for name in symmetry.names})
+            yield consumed(parameters, {name: new.pop(name) for name in names})
 
         def end() -> None:
             if finish is not None:

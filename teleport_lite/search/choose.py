@@ -40,7 +40,7 @@ def search(
     if how is None:
         how = "closed_form" if has_closed_form(symmetry, objective) else "ascent"
     if how == "random":
-        return symmetry.sample(problem.params, radius=radius, generator=generator)
+        return symmetry.sample(problem.point, radius=radius, generator=generator)
     if how == "closed_form" and has_closed_form(symmetry, objective):
         tensors = problem.gradient if objective.quadratic == "gradient" else problem.params
         return closed_form(symmetry, tensors, objective.quadratic == "gradient", maximize=maximize, radius=radius)

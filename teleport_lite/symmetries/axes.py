@@ -47,6 +47,7 @@ class Leg:
         run: how many entries of each part belong to the axis, from `start` on; 0 where it is a slice of all in a row.
         power: k where a scaling acts by $g^k$, as behind an activation that is homogeneous of degree k.
         offset: c where the group acts on c + w, as on the gain 1 + w of a norm: $w \mapsto g(c + w) - c$.
+        buffer: whether `name` is that of a buffer.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Leg:
     run: int = 0
     power: float = 1.0
     offset: float = 0.0
+    buffer: bool = False
 
     @property
     def exponent(self) -> float:
@@ -69,7 +71,8 @@ class NeuronSymmetry(Symmetry):
     r"""A group acting on the hidden axis that the `legs` describe: $V \mapsto gV,\ b \mapsto gb,\ U \mapsto U g^{-1}$.
 
     Scalings may act on a leg by a power, as $U \mapsto U g^{-k}$ behind $\mathrm{ReLU}^k$. The gradient with respect to
-    a leg transforms like its dual, so gradients are transported by the same code with dual coordinates.
+    a leg transforms like its dual, so gradients are transported by the same code with dual coordinates. Legs of finite
+    groups may be buffers, which have no gradients: they move where they are among the parameters.
     """
 
     gains: tuple[Leg | None, ...] = ()  # that the legs stand behind, which the group does not act on
@@ -78,11 +81,19 @@ class NeuronSymmetry(Symmetry):
         self.group, self.legs = group, tuple(legs)
         if not self.legs:
             raise TeleportError("at least one leg", "none", "name the incoming and outgoing weights")
-        self.names = tuple(dict.fromkeys(leg.name for leg in self.legs))
+        self.names, self.buffers = (
+            tuple(dict.fromkeys(leg.name for leg in self.legs if leg.buffer is kind)) for kind in (False, True)
+        )
+        if not self.names or (self.buffers and group.dim):
+            remedy = "let a permutation or signs move buffers, along with a parameter"
+            raise TeleportError("legs that are parameters, and buffers under finite groups only", self.buffers, remedy)
         self.monomial = isinstance(group, (PositiveScaling, Signs, Permutation))
         self.homogeneous = self.linear and not any(leg.offset for leg in self.legs)
 
     def move(self, params, xi):
+        if (lost := self.missing(params)) and not torch.equal(xi, self.zeros(params)):
+            remedy = "pass dict(model.named_parameters()) | dict(model.named_buffers())"
+            raise TeleportError("the buffers that move along", f"none named {', '.join(lost)}", remedy)
         return self._shifted(self._apply(self._shifted(params, 1), *self.group.pair(xi)), -1)
 
     def _shifted(self, params: Params, sign: int) -> Params:
@@ -93,9 +104,9 @@ class NeuronSymmetry(Symmetry):
         return params
 
     def _apply(self, params: Params, g: Tensor, dual: Tensor) -> Params:
-        """The entries in `names`, with `g` applied to the legs that are not dual and `dual` to those that are."""
-        moved = {name: params[name] for name in self.names}
-        for leg in self.legs:
+        """The entries that move, with `g` applied to the legs that are not dual and `dual` to those that are."""
+        moved = {name: params[name] for name in (*self.names, *self.buffers) if name in params}
+        for leg in (leg for leg in self.legs if leg.name in moved):
             moved[leg.name] = self.along(dual if leg.dual else g, moved[leg.name], leg)
         return moved
 
@@ -125,7 +136,7 @@ class NeuronSymmetry(Symmetry):
 
     def check(self, params: Params) -> None:
         super().check(params)
-        for leg in (*self.legs, *filter(None, self.gains)):
+        for leg in (leg for leg in (*self.legs, *filter(None, self.gains)) if leg.name in params):
             shape = params[leg.name].shape
             size = shape[leg.dim] * leg.groups if leg.dim < len(shape) else 0
             stop = leg.start + self.group.n * leg.each
@@ -178,7 +189,8 @@ class NeuronSymmetry(Symmetry):
 
     def to_dict(self) -> dict[str, Any]:
         group = {"kind": self.group.kind, "n": self.group.n, "blocks": getattr(self.group, "blocks", 1)}
-        options = {key: vars(self.group)[key] for key in ("centered", "halves", "transposed") if key in vars(self.group)}
+        own = vars(self.group)
+        options = {key: own[key] for key in ("centered", "halves", "transposed") if key in own}
         return {"symmetry": "neurons", "group": group | options, "legs": [asdict(leg) for leg in self.legs]}
 
     @classmethod

@@ -28,6 +28,7 @@ class Symmetry(ABC):
     Attributes:
         group: the group, in coordinates `xi`.
         names: the parameters that the action moves; all others stay untouched.
+        buffers: the buffers that have to move along, as the running statistics of a BatchNorm; of finite groups only.
         exact: whether it holds on all inputs, or only on one batch.
         linear: whether it is affine in the parameters, so that one gradient gives the gradient on the whole orbit.
         homogeneous: whether it is linear in the parameters, without a constant.
@@ -38,6 +39,7 @@ class Symmetry(ABC):
 
     group: Group
     names: tuple[str, ...]
+    buffers: tuple[str, ...] = ()
     exact: bool = True
     linear: bool = True
     homogeneous: bool = False
@@ -46,13 +48,17 @@ class Symmetry(ABC):
 
     @abstractmethod
     def move(self, params: Params, xi: Any) -> Params:
-        """The moved entries of `params` (those in `names`, all checked to be there); pure and differentiable."""
+        """The moved entries of `params` (those in `names`, all checked to be there); pure and differentiable.
+
+        Those in `buffers` are moved where they are there.
+        """
 
     def act(self, params: Params, xi: Any) -> Params:
         r"""The parameters $e^{\xi} \cdot w$: a new dictionary, in the same order, other entries untouched.
 
         Raises:
             UnknownNameError: when a moved parameter is missing.
+            TeleportError: when a buffer that has to move along is missing, and `xi` is not the identity.
             ParameterError: when a moved parameter is not of a real floating-point type.
             ShapeError: when a parameter or `xi` does not fit the group.
         """
@@ -134,12 +140,20 @@ class Symmetry(ABC):
         return self.group.zeros(self._like(params))
 
     def sample(self, params: Params, *, radius: float = 1.0, generator: torch.Generator | None = None) -> Any:
-        """Random coordinates of operator norm at most `radius`; for a finite group a uniform element."""
-        return self.group.sample(self._like(params), radius=check_radius(radius), generator=generator)
+        """Random coordinates of operator norm at most `radius`; for a finite group a uniform element.
+
+        It is the identity where a buffer that has to move along is not among the `params`.
+        """
+        xi = self.group.sample(self._like(params), radius=check_radius(radius), generator=generator)
+        return self.zeros(params) if self.missing(params) else xi
 
     def inverse(self, xi: Any) -> Any:
         """Coordinates of the inverse element."""
         return self.group.inverse(xi)
+
+    def missing(self, params: Params) -> list[str]:
+        """The buffers that have to move along and are not among the `params`."""
+        return [name for name in self.buffers if name not in params]
 
     @property
     def dim(self) -> int:

@@ -47,6 +47,7 @@ class Product(Symmetry, Sequence):
                 raise TeleportError("symmetries as factors", repr(factor), "pass what teleport_lite.symmetries makes")
         self.reasons, self.overlap = tuple(reasons), overlap
         self.names = tuple(dict.fromkeys(name for f in self.factors for name in f.names))
+        self.buffers = tuple(dict.fromkeys(name for f in self.factors for name in f.buffers))
         self.of = "loss" if any(f.of == "loss" for f in self.factors) else "outputs"
         self.exact = all(f.exact for f in self.factors)
         self.linear = all(f.linear for f in self.factors)
@@ -61,7 +62,7 @@ class Product(Symmetry, Sequence):
     def move(self, params, xi):
         for factor, x in self._steps(xi):
             params = factor.act(params, x)
-        return {name: params[name] for name in self.names}
+        return {name: params[name] for name in (*self.names, *self.buffers) if name in params}
 
     def transport(self, grads, xi, params=None):
         return self._carried(lambda f, g, x, p: f.transport(g, x, p), grads, xi, params)
@@ -103,7 +104,7 @@ class Product(Symmetry, Sequence):
         return tuple(parts) if isinstance(xi, Inverse) else Inverse(parts)
 
     def select(self, kind: str | None = None, name: str | None = None) -> Product:
-        """The factors of one kind, and those that move a parameter whose name matches a pattern.
+        """The factors of one kind, and those that move a parameter or buffer whose name matches a pattern.
 
         Args:
             kind: "scaling", "mixing", "rotation", "shear", "translation", "permutation" or "sign".
@@ -122,7 +123,8 @@ class Product(Symmetry, Sequence):
         found = [
             f
             for f in self.factors
-            if (kind is None or f.group.kind == kind) and (name is None or any(fnmatchcase(n, name) for n in f.names))
+            if (kind is None or f.group.kind == kind)
+            and (name is None or any(fnmatchcase(n, name) for n in (*f.names, *f.buffers)))
         ]
         asked = [f"kind {kind!r}" if kind else "", f"name {name!r}" if name else ""]
         return Product(found, self.reasons if found else [f"no factor of {' and '.join(filter(None, asked))}"])

@@ -8,19 +8,27 @@ import torch
 from torch import Tensor
 
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN
-from teleport_lite.discovery.labels import Labels, along_channels, along_last, vary_together
+from teleport_lite.discovery.labels import Labels, along_channels, along_last, vary_together, varying_dims
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.registry import rule_for
 
 
 def _normalize(
-    op: Operation, labels: Labels, gain: Tensor | None, shift: Tensor | None, fit: Callable[[Tensor], Tensor]
+    op: Operation,
+    labels: Labels,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    fit: Callable[[Tensor], Tensor],
+    signed: Tensor | None = None,
 ) -> Labels:
-    """Labels after a norm with a gain and a shift, which `fit` makes broadcast: places pass, multiples do not."""
+    """Labels after a norm with a gain and a shift, which `fit` makes broadcast: places pass, multiples do not.
+
+    Signs pass along the one axis that is `signed`.
+    """
     starts = op.constraints.sum_labels([fit(a) for a in op.labels(gain)])
     found: Labels = []
     for a in labels:
-        op.fix([a], "they are normalised", SCALE | SIGN)
+        op.fix([a], "they are normalised", SCALE if a is signed else SCALE | SIGN)
         op.keep_entries_apart([a])
         if starts is not None and vary_together(a, starts):
             op.constraints.equate(a, starts, PERM)
@@ -31,7 +39,7 @@ def _normalize(
         op.keep_entries_apart([starts])
         if not any(vary_together(a, starts) for a in labels):
             op.fix([starts], "they meet different data", PERM)
-        found.append(starts)
+        found.append(starts if signed is None else op.constraints.sum_of(signed, starts))
     elif gain is not None:
         for a in found:
             op.color_by_values(fit(gain), a)
@@ -40,15 +48,25 @@ def _normalize(
 
 @rule_for("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm")
 def batch_norm(op: Operation) -> list[Labels]:
-    """In evaluation mode the running statistics are constants, which tell channels apart."""
+    """A mean has the sign of its channel, a variance has none; statistics that stay tell channels apart when read."""
     x, gain, shift, mean, var = op.args[:5]
     training = op.args[5] if isinstance(op.args[5], bool) else False
     fit = along_channels(x)
     labels = _channel_labels(op, x)
-    for a in labels if not training else ():
-        for constant in (mean, var):
-            op.color_by_values(fit(constant), a)
-    return [_normalize(op, labels, gain, shift, fit)]
+    signed = labels[0] if len(labels) == 1 and varying_dims(labels[0]) == [1 - x.ndim] else None
+    for statistic, systems in ((mean, SIGN | PERM), (var, PERM)):
+        own = [fit(b) for b in op.labels(statistic)]
+        for b in own:
+            op.fix([b], "they are squared" if statistic is var else "", SCALE | SIGN & ~systems)
+            if signed is None:
+                op.fix([b], "they meet different data")
+            else:
+                op.constraints.equate(b, signed, systems)
+        if statistic is not None and not own:
+            signed = None if statistic is mean else signed
+            for a in labels if not training else ():
+                op.color_by_values(fit(statistic), a)
+    return [_normalize(op, labels, gain, shift, fit, signed)]
 
 
 @rule_for("native_layer_norm")
