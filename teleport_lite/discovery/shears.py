@@ -53,7 +53,7 @@ def _of_means(found: list[NeuronSymmetry], propagation: Propagation) -> Iterator
 
     Which of both is which is tried out.
     """
-    permuted = [s for s in found if isinstance(s.group, Permutation) and s.group.n > 1]
+    permuted = [s for s in found if isinstance(s.group, Permutation) and s.group.n > 1 and not s.buffers]
     classes, factors = solve_scalings(replace(propagation.constraints, fixed=[], sums=[]))
     for s in permuted:
         parts: dict[int, list[tuple[Leg, bool]]] = defaultdict(list)
