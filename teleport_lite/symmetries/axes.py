@@ -178,7 +178,9 @@ class NeuronSymmetry(Symmetry):
 
     def to_dict(self) -> dict[str, Any]:
         group = {"kind": self.group.kind, "n": self.group.n, "blocks": getattr(self.group, "blocks", 1)}
-        options = {key: vars(self.group)[key] for key in ("centered", "halves", "transposed") if key in vars(self.group)}
+        options = {
+            key: vars(self.group)[key] for key in ("centered", "halves", "transposed") if key in vars(self.group)
+        }
         return {"symmetry": "neurons", "group": group | options, "legs": [asdict(leg) for leg in self.legs]}
 
     @classmethod
