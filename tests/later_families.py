@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from completeness import (
     CONSTANT,
     FILM,
-    GAINS,
     IMAGES,
     INVERSE,
     LENGTH,
@@ -46,7 +45,7 @@ class Across(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.memory, self.head = nn.Embedding(WORDS, D), nn.Linear(3, D), nn.Linear(D, WORDS)
+        self.embed, self.memory, self.head = nn.Embedding(WORDS, D), nn.Linear(6, D), nn.Linear(D, WORDS)
         self.layer = nn.TransformerDecoderLayer(D, 2, 5, 0.0, "gelu", batch_first=True)
 
     def forward(self, tokens: Tensor, x: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class Perceiver(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.latents, self.read = nn.Parameter(torch.randn(3, D)), nn.Linear(3, D)
+        self.latents, self.read = nn.Parameter(torch.randn(3, D)), nn.Linear(6, D)
         self.asks, self.asked, self.inner, self.last = (nn.LayerNorm(D) for _ in range(4))
         self.q, self.kv, self.o = nn.Linear(D, D, bias=False), nn.Linear(D, 2 * D, bias=False), nn.Linear(D, D)
         self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D)
@@ -194,10 +193,10 @@ class Tacotron(nn.Module):
 
 LATER: dict[str, Family] = {
     "GPT without biases": Family(NanoGPT, (TOKENS,), rest=1, why=INVERSE),
-    "decoder across, post-norm": Family(Across, (TOKENS, _x(2, 6, 3)), rest=4, why=GAINS),
+    "decoder across, post-norm": Family(Across, (TOKENS, _x(2, 6, 6))),
     "ConvNeXt V2": Family(ConvNextV2, (IMAGES,)),
     "gated MLP": Family(GatedMLP, (_x(2, LENGTH, 6),), rest=2, why=UNIFORM),
-    "Perceiver": Family(Perceiver, (_x(2, 6, 3),), rest=6, why=CONSTANT),
+    "Perceiver": Family(Perceiver, (_x(2, 6, 6),), rest=6, why=CONSTANT),
     "FiLM": Family(Modulated, (VECTORS, _x(7, 3)), rest=5, why=FILM),
     "dueling Q-network": Family(Dueling, (VECTORS,)),
     "variational autoencoder": Family(Autoencoder, (_x(7, 5),), seed=1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,15 @@ from torch.func import functional_call
 import teleport_lite as tl
 from teleport_lite.errors import ParameterError, ShapeError, TeleportError, UnknownNameError
 from teleport_lite.functional import loss_of, value_and_grad
-from teleport_lite.groups import GeneralLinear, Permutation, PositiveScaling, Signs, SpecialOrthogonal, Translation
+from teleport_lite.groups import (
+    GeneralLinear,
+    Permutation,
+    PositiveScaling,
+    Shears,
+    Signs,
+    SpecialOrthogonal,
+    Translation,
+)
 from teleport_lite.symmetries import Leg, NeuronSymmetry, Symmetry, TestFunction, mixing, permutation, scaling, sign
 
 
@@ -97,7 +106,12 @@ def test_group_laws(case, widths, seed):
             assert largest_gap(twice, factor.act(factor.act(params, b), a)) <= 1e-12
 
 
-@pytest.mark.parametrize("kind", [PositiveScaling, GeneralLinear, SpecialOrthogonal, Permutation, Signs])
+TRANSPOSED = partial(Shears, transposed=True)
+
+
+@pytest.mark.parametrize(
+    "kind", [PositiveScaling, GeneralLinear, SpecialOrthogonal, Shears, TRANSPOSED, Permutation, Signs]
+)
 def test_groups(kind, generator):
     group = kind(5)
     like = torch.zeros(1, dtype=torch.float64)
