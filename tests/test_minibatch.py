@@ -236,6 +236,15 @@ def test_dropout_between_the_maps_is_none_in_evaluation_mode_only():
     assert len(tl.minibatch_symmetries(model.eval(), x)) == 2
 
 
+def test_what_stands_between_the_maps_outside_of_modules_is_named():
+    """A factor in front of the activation keeps the outputs where the layer's are held, and not where it is mixed."""
+    model, x = Net(lambda n, x: n.c(n.act(n.b(n.act(2 * n.a(x)))))).double(), batch(4, 5)
+    found = tl.minibatch_symmetries(model, x)
+    assert [str(f) for f in found] == ["b.weight, b.bias -> c.weight"]
+    assert found.reasons == ("a -> b: the input of act is not what the module before it gave",)
+    assert tl.minibatch_symmetries(mlp([5, 8, 3], nn.Tanh()), x).reasons == ()
+
+
 def test_what_is_looked_at_is_left_as_it_was():
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
     state = torch.get_rng_state()

@@ -317,3 +317,12 @@ def test_selecting_from_a_product(product):
     assert product.select("sign").reasons == ("no factor of kind 'sign'",)
     with pytest.raises(UnknownNameError, match="'scaling', 'mixing', .*got 'scalings'"):
         product.select("scalings")
+
+
+def test_spreading_the_entries_as_they_are_is_transport(generator):
+    """The slow answer of the base class, by a dense Jacobian, carries gradients unless it is told otherwise."""
+    symmetry = mixing(4, "0.weight", "1.weight")
+    params = params_of(mlp([3, 4, 2], nn.Identity(), bias=False))
+    params = {"0.weight": params["0.weight"], "1.weight": params["2.weight"]}
+    xi = symmetry.sample(params, generator=generator)
+    assert largest_gap(tl.Symmetry.spread(symmetry, params, xi, torch.clone), symmetry.transport(params, xi)) < 1e-12

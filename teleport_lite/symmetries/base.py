@@ -133,7 +133,7 @@ class Symmetry(ABC):
         def slope(z: Any) -> Params:
             return torch.func.jvp(lambda y: self.move(params, y), (z,), (xi,))[1]
 
-        return torch.func.jvp(slope, (_origin(xi),), (xi,))[:2]
+        return torch.func.jvp(slope, (_origin(xi),), (xi,))
 
     def zeros(self, params: Params) -> Any:
         """Coordinates of the identity."""
