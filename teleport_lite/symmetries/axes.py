@@ -82,7 +82,11 @@ class NeuronSymmetry(Symmetry):
         self.homogeneous = self.linear and not any(leg.offset for leg in self.legs)
 
     def move(self, params, xi):
-        return self._shifted(self._apply(self._shifted(params, 1), *self.group.pair(xi)), -1)
+        return self.moved_by(params, *self.group.pair(xi))
+
+    def moved_by(self, params: Params, g: Tensor, dual: Tensor) -> Params:
+        """`move`, by an element of the group and that of the dual representation."""
+        return self._shifted(self._apply(self._shifted(params, 1), g, dual), -1)
 
     def _shifted(self, params: Params, sign: int) -> Params:
         """`params` with the offsets of the legs added or taken away."""
@@ -112,7 +116,11 @@ class NeuronSymmetry(Symmetry):
         r"""Carry a gradient along: incoming weights by $g^{-\top}$, outgoing weights by g; see `Symmetry.transport`."""
         self.check(grads)
         self._check_coordinates(grads, xi)
-        return {**grads, **self._apply(grads, *self.group.pair(self.group.dual(xi)))}
+        return {**grads, **self.carried_by(grads, *self.group.pair(xi))}
+
+    def carried_by(self, grads: Params, g: Tensor, dual: Tensor) -> Params:
+        """The moved entries of `transport`, by an element of the group and that of the dual representation."""
+        return self._apply(grads, dual, g)
 
     def spread(self, tensors, xi, entry, *, dual=True, params=None):
         self.check(tensors)

@@ -200,7 +200,7 @@ class Symmetry(ABC):
         raise TeleportError("a symmetry that can be saved", type(self).__name__, remedy)
 
     def _check_coordinates(self, params: Params, xi: Any) -> None:
-        expected = self.zeros(params)
+        expected = self.group.zeros(torch.empty(0, dtype=self._like(params).dtype, device="meta"))  # no operator runs
         if not isinstance(xi, Tensor) or xi.shape != expected.shape:
             got = tuple(xi.shape) if isinstance(xi, Tensor) else type(xi).__name__
             raise ShapeError("xi", tuple(expected.shape), got, "take xi from sample or zeros")
