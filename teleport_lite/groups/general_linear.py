@@ -25,6 +25,7 @@ class GeneralLinear(Group):
     """
 
     kind = "mixing"
+    matrices = True
 
     def __init__(self, n: int, blocks: int = 1) -> None:
         super().__init__(n * blocks)
@@ -58,10 +59,6 @@ class GeneralLinear(Group):
 
     def dual(self, xi):
         return -xi.mT
-
-    def pair(self, xi):
-        g, dual = self.exp(torch.stack([xi, self.dual(xi)])).unbind()
-        return g, dual
 
     def norm(self, xi):
         return spectral_norm(xi).amax()

@@ -133,7 +133,7 @@ class Symmetry(ABC):
         def slope(z: Any) -> Params:
             return torch.func.jvp(lambda y: self.move(params, y), (z,), (xi,))[1]
 
-        return torch.func.jvp(slope, (_origin(xi),), (xi,))
+        return torch.func.jvp(slope, (_origin(xi),), (xi,))[:2]
 
     def zeros(self, params: Params) -> Any:
         """Coordinates of the identity."""
@@ -210,7 +210,7 @@ class Symmetry(ABC):
             raise TeleportError("params, because the action is nonlinear", None, remedy)
 
     def _check_coordinates(self, params: Params, xi: Any) -> None:
-        expected = self.zeros(params)
+        expected = self.group.zeros(torch.empty(0, dtype=self._like(params).dtype, device="meta"))  # no operator runs
         if not isinstance(xi, Tensor) or xi.shape != expected.shape:
             got = tuple(xi.shape) if isinstance(xi, Tensor) else type(xi).__name__
             raise ShapeError("xi", tuple(expected.shape), got, "take xi from sample or zeros")

@@ -7,10 +7,13 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
 from teleport_lite.errors import ShapeError, TeleportError, UnknownNameError
 from teleport_lite.functional import Params
+from teleport_lite.groups.base import pairs
+from teleport_lite.symmetries.axes import NeuronSymmetry
 from teleport_lite.symmetries.base import KINDS, SAVED, Symmetry
 from teleport_lite.symmetries.rank import rank
 from teleport_lite.symmetries.shifts import Shift
@@ -59,13 +62,29 @@ class Product(Symmetry, Sequence):
         steps = list(zip(self.factors, xi, strict=True))
         return steps[::-1] if isinstance(xi, Inverse) else steps
 
+    def _elements(self, params: Params, xi: Any) -> list[tuple[Any, Any, tuple[Tensor, Tensor] | None]]:
+        """The `_steps`; with them the elements of linear actions on axes, whose exponentials are taken together."""
+        steps, linear, together = self._steps(xi), [], []
+        for factor, x in steps:
+            factor.check(params)
+            factor._check_coordinates(params, x)
+            if own := isinstance(factor, NeuronSymmetry) and factor.linear and not factor.buffers:
+                linear.append((factor.group, x))
+            together.append(own)
+        found = iter(pairs(*zip(*linear, strict=True)) if linear else ())
+        return [(f, x, next(found) if own else None) for (f, x), own in zip(steps, together, strict=True)]
+
     def move(self, params, xi):
-        for factor, x in self._steps(xi):
-            params = factor.act(params, x)
+        for factor, x, pair in self._elements(params, xi):
+            params = {**params, **(factor.moved_by(params, *pair) if pair else factor.move(params, x))}
         return {name: params[name] for name in (*self.names, *self.buffers) if name in params}
 
     def transport(self, grads, xi, params=None):
-        return self._carried(lambda f, g, x, p: f.transport(g, x, p), grads, xi, params)
+        self._check_coordinates(grads, xi)
+        for factor, x, pair in self._elements(grads, xi):
+            grads = {**grads, **factor.carried_by(grads, *pair)} if pair else factor.transport(grads, x, params)
+            params = None if params is None else factor.act(params, x)
+        return grads
 
     def spread(self, tensors, xi, entry, *, dual=True, params=None):
         return self._carried(lambda f, t, x, p: f.spread(t, x, entry, dual=dual, params=p), tensors, xi, params)
