@@ -6,8 +6,8 @@ The problems are those of `learned.py`. An LSTM of 300 units emits the whole upd
 steps, with an update of the network every 10 steps: 6,400 updates, for every arm alike. The published runs have 5,400
 of one problem without a teleport, and 6,300 with one. Each arm is tuned alone: with the first seed it is trained at
 each meta-rate, at another one as long as the best is at an edge of the grid, and the meta-rate that ends lowest on
-problems to tune on is the arm's for the other seeds. Results go to book/results/learned_long.json, one training at a time; an
-interrupted one goes on from its last checkpoint.
+problems to tune on is the arm's for the other seeds. Results go to book/results/learned_long.json, one training at a
+time; an interrupted one goes on from its last checkpoint.
 """
 
 from __future__ import annotations
