@@ -248,6 +248,7 @@ for family in ("scaling", "mixing"):
 for data, title in {
     "optimizers": "",
     "optimizers-fashion_mnist": "Fashion-MNIST ",
+    "optimizers-cifar10": "CIFAR-10 ",
 }.items():
     for optimizer in ("sgd", "momentum", "adagrad", "rmsprop", "adam"):
         for arm in ("teleport", "reset", "random", "paper"):
