@@ -48,7 +48,7 @@ class Propagation(DispatchMode):
         unexercised: names of the parameters of which the run read nothing, or not all.
         memory: what is known of memory.
         answers: what elementwise functions were found to commute with.
-        cut: names of matrices of which some rows were read apart, and in how many such parts they fall.
+        cut: names of matrices whose rows were split into parts, and how many equal ones make these.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ class Propagation(DispatchMode):
     def fix_idle_matrices(self, matters: Mapping[str, Tensor]) -> None:
         """Keep the matrices of a stack, as experts that no token visits, of which no entry `matters`."""
         for (name, _, groups), labels in self.parameter_axes.items():
-            idle = ~matters[name].flatten(1).any(1).cpu() if groups == len(self._params[name]) > 1 else None
-            if idle is not None and not bool(idle.all()):
+            idle = ~matters[name].reshape(groups, -1).any(1).cpu()
+            if groups > 1 and not bool(idle.all()):
                 self.constraints.fix(labels.view(groups, -1)[idle], Operation.NOT_EXERCISED, SCALE | SIGN | PERM)
 
     def fix_unexercised(self) -> None:
@@ -245,14 +245,12 @@ class Propagation(DispatchMode):
                 self.memory.carry_entries(t, entries)
 
     def _note_parts(self, op: Operation) -> None:
-        """Note where rows of a matrix are taken out."""
+        """Note where the rows of a matrix fall into parts, all of which are taken out."""
         name = self._names.get(id(op.args[0])) if op.args and op.short_name in VIEWS else None
-        if name is None or (p := self._params[name]).ndim != 2 or not p.is_contiguous():
+        if name is None or (p := self._params[name]).ndim != 2 or len(parts := op.results()) < 2:
             return
-        for t in op.results():
-            if t.shape[1:] == p.shape[1:] and len(t) < len(p):
-                rows = math.gcd(len(p) // self.cut.get(name, 1), len(t), t.storage_offset() // p.stride(0))
-                self.cut[name] = len(p) // rows
+        if all(t.shape[1:] == p.shape[1:] for t in parts) and sum(map(len, parts)) == len(p):
+            self.cut[name] = len(p) // math.gcd(len(p) // self.cut.get(name, 1), *map(len, parts))
 
     def _carried(self, op: Operation, tracked: Tensor) -> list[Tensor]:
         """For each result of an operation that carries entries of parameters along, which ones."""

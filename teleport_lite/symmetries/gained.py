@@ -2,9 +2,9 @@ r"""Rotations and shears of a residual stream, which stand behind the gains of n
 
 Behind an RMSNorm all rotations A of a stream are free, behind a LayerNorm those that keep the vector of ones. What
 writes to the stream, rows of matrices, biases and embeddings, moves by $w \mapsto Aw$. What reads it behind a norm
-with gain g moves by $W \mapsto W D A^{-1} D^{-1}$ with D = diag(g), the shift of that norm by $\beta \mapsto D A
-D^{-1} \beta$; g stays. The latter two alone move by shears $A = I + s 1^\top$ behind a LayerNorm, whose output has no
-mean before the gain. Without gains this is a `NeuronSymmetry`.
+with gain g moves by $W \mapsto W D A^{-1} D^{-1}$ with D = diag(g), the shift of that norm by
+$\beta \mapsto D A D^{-1} \beta$; g stays. The latter two alone move by shears $A = I + s 1^\top$ behind a LayerNorm,
+whose output has no mean before the gain. Without gains this is a `NeuronSymmetry`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class GainedSymmetry(NeuronSymmetry):
     r"""A group acting on the axis that the `legs` describe, some of them behind a gain.
 
     With D = diag(gain + offset) a leg that is dual is multiplied by $D^{-1} A^{-\top} D$ along its axis, and one that
-    is not by $D A D^{-1}$. So the action is linear in what it moves and not in the gains, which stay where they are. It
-    is not finite where a gain is zero, and a teleport is refused there.
+    is not by $D A D^{-1}$. So the action is linear in what it moves and not in the gains, which stay where they are.
+    It is not finite where a gain is zero, and a teleport is refused there.
 
     Args:
         group: that of the matrices A.
