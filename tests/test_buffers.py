@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import largest_gap, params_of, relative
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import teleport_lite as tl
 from teleport_lite.errors import TeleportError, UnknownNameError
@@ -177,6 +178,16 @@ MODELS = {  # shape of an input, the finite groups that move buffers, and the mo
             nn.Linear(16, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2),
         ),
     ),
+    "weight norm": (
+        (4,),
+        "{1,-1}^6 S(6) {1,-1}^6",
+        lambda: sequence(weight_norm(nn.Linear(4, 6)), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)),
+    ),
+    "spectral norm": (
+        (4,),
+        "S(6)",
+        lambda: sequence(spectral_norm(nn.Linear(4, 6)), nn.Tanh(), spectral_norm(nn.Linear(6, 3))),
+    ),
     "scale": (IMAGE, "{1,-1}^6 S(6) {1,-1}^6", lambda: Own(torch.rand(6, 1, 1) + 0.5)),
     "offset": (IMAGE, "{1,-1}^6 S(6)", lambda: Own(torch.randn(1, 6, 1, 1), torch.add)),
     "by hand": ((4,), "S(6)", Whitened),
@@ -256,7 +267,8 @@ class Placed(nn.Module):
         double = {"dtype": torch.float64}
         self.how, self.one, self.two = how, nn.Linear(4, 6, **double), nn.Linear(6, 2, **double)
         values = torch.rand(6, **double) + 0.5
-        self.register_buffer("values", values > 1 if how == "mask" else values, how != "not saved")
+        values = {"mask": values > 1, "mask of numbers": (values > 1).double()}.get(how, values)
+        self.register_buffer("values", values, how != "not saved")
         if how == "shared":
             self.register_buffer("again", self.values[:3])
 
@@ -281,6 +293,7 @@ PINNED = {  # how a buffer is read, the shape of an input, and what is permuted
     "running sums": ((4,), ""),
     "sorted": ((4,), ""),
     "mask": ((4,), "S(2)"),  # where it is on; the others are not exercised
+    "mask of numbers": ((4,), "S(2)"),
     "not saved": ((4,), ""),
     "shared": ((4,), ""),
 }

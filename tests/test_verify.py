@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import teleport_lite as tl
 from teleport_lite.discovery.inputs import Arguments
+from teleport_lite.discovery.probe import Probe
 from teleport_lite.discovery.verify import told
 from teleport_lite.errors import ParameterError, TeleportError
 from teleport_lite.outputs import distance, gaps, tensors_of
@@ -609,6 +610,16 @@ def test_state_of_the_model_and_of_all_generators_is_left():
     tl.find_symmetries(model, x(3, 4))
     assert random.getstate() == state and vars(model) == attributes
     assert all(torch.equal(before[n], b) for n, b in model.state_dict().items())
+
+
+def test_a_copy_goes_back_to_where_it_stood():
+    """As when the noise of a trial is measured while symmetries are tried: the next trial must not see the start."""
+    probe = Probe(nn.Linear(2, 1))
+    with probe.at({"bias": torch.ones(1)}):
+        with probe.at({"bias": torch.zeros(1)}):
+            pass
+        assert probe.params["bias"].item() == 1
+    assert torch.equal(probe.params["bias"], probe.values["bias"])
 
 
 def test_signs_that_undo_each_other_are_told_apart():

@@ -97,7 +97,10 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
         propagation.fix_idle_matrices(check.matters)
         if probe.movable:
             training = [t for t in check.planned.even if t.training][:1]
-            moving = propagated(probe, dict.fromkeys([*trials, *training]), probe.movable)
+            masks = {n for n in probe.movable if bool(((probe.home[n] == 0) | (probe.home[n] == 1)).all())}
+            moving = propagated(
+                probe, dict.fromkeys([*trials, *training]), [n for n in probe.movable if n not in masks]
+            )
             moving.fix_idle_matrices(check.matters)
         factors, reasons = solve_and_verify(propagation, moving, check)
         shifts = translations(probe, check, generator)

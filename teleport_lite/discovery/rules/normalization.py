@@ -53,15 +53,16 @@ def batch_norm(op: Operation) -> list[Labels]:
     training = op.args[5] if isinstance(op.args[5], bool) else False
     fit = along_channels(x)
     labels = _channel_labels(op, x)
-    signed = labels[0] if len(labels) == 1 and varying_dims(labels[0]) == [1 - x.ndim] else None
+    channels = [a for a in labels if 1 - x.ndim in varying_dims(a)]
+    signed = channels[0] if [varying_dims(a) for a in channels] == [[1 - x.ndim]] else None
     for statistic, systems in ((mean, SIGN | PERM), (var, PERM)):
         own = [fit(b) for b in op.labels(statistic)]
         for b in own:
-            op.fix([b], "they are squared" if statistic is var else "", SCALE | SIGN & ~systems)
-            if signed is None:
-                op.fix([b], "they meet different data")
-            else:
-                op.constraints.equate(b, signed, systems)
+            op.fix([b], "", SCALE if signed is not None and statistic is mean else SCALE | SIGN)
+            for a in channels:
+                op.constraints.equate(a, b, systems if a is signed else PERM)
+            if not channels:
+                op.fix([b], "they meet different data", PERM)
         if statistic is not None and not own:
             signed = None if statistic is mean else signed
             for a in labels if not training else ():
