@@ -127,7 +127,7 @@ class Symmetry(ABC):
         def slope(z: Any) -> Params:
             return torch.func.jvp(lambda y: self.move(params, y), (z,), (xi,))[1]
 
-        return torch.func.jvp(slope, (_origin(xi),), (xi,))
+        return torch.func.jvp(slope, (_origin(xi),), (xi,))[:2]
 
     def zeros(self, params: Params) -> Any:
         """Coordinates of the identity."""
