@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -135,7 +136,7 @@ class Probe:
 
 
 def _kept(value: Any) -> Any:
-    return copy.copy(value) if type(value) in (list, dict, set) else value
+    return copy.copy(value) if type(value) in (list, dict, OrderedDict, set) else value
 
 
 def normal(like: Tensor, generator: torch.Generator) -> Tensor:
