@@ -1,7 +1,5 @@
 """register_rule: what the page in the reference says, all words, and what is refused; names with their namespace."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

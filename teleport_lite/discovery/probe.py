@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -180,7 +180,7 @@ def _movable(model: nn.Module) -> set[str]:
 
 
 def _kept(value: Any) -> Any:
-    return copy.copy(value) if type(value) in (list, dict, set) else value
+    return copy.copy(value) if type(value) in (list, dict, OrderedDict, set) else value
 
 
 def normal(like: Tensor, generator: torch.Generator) -> Tensor:

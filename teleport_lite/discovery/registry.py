@@ -87,7 +87,7 @@ def register_rule(op: object, rule: str | Rule) -> None:
         UnknownNameError: when the word is none of those.
         TeleportError: when `op` is no operator, or `rule` is none of the three.
 
-    >>> @torch.library.custom_op("teleport_docs::my_relu", mutates_args=())
+    >>> @torch.library.custom_op("teleport_docs::my_relu", mutates_args=(), schema="(Tensor x) -> Tensor")
     ... def my_relu(x: torch.Tensor) -> torch.Tensor:
     ...     return x.clamp(min=0)
     >>> class Net(torch.nn.Module):

@@ -245,7 +245,13 @@ def _carried(
     def moved(entry: str) -> Iterator[tuple[Tensor, Tensor]]:
         found = KINDS[kinds[entry]](carrier, slots, entry)
         targets = {n: t for n, t in slots[entry].items() if n in carrier.params or not n}
-        infinite[label, entry] = stacked([~found[name].isfinite().all() for name in targets]).any()
+        infinite[label, entry] = (
+            ~stacked(
+                [torch.linalg.vector_norm(found[name], torch.inf) for name in targets]  # takes no memory
+            )
+            .isfinite()
+            .all()
+        )
         return consumed(targets, {name: found[name] for name in targets})
 
     parts = map(moved, kinds)
