@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import math
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 
 import teleport_lite as tl
 from teleport_lite.errors import LossError
-from teleport_lite.exactness import _is_noise, check_deterministic
+from teleport_lite.exactness import ULPS, _is_noise, check_deterministic, rounded
 from teleport_lite.objectives import Problem
 from teleport_lite.symmetries.axes import NeuronSymmetry
 
@@ -104,11 +103,12 @@ def test_where_a_loss_is_computed_is_no_change_of_it():
 
 
 def test_what_rounding_does_is_measured_more_than_once():
-    """A loss in steps of 1e-4 often stays where it is, whatever rounding does to the weights."""
+    """Four weights are often moved up and down in equal numbers, which a loss of their sum does not show."""
 
     def loss(params):
-        return 1.0 + 1e-4 * (1e6 * (params["w"] - 1).sum() + 0.4).floor()
+        return 1.0 + 1e-4 * (params["w"] - 1).sum() / (2 * ULPS * torch.finfo(torch.float32).eps)
 
-    stepped = Problem(loss, {"w": torch.ones(3)})
-    assert _is_noise(1.0 + 1e-4, 1.0, stepped, 1e-5)
-    assert not _is_noise(1.0 + math.pi * 1e-3, 1.0, stepped, 1e-5)
+    balanced = Problem(loss, {"w": torch.ones(4)})
+    assert float(loss(rounded(balanced.params, 0))) == 1.0
+    assert _is_noise(1.0 + 1e-4, 1.0, balanced, 1e-5)
+    assert not _is_noise(1.0 + 1e-3, 1.0, balanced, 1e-5)
