@@ -113,8 +113,8 @@ class Propagation(DispatchMode):
     def fix_idle_matrices(self, matters: Mapping[str, Tensor]) -> None:
         """Keep the matrices of a stack, as experts that no token visits, of which no entry `matters`."""
         for (name, _, groups), labels in self.parameter_axes.items():
-            idle = ~matters[name].reshape(groups, -1).any(1).cpu()
-            if groups > 1 and not bool(idle.all()):
+            idle = ~matters[name].reshape(groups, -1).any(1).cpu() if groups > 1 else None
+            if idle is not None and not bool(idle.all()):
                 self.constraints.fix(labels.view(groups, -1)[idle], Operation.NOT_EXERCISED, SCALE | SIGN | PERM)
 
     def fix_unexercised(self) -> None:
