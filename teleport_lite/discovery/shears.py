@@ -38,10 +38,10 @@ def shears(
 def _behind_norms(found: list[NeuronSymmetry], propagation: Propagation, params: Params) -> Iterator[NeuronSymmetry]:
     """All that a gain is scaled with, but for that gain, where the shift of the norm is among it."""
     gain_of, _, multiplies = multipliers(propagation.constraints)
-    for s in found:
+    for s in (s for s in found if isinstance(s.group, PositiveScaling)):
         vectors = [leg for leg in s.legs if params[leg.name].numel() == s.group.n]
         gains = [leg for leg in vectors if multiplies[gain_of[_label(leg, propagation)]]]
-        if not isinstance(s.group, PositiveScaling) or len(gains) != 1 or any(leg.power != 1 for leg in s.legs):
+        if len(gains) != 1 or any(leg.power != 1 for leg in s.legs):
             continue
         legs = [replace(leg, dual=leg.dual != gains[0].dual) for leg in s.legs if leg not in gains]
         if any(leg in vectors and not leg.dual for leg in legs):
