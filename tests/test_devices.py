@@ -598,7 +598,8 @@ def test_matrix_functions_without_waiting(size, dtype):
     element = torch.linalg.matrix_exp(x)
     expected = [element, torch.linalg.matrix_norm(x, 2), torch.autograd.grad(element.sum(), x)[0]]
     for a, b in zip(found, expected, strict=True):
-        assert (a - b).abs().max() <= 100 * torch.finfo(dtype).eps * b.abs().max() + 8 * torch.finfo(dtype).tiny
+        rounding = (100 + 5 * size) * torch.finfo(dtype).eps  # grows with the norm, as the condition of the exponential
+        assert (a - b).abs().max() <= rounding * b.abs().max() + 8 * torch.finfo(dtype).tiny
 
 
 KERNELS = {  # at most, in those of a gradient
@@ -609,7 +610,7 @@ KERNELS = {  # at most, in those of a gradient
     ("linear maps", "gradient_norm"): 15,
     ("linear maps", "curvature"): 26,
     ("attention", "gradient_norm"): 12,
-    ("attention", "curvature"): 26,
+    ("attention", "curvature"): 29,
 }
 
 

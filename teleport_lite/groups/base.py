@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from teleport_lite.errors import TeleportError
 from teleport_lite.runtime import check_generator
 
+TOGETHER = 8  # matrices
 SQUARINGS = 10  # of matrices, on a device
 
 
@@ -117,15 +118,21 @@ class Group(ABC):
 
 
 def pairs(groups: Sequence[Group], xis: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """What `group.pair(xi)` gives for each group; the exponentials of all matrices of one size are taken together."""
+    """What `group.pair(xi)` gives for each group; the exponentials of matrices of one size are taken together.
+
+    At most about `TOGETHER` of them, for each is held several times while it is computed.
+    """
     found: list[Any] = [None] * len(groups)
     sizes: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)
+    counts: Counter[Any] = Counter()
     for k, (group, xi) in enumerate(zip(groups, xis, strict=True)):
         dual = group.dual(xi)
         both = [xi] if dual is xi else [xi, dual]
         if group.matrices:
             matrices = torch.stack([group.algebra(x) for x in both])
-            sizes[matrices.shape[-1], xi.dtype, xi.device].append((k, matrices))
+            key = matrices.shape[-1], xi.dtype, xi.device
+            sizes[key, counts[key] // TOGETHER].append((k, matrices))
+            counts[key] += matrices[..., 0, 0].numel()
         else:
             found[k] = [group.exp(x) for x in both]
     for same in sizes.values():
@@ -178,8 +185,8 @@ def matrix_exp(x: Tensor) -> Tensor:
     square = small @ small
     third, fourth = torch.stack([small, square]) @ square
     fifth, powers = fourth @ small, torch.stack([one, small, square, third, fourth])
-    inverse = torch.tensor([1 / math.factorial(k) for k in range(20)], dtype=x.dtype).view(4, 5)
-    parts = torch.tensordot(inverse.to(x.device, non_blocking=True), powers, 1)
+    inverse = torch.arange(20, dtype=x.dtype, device=x.device).clamp(min=1).cumprod(0).reciprocal()  # 1 / k!
+    parts = torch.tensordot(inverse.view(4, 5), powers, 1)
     power = parts[3]
     for k in (2, 1, 0):
         power = torch.baddbmm(parts[k], fifth, power)

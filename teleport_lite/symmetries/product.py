@@ -63,13 +63,13 @@ class Product(Symmetry, Sequence):
         return steps[::-1] if isinstance(xi, Inverse) else steps
 
     def _elements(self, params: Params, xi: Any) -> list[tuple[Any, Any, tuple[Tensor, Tensor] | None]]:
-        """The `_steps`; with them the elements of linear actions on axes, whose exponentials are taken together."""
+        """The `_steps`; with them the elements of linear actions by matrices, whose exponentials are taken together."""
         steps, linear, together = self._steps(xi), [], []
         for factor, x in steps:
             factor.check(params)
             factor._check_coordinates(params, x)
-            if own := isinstance(factor, NeuronSymmetry) and factor.linear and not factor.buffers:
-                linear.append((factor.group, x))
+            own = isinstance(factor, NeuronSymmetry) and factor.linear and factor.group.matrices
+            linear += [(factor.group, x)] if own else []
             together.append(own)
         found = iter(pairs(*zip(*linear, strict=True)) if linear else ())
         return [(f, x, next(found) if own else None) for (f, x), own in zip(steps, together, strict=True)]
