@@ -61,11 +61,11 @@ def together(found: dict[Shift, int]) -> list[Shift]:
 
 
 def to_first_order(symmetry: Symmetry, params: Params, gradients: list[Params]) -> bool:
-    """Whether gradients have no part along a symmetry there: then it holds to first order."""
+    """Whether gradients, finite ones, have no part along a symmetry there: then it holds to first order."""
     velocity = symmetry.velocity(params, symmetry.sample(params, generator=torch.Generator().manual_seed(0)))
     inner = [sum(float((g[n] * v).sum()) for n, v in velocity.items() if n in g) for g in gradients]
     lengths = [float(norm(g)) * float(norm(velocity)) for g in gradients]
-    return not any(abs(a) > ROUNDING * b for a, b in zip(inner, lengths, strict=True))
+    return any(lengths) and all(abs(a) <= ROUNDING * b for a, b in zip(inner, lengths, strict=True))
 
 
 def constants(params: Params, gradients: list[Params], generator: torch.Generator) -> Iterator[tuple[Shift, int]]:

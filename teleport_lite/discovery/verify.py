@@ -232,10 +232,11 @@ class Verifier:
                 self.params, generator=_seeded(f"{getattr(symmetry, 'moves', symmetry)} {turn}"), radius=radius
             )
         legs = f"{symmetry.legs} {symmetry.group}"
-        if isinstance(symmetry.group, Signs) and two < 2:  # random ones but the first, then all the others
+        if isinstance(symmetry.group, Signs) and two < 2:  # the first and random ones but the last, then all the others
             flipped = torch.rand(n, generator=_seeded(legs)) < 0.5
-            flipped[0] = two == 0 or n == 1
+            flipped[-1] = False
             flipped[1:] ^= two == 1
+            flipped[0] = two == 0 or n == 1
             return 1 - 2 * flipped.to(like)
         return symmetry.sample(self.params, generator=_seeded(f"{legs} {turn}"))
 

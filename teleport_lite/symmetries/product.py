@@ -66,17 +66,18 @@ class Product(Symmetry, Sequence):
         """The `_steps`; with them the elements of linear actions by matrices, whose exponentials are taken together."""
         steps, linear, together = self._steps(xi), [], []
         for factor, x in steps:
-            factor.check(params)
-            factor._check_coordinates(params, x)
             own = isinstance(factor, NeuronSymmetry) and factor.linear and factor.group.matrices
-            linear += [(factor.group, x)] if own else []
+            if own:
+                factor.check(params)
+                factor._check_coordinates(params, x)
+                linear.append((factor.group, x))
             together.append(own)
         found = iter(pairs(*zip(*linear, strict=True)) if linear else ())
         return [(f, x, next(found) if own else None) for (f, x), own in zip(steps, together, strict=True)]
 
     def move(self, params, xi):
         for factor, x, pair in self._elements(params, xi):
-            params = {**params, **(factor.moved_by(params, *pair) if pair else factor.move(params, x))}
+            params = {**params, **factor.moved_by(params, *pair)} if pair else factor.act(params, x)
         return {name: params[name] for name in (*self.names, *self.buffers) if name in params}
 
     def transport(self, grads, xi, params=None):
