@@ -353,7 +353,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], object], int]] =
         _tokens,
         2 * (2 * 2 + 16 + 12) + 5 * 8 + 28,
     ),
-    "Encoder and decoder": (Translate, _pair, 3 * 2 * 2 * 16 + 2 * 12 + 8),
+    "Encoder and decoder": (Translate, _pair, 3 * 2 * 2 * 16 + 2 * 12 + 2 * 8),
     "Vision transformer": (Vision, SMALL, 2 * 2 * 16 + 3 * 8 + 21),
     "Attention by einsum": (Einsum, _x(2, 5, 8), 2 * (2 * 16)),
     "LoRA": (Lora, _x(7, 6), 4),

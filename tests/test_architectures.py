@@ -54,19 +54,30 @@ TRANSLATIONS = {  # biases undone by biases + weights behind norms + constants i
     "MLP, identity": 6 + 4,
     "ResNet": 6,
     "ResNet without norms": 6,
-    "ConvNeXt": 6 + 12 + 1,
+    "ConvNeXt": 6 + 12 + 1 + 6,  # the last: a bias behind the gain of the layer
     "Group and instance norm": 2 + 6,
     "Encoder, post-norm, ReLU": 2 * 8 + 8 + (READERS - 3 * 8) + READERS + 2,  # keys; one head; the first block reads x
     "Encoder, pre-norm, GELU": 2 * (8 + 2 * 8 + READERS),
-    "Decoder, GPT-2 style": 8 + 2 * (8 + 8 + 12) + 9 + 8 + 2 * WRITERS,  # attention has no biases, keys are unseen
-    "Decoder, post-norm, ReLU": 8 + 2 * (8 + 12) + 8 + 2 * WRITERS + 1,
-    "Decoder, tied embedding": 2 * (8 + 8 + 12) + 6 + 2 * WRITERS,
-    "Encoder and decoder": 3 * 8 + 8 + 2 * 12 + 8 + 2 + 2,  # keys, norms, weights behind norms, constants behind norms
-    "Vision transformer": 2 * 8 + (8 + 8 + 12) + 8 + 3 + (1 + 5 + 16 + 1) + WRITERS,
+    "Decoder, GPT-2 style": 8
+    + 2 * (8 + 8 + 12)
+    + 9
+    + 8
+    + 2 * WRITERS
+    + 2 * 8,  # attention has no biases, keys are unseen
+    "Decoder, post-norm, ReLU": 8 + 2 * (8 + 12) + 8 + 2 * WRITERS + 1 + 8,
+    "Decoder, tied embedding": 2 * (8 + 8 + 12) + 6 + 2 * WRITERS + 2 * 8,
+    "Encoder and decoder": 4 * 8 + 8 + (2 * 12 + 2 * 8) + 8 + 2 + 2,  # keys, norms, what reads norms, constants
+    "Vision transformer": 2 * 8 + (8 + 8 + 12) + 8 + 3 + (1 + 5 + 16 + 1) + WRITERS + 8,
     "LSTM": 4 * 5,
     "GRU": 2 * 5,
     "RNN, ReLU": 5,
     "RNN, tanh": 5,
+}
+SHEARS = {  # norms whose shift something without a bias reads
+    "Decoder, GPT-2 style": 3 * 8,
+    "Decoder, post-norm, ReLU": 2 * 8,
+    "Decoder, tied embedding": 2 * 8,
+    "Vision transformer": 8,
 }
 
 
@@ -77,8 +88,8 @@ def test_the_group_of_a_family(name):
     model, inputs = make(), example()
     before = copy.deepcopy(model.state_dict())
     symmetry = tl.find_symmetries(model, inputs)
-    shifts = symmetry.select(kind="translation").dim
-    assert (symmetry.dim - shifts, shifts) == (dim, TRANSLATIONS.get(name, 0))
+    shifts, shears = (sum(f.dim for f in symmetry if f.group.kind == kind) for kind in ("translation", "shear"))
+    assert (symmetry.dim - shifts - shears, shifts, shears) == (dim, TRANSLATIONS.get(name, 0), SHEARS.get(name, 0))
     assert not any("not understood" in reason for reason in symmetry.reasons)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     inputs = widened(model, inputs)
