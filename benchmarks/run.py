@@ -26,6 +26,7 @@ from teleport_lite.search import STEPS, closed_form
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 from costs import costs
+from devices import devices
 from ensemble import Ensemble
 from meta_training import meta_training
 
@@ -360,6 +361,7 @@ def main() -> int:
     ensembles(board, x, y)
     costs(board)
     meta_training(board)
+    devices(board)
     return int(board.failed)
 
 

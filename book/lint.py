@@ -58,6 +58,7 @@ SECTIONS = [
 LIMIT = 2_000_000  # bytes
 COLUMNS = 88  # of a line of code
 LONG = 14  # lines of a cell that plots, before it is collapsed
+LONGEST = 100  # lines of any cell that is not
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 KIND = "|".join(KINDS)
@@ -118,6 +119,12 @@ class Notebook:
     @cached_property
     def toc(self) -> dict:
         return yaml.safe_load((self.root / "_toc.yml").read_text("utf8"))
+
+    @cached_property
+    def below(self) -> list[str]:
+        """The pages that belong to a chapter."""
+        chapters = [c for part in self.toc["parts"] for c in part["chapters"]]
+        return [f"{s['file']}.ipynb" for c in chapters for s in c.get("sections", [])]
 
     @cached_property
     def number(self) -> int | None:
@@ -318,14 +325,14 @@ def is_listed(nb: Notebook) -> Iterator[str]:
         nb.toc["root"],
         *(c["file"] for part in nb.toc["parts"] for c in part["chapters"]),
     ]
-    if nb.name.removesuffix(".ipynb") not in listed:
+    if nb.name.removesuffix(".ipynb") not in listed and nb.name not in nb.below:
         yield "not in _toc.yml"
 
 
 @rule
 def starts_alike(nb: Notebook) -> Iterator[str]:
     """A title, a badge that opens this file in Colab, and the setup cell."""
-    if not nb.number:
+    if not nb.number and nb.name not in nb.below:
         return
     first = source(nb.content["cells"][0])
     titles = re.findall(r"^# .+", "\n".join(nb.lines), re.M)
@@ -381,6 +388,31 @@ def keeps_the_template(nb: Notebook) -> Iterator[str]:
     wanted = len(re.findall(r"^(?:#+ |\*\*)Exercise \d[^.\n]*\bcode\b", text, re.M))
     if stubs < wanted:
         yield f"{wanted} exercises ask for code, {stubs} have a stub"
+
+
+QUESTION = re.compile(r"(?<!\*)\*(?![*\s])[^*]+(?<!\*)\*(?!\*)")
+ASKS = re.compile(r"\?|\b(?:[Gg]uess|[Bb]ets|[Ss]ketch|[Bb]efore you)\b")
+
+
+@rule
+def questions_come_first(nb: Notebook) -> Iterator[str]:
+    """A reader is asked, in italics, what a figure or a table will show, before he sees it."""
+    if nb.number and not any(ASKS.search(q) for q in QUESTION.findall(nb.words)):
+        yield "asks nothing before it shows: '*Before you look: ...?*' ahead of the main figure"
+
+
+VERDICT = re.compile(
+    r"\b(?:agree\w*|kept|unchanged|conserved|the same|holds?|right)\b[^\n]*: True\b"
+)
+
+
+@rule
+def errors_are_printed(nb: Notebook) -> Iterator[str]:
+    """A check shows how large the error is, not that it passed."""
+    for mime, text in outputs(nb):
+        if mime == "text/plain":
+            for match in VERDICT.finditer("".join(text)):
+                yield f"an output is a verdict, not an error: {match[0][:60]!r}"
 
 
 @rule
@@ -481,6 +513,8 @@ def code_is_narrow(nb: Notebook) -> Iterator[str]:
         plots = pictures(cell) or "plot.explorer(" in source(cell)
         if plots and len(lines) > LONG and not collapsed(cell):
             yield f"{where(cell)} plots in {len(lines)} lines and has no tag hide-input"
+        elif len(lines) > LONGEST and not collapsed(cell):
+            yield f"{where(cell)} has {len(lines)} lines and no tag hide-input"
 
 
 COLOUR = re.compile(r"[ef]?c|m[ef]c|\w*colors?")

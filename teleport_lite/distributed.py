@@ -72,7 +72,7 @@ class Ranks:
             raise
 
     def ask(self, answer: bool) -> list[int]:
-        """The ranks whose answer is yes.
+        """The ranks whose answer is yes; waits until all are here.
 
         Raises:
             RankError: when a rank has failed.
@@ -83,20 +83,12 @@ class Ranks:
             raise RankError("every rank to finish the teleport", failed, "an exception", "see its message there")
         return [rank for rank, (said,) in enumerate(answers) if said == YES]
 
-    def join(self) -> None:
-        """Wait until all ranks are here.
-
-        Raises:
-            RankError: when one has failed.
-        """
-        self.ask(False)
-
     def first(self, tree: Any) -> Any:
         """A tree of tensors as the first rank holds it, on every rank."""
         if self.group is None:
             return tree
         tree = tree_map(lambda x: x.detach().clone(memory_format=torch.contiguous_format), tree)
-        self.join()
+        self.ask(False)
         with _answered():
             for x in tree_leaves(tree):
                 dist.broadcast(x, dist.get_global_rank(self.group, 0), group=self.group)
@@ -114,7 +106,7 @@ class Ranks:
         if self.group is None:
             return
         digests = [_digest(fact) for fact in facts.values()]
-        self.join()
+        self.ask(False)
         table = self._gather(*digests)
         for name, *column in zip(facts, *table, strict=True):
             others = [rank for rank, digest in enumerate(column) if digest != column[0]]
@@ -137,7 +129,7 @@ class Ranks:
         """The mean of each tensor over the ranks, without derivative."""
         count = dist.get_world_size(self.group)
         parts = tuple((x / count).contiguous() for x in tensors)
-        self.join()
+        self.ask(False)
         with _answered():
             for work in [dist.all_reduce(x, group=self.group, async_op=True) for x in parts]:
                 work.wait()
@@ -157,11 +149,7 @@ class Ranks:
 
 @contextmanager
 def _answered() -> Iterator[None]:
-    """A context in which all ranks have to take part.
-
-    Raises:
-        RankError: when one is gone, or silent for longer than the timeout of the group.
-    """
+    """A context in which all ranks have to take part."""
     try:
         yield
     except RuntimeError as error:

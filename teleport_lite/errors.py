@@ -91,9 +91,6 @@ class ActivationError(TeleportError, ValueError):
 class BatchError(TeleportError, ValueError):
     """A batch smaller or larger than a mini-batch symmetry needs."""
 
-    def __init__(self, expected: str, got: object, remedy: str) -> None:
-        super().__init__(expected, got, remedy)
-
 
 class LossError(TeleportError, ValueError):
     """A loss that cannot be teleported on: not a scalar, independent of the net, or nondeterministic."""

@@ -11,16 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from teleport_lite.errors import TeleportError
 from teleport_lite.outputs import arguments_of, tensors_of
-from teleport_lite.runtime import (
-    TOLERANCES,
-    Call,
-    LossFn,
-    RandomState,
-    Stage,
-    coarsest,
-    eager_mode,
-    kept_random_state,
-)
+from teleport_lite.runtime import TOLERANCES, Call, LossFn, RandomState, Stage, coarsest, eager_mode, kept_random_state
 
 Params = dict[str, Tensor]
 Loss = Callable[[Params], Tensor]
@@ -43,6 +34,9 @@ class Evaluation:
         dtype: the coarsest type that the parameters, the outputs and the loss had so far, autocast included.
         buffers: what buffers are at the start of an evaluation, by name, where they are not the model's own.
 
+    Raises:
+        TeleportError: when the model is a `DistributedDataParallel`, of which one process knows a shard of the loss.
+
     >>> model, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
     >>> loss = Evaluation(model, lambda net: net(x).sum() + net.weight.square().sum())
     >>> loss({"weight": torch.tensor([[3.0]])}).item()
@@ -50,6 +44,9 @@ class Evaluation:
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        if isinstance(model, DistributedDataParallel):
+            remedy = "pass model.module for the loss of this process alone; teleport takes the loss of all"
+            raise TeleportError("a model of this process", "DistributedDataParallel", remedy)
         self.model, self.loss_fn = model, loss_fn
         self.call: Call | None = None
         self.buffers: Params = {}
@@ -144,21 +141,7 @@ class Evaluation:
         return f"Evaluation({type(self.model).__name__})"
 
 
-def loss_of(model: nn.Module, loss_fn: LossFn) -> Evaluation:
-    """The loss as a function of parameters: params -> loss_fn(model at params).
-
-    Raises:
-        TeleportError: when the model is a `DistributedDataParallel`, of which one process knows a shard of the loss.
-
-    >>> model, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
-    >>> loss = loss_of(model, lambda net: net(x).sum())
-    >>> loss({"weight": torch.tensor([[3.0]])}).item()
-    3.0
-    """
-    if isinstance(model, DistributedDataParallel):
-        remedy = "pass model.module for the loss of this process alone; teleport takes the loss of all"
-        raise TeleportError("a model of this process", "DistributedDataParallel", remedy)
-    return Evaluation(model, loss_fn)
+loss_of = Evaluation  # the loss as a function: params -> loss_fn(model at params)
 
 
 def session(loss: Loss) -> AbstractContextManager:

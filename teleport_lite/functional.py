@@ -116,21 +116,15 @@ def value_and_grad(
     return (value if create_graph else value.detach()), filled
 
 
-HINDRANCES = (  # what torch says, what it means, what helps
-    ("use_reentrant", "a reentrant checkpoint", "pass use_reentrant=False to torch.utils.checkpoint.checkpoint"),
-    (
-        "compatible with .grad()",
-        "a reentrant checkpoint",
-        "pass use_reentrant=False to torch.utils.checkpoint.checkpoint",
-    ),
-    ("sparse tensors", "sparse gradients", "pass sparse=False to the embedding"),
-    ("is not implemented", "{}", "replace that operation, or use what needs fewer derivatives, as gradient_norm does"),
-    (
-        "once_differentiable",
-        "{}",
-        "drop the mark from its backward, or use what needs one derivative, as gradient_norm",
-    ),
-)
+REENTRANT = ("a reentrant checkpoint", "pass use_reentrant=False to torch.utils.checkpoint.checkpoint")
+FEWER = "replace that operation, or use what needs fewer derivatives, as gradient_norm does"
+HINDRANCES = {  # by what torch says: what it means, what helps
+    "use_reentrant": REENTRANT,
+    "compatible with .grad()": REENTRANT,
+    "sparse tensors": ("sparse gradients", "pass sparse=False to the embedding"),
+    "is not implemented": ("{}", FEWER),
+    "once_differentiable": ("{}", "drop the mark from its backward, or use what needs one derivative"),
+}
 
 
 def gradients(
@@ -145,7 +139,7 @@ def gradients(
     try:
         grads = torch.autograd.grad(value, [*points], along, create_graph=create_graph, allow_unused=True)
     except RuntimeError as error:
-        for said, meant, remedy in HINDRANCES:
+        for said, (meant, remedy) in HINDRANCES.items():
             if said in str(error):
                 got = meant.format(str(error).split(". ")[0].rstrip("."))
                 raise LossError("a loss that torch differentiates as often as is needed", got, remedy) from error
@@ -233,15 +227,14 @@ def generator_for(params: Params, generator: torch.Generator | None) -> torch.Ge
     return torch.Generator(next(iter(params.values())).device).manual_seed(int(torch.randint(2**62, ())))
 
 
-def normal_like(params: Params, count: int, generator: torch.Generator | None) -> Params:
-    """Normal random numbers [count, ...] for each parameter, drawn where the generator lives."""
-    drawn, generator = {}, check_generator(generator)
-    for name, p in params.items():
-        device = p.device if generator is None else generator.device
-        drawn[name] = torch.randn(count, *p.shape, generator=generator, dtype=p.dtype, device=device).to(
-            p.device, non_blocking=True
-        )
-    return drawn
+def normal_like(params: Params, generator: torch.Generator) -> Params:
+    """Normal random numbers for each parameter, drawn where the generator lives."""
+
+    def draw(p: Tensor) -> Tensor:
+        drawn = torch.randn(p.shape, generator=generator, dtype=p.dtype, device=generator.device)
+        return drawn.to(p.device, non_blocking=True)
+
+    return {name: draw(p) for name, p in params.items()}
 
 
 def norms(params: Params) -> Tensor:

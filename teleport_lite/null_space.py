@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from teleport_lite.errors import BatchError, NoSymmetryError, TeleportError
-from teleport_lite.level_set import DONE, HALVINGS, SPENT, STUCK, LevelSetReport, Point, Walk, carry_out, dots, wider
 from teleport_lite.runtime import LossFn
+from teleport_lite.walk import DONE, HALVINGS, SPENT, STUCK, LevelSetReport, Point, Walk, carry_out, dots, wider
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 Slot = tuple[str, int, str, int, int]  # weight and its first row, bias ("" for none) and its first row, how many rows

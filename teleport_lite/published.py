@@ -23,9 +23,9 @@ from teleport_lite.errors import LossError, NoSymmetryError, TeleportError, Unkn
 from teleport_lite.functional import Loss, Params, loss_of, norm, trainable, value_and_grad
 from teleport_lite.groups import GeneralLinear
 from teleport_lite.host import copy_of, on_host
-from teleport_lite.layers import Hidden, trace
 from teleport_lite.report import Report
 from teleport_lite.runtime import TOLERANCES, LossFn, unwrap_compiled
+from teleport_lite.symmetries.hidden import Hidden, hidden_layers
 from teleport_lite.symmetries.minibatch import OutgoingMixing
 from teleport_lite.symmetries.product import Product
 from teleport_lite.teleport import check_movable
@@ -140,10 +140,10 @@ def chain(model: nn.Module, inputs: tuple, params: Params) -> list[Mixing]:
         TeleportError: when it is no MLP.
     """
     sample = tuple(x[:1] if isinstance(x, Tensor) and x.ndim else x for x in inputs)
-    traced = trace(copy_of(model), tuple(map(on_host, sample)))
-    if not traced.hidden:
-        raise NoSymmetryError(traced.reasons)
-    factors = [Mixing(model, inputs, hidden) for hidden in traced.hidden]
+    layers, reasons = hidden_layers(copy_of(model), tuple(map(on_host, sample)))
+    if not layers:
+        raise NoSymmetryError(reasons)
+    factors = [Mixing(model, inputs, hidden) for hidden in layers]
     known = {name for factor in factors for name in factor.names} | {f"{factors[-1].above}.bias"}
     weights = {factors[0].incoming, *(factor.outgoing for factor in factors)}
     broken = len(weights) <= len(factors) or any(a.above != b.layer for a, b in pairwise(factors))

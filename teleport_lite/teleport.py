@@ -14,25 +14,12 @@ from torch import Tensor, nn
 from teleport_lite.discovery import find_symmetries
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import LossError, NoSymmetryError, ParameterError, TeleportError, UnknownNameError
-from teleport_lite.exactness import (
-    MOVED,
-    RefusedError,
-    check_deterministic,
-    largest_change,
-    relative_gap,
-    why_refused,
-)
+from teleport_lite.exactness import MOVED, RefusedError, check_deterministic, largest_change, relative_gap, why_refused
 from teleport_lite.functional import Evaluation, Params, norms, stacked, trainable
-from teleport_lite.objectives import Objective, Problem, as_objective
+from teleport_lite.objectives import Objective, as_objective
+from teleport_lite.problem import Problem
 from teleport_lite.report import Report
-from teleport_lite.runtime import (
-    TOLERANCES,
-    LossFn,
-    check_generator,
-    coarsest,
-    named_tensors,
-    unwrap_compiled,
-)
+from teleport_lite.runtime import TOLERANCES, LossFn, check_generator, coarsest, named_tensors, unwrap_compiled
 from teleport_lite.search import search as find
 from teleport_lite.search import searched
 from teleport_lite.symmetries.base import Symmetry, check_radius
@@ -114,17 +101,14 @@ def teleport(
     """
     ranks = Ranks(model)
     with ranks.together():
-        return carry_out(
-            ranks,
-            loss_fn,
-            symmetry,
-            objective,
-            maximize=maximize,
-            radius=radius,
-            tol=tol,
-            generator=generator,
-            search=search,
-        )
+        options: dict[str, Any] = {
+            "maximize": maximize,
+            "radius": radius,
+            "tol": tol,
+            "generator": generator,
+            "search": search,
+        }
+        return carry_out(ranks, loss_fn, symmetry, objective, **options)
 
 
 def carry_out(
@@ -188,7 +172,8 @@ def carry_out(
         )
         problem = Problem(loss, params, ranks, {name: tensors[name].detach() for name in product.buffers})
         steep = goal.quadratic == "gradient"
-        first = product.exact and _is_unchecked(symmetry, model)
+        checked = vars(symmetry).setdefault("_checked", weakref.WeakSet())  # models whose gradient it has foretold
+        first = product.exact and model not in checked
         measured = first and (steep or goal.transports or carries) if product.exact else steep  # at the new point
         with loss.observed() as outputs:
             if measured or steep:
@@ -210,15 +195,7 @@ def carry_out(
         numbers: list[float] = []
 
         def verify(more: Sequence[Tensor] = (), check: Check = lambda _: None) -> None:
-            """Compare the real model, which has moved, with what it was.
-
-            Args:
-                more: numbers that the host waits for along with these.
-                check: looks at them; what it raises undoes the move.
-
-            Raises:
-                RefusedError: when it must not stay there.
-            """
+            """Compare the real model, which has moved, with what it was; `check` looks at `more` numbers likewise."""
             now = Problem(loss, {name: p.detach() for name, p in parameters.items()}, ranks)
             zero = loss_before.new_zeros(())
             with loss.observed() as new_outputs:
@@ -239,7 +216,7 @@ def carry_out(
             reason = why_refused(numbers, now, product, allowed, bool(new_outputs), maximize, search)
             if refused := ranks.ask(bool(reason)):
                 raise RefusedError(reason or f"refused on rank {refused[0]}", moved=reason.startswith(MOVED))
-            ranks.join()
+            ranks.ask(False)
 
         loss.rest()
         reason = ""
@@ -250,7 +227,7 @@ def carry_out(
             if refusal.moved:
                 check_deterministic(problem, numbers[0], _tolerance(tol, loss, product, params))
         if first and measured and not reason:
-            _remember(symmetry, model)
+            checked.add(model)
     before, after, old, new = numbers[:4]
     error = abs(after - before) / abs(before) if after != before else 0.0
     seconds = time.perf_counter() - start
@@ -301,12 +278,3 @@ def check_movable(model: nn.Module, symmetry: Symmetry) -> None:
 def _tolerance(tol: float | None, loss: Evaluation, product: Product, params: Params) -> float:
     dtype = coarsest([loss.dtype, *(params[name].dtype for name in product.names)])
     return TOLERANCES[dtype] if tol is None else tol
-
-
-def _is_unchecked(symmetry: Symmetry, model: nn.Module) -> bool:
-    """Whether no gradient of this model was compared with one that the symmetry carried."""
-    return model not in vars(symmetry).get("_checked", ())
-
-
-def _remember(symmetry: Symmetry, model: nn.Module) -> None:
-    vars(symmetry).setdefault("_checked", weakref.WeakSet()).add(model)

@@ -129,6 +129,18 @@ def convolution(n: int, transposed: bool, groups: bool = False) -> Callable[[Dra
     return make
 
 
+def depthwise(draw: Draw, fixed: bool = False) -> Case:
+    """A convolution of each channel, whose weight is a view of a parameter, or a constant."""
+    n = draw.size(2)
+    x, weight = draw.normal(n), draw.normal(n, 2)
+
+    def function(x: Tensor, pixels: Tensor, weight: Tensor = weight) -> Tensor:
+        return F.conv1d(x[:, None] * pixels, weight[:, None], groups=n)
+
+    weights = {} if fixed else {"weight": weight}
+    return of(function, draw, {"pixels": lambda draw: draw.normal(2, n, 4)}, x=x, **weights)
+
+
 def normed(function: Callable[..., Any], channels: int, least: int = 1) -> Callable[[Draw], Case]:
     """A norm with a gain and a shift along dimension `channels`."""
 
@@ -309,6 +321,8 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "conv_transpose1d": convolution(1, True),
     "grouped conv1d": convolution(1, False, groups=True),
     "grouped conv_transpose1d": convolution(1, True, groups=True),
+    "depthwise conv1d of a view": depthwise,
+    "depthwise conv1d with a constant": lambda draw: depthwise(draw, fixed=True),
     "view": unary(lambda a: a.reshape(-1)),
     "unflatten": unary(lambda a: a.reshape(-1, 1, *a.shape[1:])),
     "transpose": unary(lambda a: a.transpose(0, -1)),
@@ -383,3 +397,10 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     **{how: written(how) for how in ("index_add", "index_copy", "scatter_add", "in place", "index_put", "mask")},
     **{f"scatter_reduce {how}": written(how) for how in ("sum", "mean", "amax", "prod")},
 }
+
+if hasattr(torch.ops.aten, "_fused_rms_norm"):  # torch >= 2.8
+
+    def fused_rms_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        return torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], gain, 0.5)[0] + shift
+
+    CASES["fused rms norm"] = normed(fused_rms_norm, -1)

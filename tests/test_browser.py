@@ -42,7 +42,8 @@ pytestmark = [
 
 def pages() -> list[str]:
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text("utf8"))
-    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
+    chapters = [chapter for part in toc["parts"] for chapter in part["chapters"]]
+    return [toc["root"], *(page["file"] for c in chapters for page in (c, *c.get("sections", [])))]
 
 
 PAGES = pages()
@@ -224,7 +225,8 @@ async () => {
     links: [...document.querySelectorAll("a[href]")].map(a => a.href),
     statements: all(".admonition.statement").map(e => e.id),
     wide: document.documentElement.scrollWidth,
-    clipped: all(".cell_input pre").filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent.slice(0, 60)),
+    clipped: all(".cell_input pre, .cell_output pre").filter(e => e.scrollWidth > e.clientWidth + 1)
+      .map(e => e.textContent.slice(0, 60)),
     drawings: all("svg.tl-d, .tl-live > svg").map(e => e.getAttribute("aria-label") || ""),
   };
 }"""

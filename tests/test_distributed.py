@@ -350,7 +350,10 @@ def discovered(world: World):
 
 
 def sharded(world: World):
-    from torch.distributed.fsdp import fully_shard
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:  # torch 2.4 and 2.5
+        from torch.distributed._composable.fsdp import fully_shard
 
     model = build()
     fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (world.size,)))

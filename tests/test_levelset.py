@@ -415,6 +415,17 @@ def test_shared_and_foreign_weights():
     assert report.dimension == 10 * (11 - 4)  # two samples, through the same layer twice
 
 
+def test_a_weight_with_two_biases_stays():
+    """What one of the two layers leaves free the other one does not."""
+    model = mlp([6, 6, 6, 3], nn.Tanh())
+    model[2].weight = model[0].weight
+    x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = model[0].weight.detach().clone()
+    report = tl.null_space_teleport(model, lambda net: net(x).square().mean())
+    assert report.accepted and torch.equal(model[0].weight, weight)
+    assert report.dimension == 3 * (7 - 2)
+
+
 def test_frozen_parameters_stay():
     model = mlp([9, 16, 12, 3], nn.Tanh())
     for name in ("2.bias", "4.weight"):

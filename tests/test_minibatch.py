@@ -14,8 +14,9 @@ from torch.func import functional_call
 import teleport_lite as tl
 from teleport_lite.errors import ActivationError, BatchError, NoSymmetryError, TeleportError, UnknownNameError
 from teleport_lite.functional import loss_of, norm, value_and_grad
-from teleport_lite.objectives import Problem, as_objective
+from teleport_lite.objectives import as_objective
 from teleport_lite.outputs import tensors_of
+from teleport_lite.problem import Problem
 
 ACTIVATIONS = {"outgoing": [nn.LeakyReLU(0.1), nn.Tanh(), nn.GELU(), nn.Sigmoid()], "incoming": [nn.LeakyReLU(0.1)]}
 EXACT = [(kind, act) for kind, acts in ACTIVATIONS.items() for act in acts]
@@ -233,6 +234,15 @@ def test_dropout_between_the_maps_is_none_in_evaluation_mode_only():
     found = tl.minibatch_symmetries(model, x)
     assert [str(f) for f in found] == ["a.weight, a.bias -> b.weight"] and "model.eval()" in found.reasons[0]
     assert len(tl.minibatch_symmetries(model.eval(), x)) == 2
+
+
+def test_what_stands_between_the_maps_outside_of_modules_is_named():
+    """A factor in front of the activation keeps the outputs where the layer's are held, and not where it is mixed."""
+    model, x = Net(lambda n, x: n.c(n.act(n.b(n.act(2 * n.a(x)))))).double(), batch(4, 5)
+    found = tl.minibatch_symmetries(model, x)
+    assert [str(f) for f in found] == ["b.weight, b.bias -> c.weight"]
+    assert found.reasons == ("a -> b: the input of act is not what the module before it gave",)
+    assert tl.minibatch_symmetries(mlp([5, 8, 3], nn.Tanh()), x).reasons == ()
 
 
 def test_what_is_looked_at_is_left_as_it_was():

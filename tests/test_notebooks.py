@@ -15,7 +15,7 @@ lint = importlib.import_module("lint")
 TOC = """
 root: book/intro
 parts:
-  - chapters: [{file: book/01-one/first}, {file: book/01-one/second}]
+  - chapters: [{file: book/01-one/first, sections: [{file: book/01-one/more}]}, {file: book/01-one/second}]
   - numbered: false
     chapters: [{file: book/notation}, {file: book/page}]
 """
@@ -73,6 +73,7 @@ def good():
         markdown("## What you will learn\n\nA thing.\n\n**Prerequisites.** [Notation](../notation.md#groups)."),
         code(lint.SETUP.strip(), v4.new_output("stream", name="stdout", text="0.1"), tags=["nbval-ignore-output"]),
         markdown(STATEMENTS),
+        markdown("*Before you look: does it\nrise?*"),
         code(PLOT, show("image/png", "iVBORw=="), **FIGURE),
         markdown(f"**Figure.** It\nrises.\n\nThen:\n\n![two boxes]({DIAGRAM})\n\n**Figure.** Two boxes."),
         code("plot.explorer(draw, alt='x', t=[1, 2])", show("text/html", '<div class="tl-player">')),
@@ -285,6 +286,9 @@ FAULTS = [
     ("diagrams_are_there", "below the diagram", replaced("**Figure.** Two boxes.", "Two boxes.")),
     ("code_is_narrow", "89 columns", runs("x = " + "1" * 85)),
     ("code_is_narrow", "hide-input", draws("x = 1\n" * 14 + "plt.show()", PICTURE, **OTHER)),
+    ("code_is_narrow", "101 lines", runs("x = 1\n" * 100)),
+    ("questions_come_first", "asks nothing", replaced("*Before you look: does it\nrise?*", "**Look**: does it rise?")),
+    ("errors_are_printed", "verdict", runs("f()", v4.new_output("stream", name="stdout", text="both agree: True"))),
     ("colours_are_the_palette", "'#0072B2'", runs("blue = '#0072B2'")),
     ("colours_are_the_palette", "'red'", plots("color='red'")),
     ("colours_are_the_palette", "'C1'", plots("mfc=plot.COLOURS['plain'] if x else 'C1'")),
@@ -326,6 +330,14 @@ def test_every_rule_is_seen_to_fire():
 def test_a_notebook_that_the_book_does_not_name_is_found(findings):
     found = findings(v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": ""}}), "book/x.ipynb")
     assert found == ["not in _toc.yml [is_listed]"]
+
+
+def test_a_page_that_belongs_to_a_chapter_starts_as_one(findings):
+    notebook = good()
+    del notebook.cells[3]  # statements, which a page without a number has none of
+    for count, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), 1):
+        cell.execution_count = count
+    assert [finding[:8] for finding in findings(notebook, "book/01-one/more.ipynb")] == ["no badge"]
 
 
 def test_a_page_outside_the_chapters_needs_neither_template_nor_numbers(findings):

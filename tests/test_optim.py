@@ -83,9 +83,10 @@ CASES = {
     "RMSprop centered": lambda p: optim.RMSprop(p, lr=0.003, momentum=0.5, centered=True, eps=TINY, alpha=0.9),
     "Rprop": lambda p: optim.Rprop(p, lr=0.001),
     "ASGD": lambda p: optim.ASGD(p, lr=0.05, t0=3),
-    "Adafactor": lambda p: optim.Adafactor(p, lr=0.05),
     "LBFGS": lambda p: optim.LBFGS(p, lr=0.1, max_iter=3, history_size=4),
 }
+if hasattr(optim, "Adafactor"):  # not in torch 2.4
+    CASES["Adafactor"] = lambda p: optim.Adafactor(p, lr=0.05)
 if hasattr(optim, "Muon"):
     CASES["Muon"] = lambda p: optim.Muon([q for q in p if q.ndim == 2], lr=0.01)
 
@@ -172,7 +173,7 @@ def built(kind, case="", seed=0):
     return model, hidden_product(build, model)
 
 
-GRADIENTS_ALONE = {"SGD momentum", "SGD nesterov", "SGD dampening", "SGD fused", "Muon"}
+GRADIENTS_ALONE = {"SGD momentum", "SGD nesterov", "SGD dampening", "SGD fused", "Muon"} & set(CASES)
 # left out: what a new optimizer starts with breaks the symmetry (Adadelta, Rprop: see the twins below), what is not
 # made of gradients (ASGD), what depends on the points (LBFGS), or is not determined by its factors (Adafactor)
 RECOMPUTABLE = set(CASES) - {"Adadelta", "Rprop", "ASGD", "LBFGS", "Adafactor", "SGD"}
@@ -238,6 +239,7 @@ def test_a_centred_variance_stays_positive_under_mixing(generator):
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.skipif("Adafactor" not in CASES, reason="this version of torch has no Adafactor")
 @pytest.mark.parametrize("kind", ["scaling", "permutation", "sign", "mixing"])
 def test_the_square_of_adafactor_moves_exactly(kind, generator):
     model, symmetry = built(kind)
@@ -987,7 +989,7 @@ def test_a_fault_in_the_loss_leaves_everything_as_it_was(case, k, fault, state):
         snapshot.assert_unchanged()
 
 
-@pytest.mark.parametrize("case", ["Adam amsgrad", "LBFGS", "Adafactor", "RMSprop centered"])
+@pytest.mark.parametrize("case", sorted({"Adam amsgrad", "LBFGS", "Adafactor", "RMSprop centered"} & set(CASES)))
 def test_an_interrupt_at_any_write_leaves_everything_as_it_was(case, monkeypatch):
     """The k-th `copy_` into a parameter or an entry is interrupted, for every k, until the teleport runs through."""
     interrupts = 0

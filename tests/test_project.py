@@ -157,7 +157,8 @@ def test_everything_public_is_documented():
 
 def test_the_table_of_contents_lists_every_chapter_once():
     toc = yaml.safe_load(read("_toc.yml"))
-    listed = [toc["root"]] + [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
+    chapters = [chapter for part in toc["parts"] for chapter in part["chapters"]]
+    listed = [toc["root"], *(page["file"] for c in chapters for page in (c, *c.get("sections", [])))]
     assert len(listed) == len(set(listed))
     missing = [f for f in listed if not any((ROOT / f"{f}{ext}").is_file() for ext in (".md", ".ipynb"))]
     assert missing == []

@@ -1,7 +1,5 @@
 """register_rule: what the page in the reference says, all words, and what is refused; names with their namespace."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -102,6 +100,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 class Product(nn.Module):
     def __init__(self, function) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.one, self.two = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(2, 6))
         self.function = lambda a, b: function(a, b)
 

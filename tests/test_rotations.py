@@ -18,7 +18,7 @@ from teleport_lite.groups import PairRotations, SpecialOrthogonal
 from teleport_lite.optim.state_rules import move
 from teleport_lite.symmetries import Leg
 from teleport_lite.symmetries.base import Symmetry
-from teleport_lite.symmetries.rotations import GainedRotation
+from teleport_lite.symmetries.gained import GainedSymmetry
 
 WORDS = 7
 
@@ -312,7 +312,7 @@ def test_other_types(dtype, generator):
 
 
 def test_what_is_wrong_is_told():
-    rotation = GainedRotation(SpecialOrthogonal(3), [Leg("w", 1, dual=True)], [Leg("g", 0)])
+    rotation = GainedSymmetry(SpecialOrthogonal(3), [Leg("w", 1, dual=True)], [Leg("g", 0)])
     with pytest.raises(ShapeError, match="g"):
         rotation.check({"w": torch.ones(2, 3), "g": torch.ones(2)})
     with pytest.raises(TeleportError, match="even"):

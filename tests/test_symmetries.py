@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,15 @@ from torch.func import functional_call
 import teleport_lite as tl
 from teleport_lite.errors import ParameterError, ShapeError, TeleportError, UnknownNameError
 from teleport_lite.functional import loss_of, value_and_grad
-from teleport_lite.groups import GeneralLinear, Permutation, PositiveScaling, Signs, SpecialOrthogonal, Translation
+from teleport_lite.groups import (
+    GeneralLinear,
+    Permutation,
+    PositiveScaling,
+    Shears,
+    Signs,
+    SpecialOrthogonal,
+    Translation,
+)
 from teleport_lite.symmetries import Leg, NeuronSymmetry, Symmetry, TestFunction, mixing, permutation, scaling, sign
 
 
@@ -97,7 +106,12 @@ def test_group_laws(case, widths, seed):
             assert largest_gap(twice, factor.act(factor.act(params, b), a)) <= 1e-12
 
 
-@pytest.mark.parametrize("kind", [PositiveScaling, GeneralLinear, SpecialOrthogonal, Permutation, Signs])
+TRANSPOSED = partial(Shears, transposed=True)
+
+
+@pytest.mark.parametrize(
+    "kind", [PositiveScaling, GeneralLinear, SpecialOrthogonal, Shears, TRANSPOSED, Permutation, Signs]
+)
 def test_groups(kind, generator):
     group = kind(5)
     like = torch.zeros(1, dtype=torch.float64)
@@ -116,7 +130,10 @@ def test_groups(kind, generator):
     assert group.isometry == (abs(float(acted(g).norm() / vectors.norm()) - 1) < 1e-12)
     if group.dim:
         assert float(group.norm(a)) <= 0.7
-        assert float(group.norm(group.clip(10 * a / group.norm(a), 0.5))) == pytest.approx(0.5)
+        far = 10 * a / group.norm(a)
+        assert float(group.norm(group.clip(far, 0.5))) == pytest.approx(0.5)
+        assert relative(group.clip(-far, 0.5), -group.clip(far, 0.5)) < 1e-12
+        assert relative(group.clip(a, 0.8), a) < 1e-12  # what is inside stays
         stretch = torch.linalg.matrix_norm(acted(g).movedim(1, 0).flatten(1), 2) / torch.linalg.matrix_norm(
             vectors.movedim(1, 0).flatten(1), 2
         )
@@ -300,3 +317,12 @@ def test_selecting_from_a_product(product):
     assert product.select("sign").reasons == ("no factor of kind 'sign'",)
     with pytest.raises(UnknownNameError, match="'scaling', 'mixing', .*got 'scalings'"):
         product.select("scalings")
+
+
+def test_spreading_the_entries_as_they_are_is_transport(generator):
+    """The slow answer of the base class, by a dense Jacobian, carries gradients unless it is told otherwise."""
+    symmetry = mixing(4, "0.weight", "1.weight")
+    params = params_of(mlp([3, 4, 2], nn.Identity(), bias=False))
+    params = {"0.weight": params["0.weight"], "1.weight": params["2.weight"]}
+    xi = symmetry.sample(params, generator=generator)
+    assert largest_gap(tl.Symmetry.spread(symmetry, params, xi, torch.clone), symmetry.transport(params, xi)) < 1e-12

@@ -157,6 +157,14 @@ def test_float32_and_bfloat16():
         assert report.accepted and all(p.dtype == dtype for p in model.parameters())
 
 
+def test_float16_is_no_licence():
+    """A loss that moves by a tenth is refused: the tolerance is a few roundings of the type, not more."""
+    model = mlp([6, 12, 3], nn.Tanh()).half()
+    false = hidden_product(scaling, model)  # a tanh commutes with no scaling
+    report = tl.teleport(model, lambda net: net(X.half()).square().mean(), false, radius=0.6)
+    assert 0.02 < report.invariance_error < 0.9 and report.reason.startswith("the loss moved")
+
+
 # Atomicity ---------------------------------------------------------------------------------------------------------
 
 

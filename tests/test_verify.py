@@ -47,6 +47,12 @@ class Model(nn.Module):
         return self.run(self, *args, **kwargs)
 
 
+def with_buffers(model: nn.Module, **buffers: Tensor) -> nn.Module:
+    for name, b in buffers.items():
+        model.register_buffer(name, b)
+    return model
+
+
 def found(symmetry: tl.Product) -> list[str]:
     """Groups, in the order of the parameters."""
     return [str(f.group) for f in symmetry]
@@ -196,7 +202,7 @@ HIDDEN: dict[str, tuple] = {
         "not exercised by these inputs",
     ),
     "a mask for each task": (
-        lambda: Model(masked, a=nn.Linear(3, 6), b=nn.Linear(6, 2), mask=nn.Buffer(MASKS)),
+        lambda: with_buffers(Model(masked, a=nn.Linear(3, 6), b=nn.Linear(6, 2)), mask=MASKS),
         (x(2, 3), torch.tensor([0, 0])), lambda m: m(wide(2, 3), torch.tensor([0, 1])), None, "",
     ),
     "experts in a list": (

@@ -248,6 +248,7 @@ for family in ("scaling", "mixing"):
 for data, title in {
     "optimizers": "",
     "optimizers-fashion_mnist": "Fashion-MNIST ",
+    "optimizers-cifar10": "CIFAR-10 ",
 }.items():
     for optimizer in ("sgd", "momentum", "adagrad", "rmsprop", "adam"):
         for arm in ("teleport", "reset", "random", "paper"):
@@ -282,6 +283,36 @@ def statuses() -> str:
 NUMBERS["statuses"] = statuses
 
 
+DEVICES = RESULTS.parent.parent / "benchmarks" / "results"
+
+
+def device_tables() -> str:
+    """What `make bench` has recorded, a table for each device."""
+    tables = []
+    for path in sorted(DEVICES.glob("*.json")):
+        found = json.loads(path.read_text("utf8"))
+        threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
+        lines = [
+            f"**{found['device']}**, PyTorch {found['torch']}, {threads}; counted on {found['counted on']}.",
+            "",
+            "| Model | Precision | Call | Time | Kernels | Waits | Memory |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        one = found["rows"][0]
+        for row in found["rows"]:
+            one = row if row["call"] == "gradient" else one
+            model = f"{row['model']}, {row['parameters'] / 1e6:.2g} M"
+            ratios = f"{row['time']:.3g} | {row['kernels'] / one['kernels']:.3g}"
+            lines.append(
+                f"| {model} | {row['precision']} | {row['call']} | {ratios} | {row['waits']} | {row['memory']:.3g} |"
+            )
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+NUMBERS["devices"] = device_tables
+
+
 def fill_in(markdown: str) -> str:
     """A page with its numbers."""
     return ROLE.sub(lambda match: NUMBERS[match[1]](), markdown)
@@ -311,7 +342,7 @@ def on_source_read(app, docname: str, source: list[str]) -> None:
         source[0] = fill_in(source[0])
         if docname.endswith("scorecard"):
             source[0] = badges(source[0])
-        for path in RESULTS.glob("*.json"):
+        for path in (*RESULTS.glob("*.json"), *DEVICES.glob("*.json")):
             app.env.note_dependency(str(path))
 
 

@@ -82,9 +82,16 @@ class Difference:
     v: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.choice:
-            kept = torch.tensor([i for i in self.choice.indices if i >= 0], dtype=torch.long)
-            self.support = torch.zeros_like(self.support).index_fill(0, kept, True)
+        indices = list(range(len(self.support)))  # which entries of c are left, and multiplied entry by entry
+        if len(self.chains) > 1 or self.v is not None or len(indices) == 1:
+            return
+        for step in self.chains[0]:
+            if not step.equation:
+                indices = [indices[i] if i >= 0 else -1 for i in step.indices]
+            elif not step.equation.endswith(",{0}->{0}".format(step.equation[-1])):
+                return
+        kept = torch.tensor([i for i in indices if i >= 0], dtype=torch.long)
+        self.support = torch.zeros_like(self.support).index_fill(0, kept, True)
 
     @property
     def choice(self) -> Step | None:
@@ -182,6 +189,17 @@ def then(chain: Chain, *steps: Step) -> Chain:
         else:
             chain = (*chain, step)
     return chain
+
+
+def summed(t: Tensor, w: Tensor) -> list[Step] | None:
+    """The sum or the mean along an axis of `t` that w is."""
+    axes = "abcdefgh"[: t.ndim]
+    for k in (k for k, n in enumerate(t.shape) if n > 1):
+        total = t.sum(k).reshape(-1)
+        for scale in (1.0, 1 / t.shape[k]):
+            if total.shape == w.shape and bool(((scale * total - w).abs() <= EXACT * t.abs().max()).all()):
+                return [Step((), f"{axes}->{axes.replace(axes[k], '')}", tuple(t.shape), (), scale)]
+    return None
 
 
 def choice_of(v: Tensor, w: Tensor) -> list[Step] | None:

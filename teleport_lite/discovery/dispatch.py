@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class DispatchMode(TorchDispatchMode):
@@ -11,3 +16,11 @@ class DispatchMode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
+
+
+def written(func: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    """The tensors among its arguments that an operator writes to."""
+    for i, spec in enumerate(func._schema.arguments):
+        if spec.alias_info is not None and spec.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(spec.name)
+            yield from (x for x in tree_leaves(value) if isinstance(x, Tensor))

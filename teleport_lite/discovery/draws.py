@@ -20,20 +20,8 @@ from teleport_lite.discovery.dispatch import DispatchMode
 LOW, HIGH = 1e-6, 1 - 1e-6
 PATTERNS = ((LOW,), (HIGH,), (LOW, HIGH), (HIGH, LOW))
 UNIFORM = {"rand", "rand_like", "uniform", "uniform_"}
-SAMPLERS = UNIFORM | {
-    "randn", "randn_like", "normal", "normal_", "randint", "randint_like", "random_", "exponential_", "geometric_",
-    "cauchy_", "log_normal_",
-}  # fmt: skip
-
-DROPOUTS = {
-    "dropout",
-    "dropout1d",
-    "dropout2d",
-    "dropout3d",
-    "alpha_dropout",
-    "feature_dropout",
-    "feature_alpha_dropout",
-}
+SAMPLERS = "randn randn_like normal normal_ randint randint_like random_ exponential_ geometric_ cauchy_ log_normal_"
+DROPOUTS = "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout"
 
 
 class Draws(DispatchMode):
@@ -67,7 +55,7 @@ class Draws(DispatchMode):
             return func(*args[:4]) if self.even else func(*args, **kwargs)
         if name in ("bernoulli", "bernoulli_"):
             return self._bernoulli(func, name, *args, **kwargs)
-        if name in SAMPLERS:
+        if name in UNIFORM or name in SAMPLERS.split():
             return self._sample(func, name, args, kwargs)
         self.many = True  # permutations, categories: drawn as they are
         return func(*args, **kwargs)
@@ -128,7 +116,7 @@ class WithoutDropout(TorchFunctionMode):
     """Leaves dropout away: masks that differ from entry to entry would seem to tell the neurons apart."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in DROPOUTS and args:
+        if getattr(func, "__name__", "") in DROPOUTS.split() and args:
             return args[0]
         return func(*args, **(kwargs or {}))
 

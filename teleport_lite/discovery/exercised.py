@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from teleport_lite.discovery.float64 import Float64
 from teleport_lite.functional import Params
 
 Run = Callable[[], list[Tensor]]
@@ -60,7 +61,8 @@ def _gradients(run: Run, params: Params, generator: torch.Generator) -> Params |
             if not sums:
                 return {}
             total = torch.stack([s.to(sums[0].device) for s in sums]).sum()
-            found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+            with Float64():  # the derivative of what has no kernel for float64 has none either
+                found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
         except Exception:  # no gradients: then everything is tried
             return None
     grads = ((name, g) for name, g in zip(params, found, strict=True) if g is not None)

@@ -20,6 +20,7 @@ from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.probe import Probe, laboratory
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.propose import solve_and_verify
+from teleport_lite.discovery.shears import shears
 from teleport_lite.discovery.solve import reasons as reasons_of
 from teleport_lite.discovery.translate import together, translations
 from teleport_lite.discovery.trial import Trial
@@ -43,10 +44,11 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
     Works on any model that runs: modules, functions and loops are all followed, operation by operation. What moves may
     be neurons and channels (scalings, signs, permutations, mixings where nothing stands between two linear maps), the
     queries and keys or the values of attention heads, which rotate with rotary positions, or a residual stream, which
-    is rotated where nothing but norms and linear maps reads it. Mixings of the heads of a layer are one factor,
-    GL(d)^heads. Translations shift biases, tables and weights where others undo that, as b + c is undone by b' - Wc in
-    the next layer, or where nothing sees it, as under a softmax or a LayerNorm. Frozen parameters stay. The model is
-    only read, and the global random state is left as it was.
+    is rotated where nothing but norms and linear maps reads it. Shears move what reads a LayerNorm with its shift, and
+    the mean of a stream. Mixings of the heads of a layer are one factor, GL(d)^heads. Translations shift biases,
+    tables and weights where others undo that, as b + c is undone by b' - Wc in the next layer, or where nothing sees
+    it, as under a softmax or a LayerNorm. Frozen parameters stay. The model is only read, and the global random state
+    is left as it was.
 
     Each factor is verified on a copy of the whole model, in float64: on the example and on values near it, on larger
     and smaller ones, other integers, batches and lengths, as far as the model takes them, in evaluation and training
@@ -102,7 +104,7 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
             moving.fix_idle_matrices(check.matters)
         factors, reasons = solve_and_verify(propagation, moving, check)
         shifts = translations(probe, check, generator)
-        found: list[Symmetry] = [*factors, *together(shifts)]
+        found: list[Symmetry] = [*factors, *shears(factors, shifts, propagation, check), *together(shifts)]
         if of == "loss":
             probe.of = of
             seen = translations(probe, Verifier(probe, Arguments.of(example_inputs), generator), generator)
@@ -116,8 +118,14 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
 def propagated(probe: Probe, trials: Iterable[Trial], buffers: Collection[str] = ()) -> Propagation:
     """The constraints that all these runs put on the parameters together, and on these buffers."""
     kernels = {id(m.weight) for m in probe.module.modules() if isinstance(m, (_ConvNd, nn.Bilinear))}
-    stacks = [n for n, p in probe.params.items() if p.ndim == 3 and len(p) > 1 and id(p) not in kernels]
-    propagation = Propagation(probe.params, stacks, {n: probe.movable[n] for n in buffers})
+    stacks = {n: len(p) for n, p in probe.params.items() if p.ndim == 3 and len(p) > 1 and id(p) not in kernels}
+    trials, moving = list(trials), {n: probe.movable[n] for n in buffers}
+    propagation = _followed(probe, trials, stacks, moving)
+    return _followed(probe, trials, stacks | propagation.cut, moving) if propagation.cut else propagation
+
+
+def _followed(probe: Probe, trials: list[Trial], stacks: dict[str, int], buffers: Params) -> Propagation:
+    propagation = Propagation(probe.params, stacks, buffers)
     for name, p in probe.params.items():
         if not p.requires_grad:
             propagation.freeze(name, f"{name} is frozen")

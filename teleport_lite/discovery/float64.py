@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from teleport_lite.discovery.dispatch import DispatchMode
+from teleport_lite.discovery.dispatch import DispatchMode, written
 from teleport_lite.host import on_host
 
 WIDER = {
@@ -55,7 +55,7 @@ class Float64(DispatchMode):
             return wide.get(id(x), x) if isinstance(x, Tensor) else _wide(x)
 
         out = func(*tree_map(swap, args), **tree_map(swap, kwargs))
-        given = {id(wide[id(x)]): x for x in _written(func, args, kwargs) if id(x) in wide}
+        given = {id(wide[id(x)]): x for x in written(func, args, kwargs) if id(x) in wide}
         for x in given.values():  # what is written in place keeps its type
             x.copy_(wide[id(x)])
         return tree_map(lambda x: given.get(id(x), x) if isinstance(x, Tensor) else x, out) if given else out
@@ -71,14 +71,6 @@ def _wide(x: Any) -> Any:
     if not _is_foreign(x):
         return x
     return on_host(x) if isinstance(x, Tensor) else torch.device("cpu") if isinstance(x, torch.device) else WIDER[x]
-
-
-def _written(func, args: tuple, kwargs: dict) -> Iterator[Tensor]:
-    """The arguments that an operator writes to."""
-    for i, spec in enumerate(func._schema.arguments):
-        if spec.alias_info is not None and spec.alias_info.is_write:
-            value = args[i] if i < len(args) else kwargs.get(spec.name)
-            yield from (x for x in tree_leaves(value) if isinstance(x, Tensor))
 
 
 def _grouped_mm(a, b, offs=None, bias=None, out_dtype=None):

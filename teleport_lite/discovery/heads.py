@@ -11,6 +11,7 @@ from typing import Any
 from teleport_lite.discovery.verify import TOLERANCE, Verifier
 from teleport_lite.groups import GeneralLinear, Permutation
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
+from teleport_lite.symmetries.rank import components
 
 NEARBY = 3  # parameters that are tried as what chooses among the matrices of a stack
 
@@ -71,11 +72,8 @@ def permute_blocks(found: list[NeuronSymmetry], check: Verifier) -> list[NeuronS
 
 def permute_stacks(found: list[NeuronSymmetry], check: Verifier) -> list[NeuronSymmetry]:
     """Permutations of the matrices of stacks: experts with the rows of a router, heads with those of another stack."""
-    stacks: list[set[str]] = []
-    for s in found:
-        if all(leg.groups > 1 for leg in s.legs):
-            near = [names for names in stacks if names & {*s.names}]
-            stacks = [names for names in stacks if names not in near] + [{*s.names}.union(*near)]
+    parts = components(s for s in found if all(leg.groups > 1 for leg in s.legs))
+    stacks = [{name for s in part for name in s.names} for part in parts]
     place = {name: i for i, name in enumerate(check.params)}
     rows: dict[tuple[str, int], set[str]] = defaultdict(set)
     for name, p in check.params.items():

@@ -100,9 +100,7 @@ def _copied(x: Any) -> Any:
         return x.clone()
     if isinstance(x, torch.Generator):
         return torch.Generator().set_state(x.get_state())
-    if x is None or callable(x) or isinstance(x, (str, int, float, complex, torch.dtype, torch.device)):
-        return x
-    return copy.deepcopy(x)
+    return x if callable(x) else copy.deepcopy(x)
 
 
 def _vary(call: Arguments, real: Callable, whole: Callable) -> Arguments:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from teleport_lite.discovery.constraints import ALL, MIX, SCALE, SIGN
+from teleport_lite.discovery.dispatch import written
 from teleport_lite.discovery.labels import Labels, cluster_by_dims, varying_dims
 
 if TYPE_CHECKING:
@@ -50,14 +51,7 @@ class Operation:
         self._labels_of = propagation.labels_of
         self.tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self.shapes = {id(t): t.shape for t in self.tensors}
-        pairs = list(zip(args, func._schema.arguments, strict=False))
-        self.written = [
-            t
-            for x, s in pairs
-            if s.alias_info and s.alias_info.is_write
-            for t in tree_leaves(x)
-            if isinstance(t, Tensor)
-        ]
+        self.written = list(written(func, args, kwargs))
         busy = any(map(self._labels_of, self.tensors))
         self._zeros = {
             id(t) for t in self.tensors if busy and not self._labels_of(t) and self.memory.is_zero(t)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -78,31 +78,23 @@ class Probe:
         self.buffers = {b: b.clone() for b in self.buffers}
         self._settle_home()
 
-    def run(
+    def outputs(
         self, call: Arguments, training: bool = False, seed: int = 0, modes: tuple[TorchDispatchMode, ...] = ()
-    ) -> Any:
-        """What the copy returns, from its first state; `modes` see its operators, the last one first."""
+    ) -> list[Tensor]:
+        """The tensors that the copy returns, from its first state; `modes` see its operators, the last one first."""
         self._restore()
         self.module.train(training)
         seed_everything(seed)
         call = call.fresh()
         with ExitStack() as stack:
-            for mode in (*modes, *((self.mode,) if self.mode else ())):
+            for mode in modes:
                 if isinstance(mode, Watch):
                     mode.look_at(call.tensors())
                 stack.enter_context(mode)
-            return self.module(*call.args, **call.kwargs)
-
-    def outputs(
-        self, call: Arguments, training: bool = False, seed: int = 0, modes: tuple[TorchDispatchMode, ...] = ()
-    ) -> list[Tensor]:
-        """The tensors of what `run` returns."""
-        found = tensors_of(self.run(call, training, seed, modes), self.arguments)
-        if self.of == "outputs":
-            return found
-        with ExitStack() as stack:
-            for mode in modes:
-                stack.enter_context(mode)
+            with self.mode or nullcontext():
+                found = tensors_of(self.module(*call.args, **call.kwargs), self.arguments)
+            if self.of == "outputs":
+                return found
             real = (t.is_floating_point() and t.ndim > 1 for t in found)
             return [t.log_softmax(1 if t.ndim > 3 else -1) if r else t for t, r in zip(found, real, strict=True)]
 
@@ -126,7 +118,7 @@ class Probe:
         if normed.issuperset(self.movable.values()):
             return False
         try:
-            self.run(call, training=True)
+            self.outputs(call, training=True)
         except Exception:
             return False
         for b, now in [(b, module._buffers.get(name)) for module, name, b in self._places()]:
@@ -188,7 +180,7 @@ def _movable(model: nn.Module) -> set[str]:
 
 
 def _kept(value: Any) -> Any:
-    return copy.copy(value) if type(value) in (list, dict, set) else value
+    return copy.copy(value) if type(value) in (list, dict, OrderedDict, set) else value
 
 
 def normal(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,8 +9,9 @@ without a rule is taken apart into others where PyTorch, or we, know how; otherw
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Propagation(DispatchMode):
 
     Args:
         params: the parameters by name.
-        stacks: names of those that hold a matrix, with axes of its own, for each index of their first dimension.
+        stacks: those that hold several matrices with axes of their own along their first dimension, and how many.
         buffers: buffers that may move along, by name, on the axes on which their values vary.
 
     Attributes:
@@ -47,13 +48,17 @@ class Propagation(DispatchMode):
         unexercised: names of the parameters of which the run read nothing, or not all.
         memory: what is known of memory.
         answers: what elementwise functions were found to commute with.
+        cut: names of matrices whose rows were split into parts, and how many equal ones make these.
     """
 
     def __init__(
-        self, params: dict[str, Tensor], stacks: Collection[str] = (), buffers: dict[str, Tensor] | None = None
+        self,
+        params: dict[str, Tensor],
+        stacks: Mapping[str, int] | None = None,
+        buffers: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.buffers = buffers or {}
+        stacks, self.buffers = stacks or {}, buffers or {}
         params = {**params, **self.buffers}
         self.constraints = Constraints()
         self.parameter_axes: dict[tuple[str, int, int], Tensor] = {}
@@ -62,6 +67,7 @@ class Propagation(DispatchMode):
         self.unexercised: list[str] = []
         self.memory = Memory(params)
         self.answers: dict[Any, Any] = {}
+        self.cut: dict[str, int] = {}
         self._params = params
         self._names = {id(p): name for name, p in params.items()}
         self._labels: dict[int, Labels] = {}
@@ -71,12 +77,11 @@ class Propagation(DispatchMode):
             for dim in (d for d in range(p.ndim) if p.ndim <= 2 or p.shape[d] > 1):
                 if name in self.buffers and bool((p == p.narrow(dim, 0, 1)).all()):
                     continue
-                groups = p.shape[0] if dim and name in stacks else 1
-                own.append(
-                    self.constraints.fresh(*(n if d == dim else 1 if d else groups for d, n in enumerate(p.shape)))
-                )
-                self.parameter_axes[name, dim, groups] = own[-1].reshape(-1)
-                if not dim and name in stacks:  # as many multiples as another dimension has for each index
+                groups = stacks.get(name, 1) if dim else 1
+                labels = self.constraints.fresh(*(n if d == dim else 1 if d else groups for d, n in enumerate(p.shape)))
+                self.parameter_axes[name, dim, groups] = labels.reshape(-1)
+                own.append(labels if groups == 1 else labels.repeat_interleave(len(p) // groups, 0))
+                if not dim and stacks.get(name) == len(p):  # as many multiples as another dimension has for each index
                     self.constraints.fix(own[-1], "", SCALE | SIGN)
 
     def labels_of(self, tensor: Tensor) -> Labels:
@@ -108,7 +113,7 @@ class Propagation(DispatchMode):
     def fix_idle_matrices(self, matters: Mapping[str, Tensor]) -> None:
         """Keep the matrices of a stack, as experts that no token visits, of which no entry `matters`."""
         for (name, _, groups), labels in self.parameter_axes.items():
-            idle = ~matters[name].flatten(1).any(1).cpu() if groups == len(self._params[name]) > 1 else None
+            idle = ~matters[name].reshape(groups, -1).any(1).cpu() if groups > 1 else None
             if idle is not None and not bool(idle.all()):
                 self.constraints.fix(labels.view(groups, -1)[idle], Operation.NOT_EXERCISED, SCALE | SIGN | PERM)
 
@@ -150,6 +155,7 @@ class Propagation(DispatchMode):
         op.out = func(*args, **op.kwargs)
         labels = self._follow(op) if busy else []
         self._note_memory(op)
+        self._note_parts(op)
         if busy:
             self._assign(op, labels, blank)
         return op.out
@@ -237,6 +243,14 @@ class Propagation(DispatchMode):
         if tracked and new:
             for t, entries in zip(results, self._carried(op, tracked[0]), strict=True):
                 self.memory.carry_entries(t, entries)
+
+    def _note_parts(self, op: Operation) -> None:
+        """Note where the rows of a matrix fall into parts, all of which are taken out."""
+        name = self._names.get(id(op.args[0])) if op.args and op.short_name in VIEWS else None
+        if name is None or (p := self._params[name]).ndim != 2 or len(parts := op.results()) < 2:
+            return
+        if all(t.shape[1:] == p.shape[1:] for t in parts) and sum(map(len, parts)) == len(p):
+            self.cut[name] = len(p) // math.gcd(len(p) // self.cut.get(name, 1), *map(len, parts))
 
     def _carried(self, op: Operation, tracked: Tensor) -> list[Tensor]:
         """For each result of an operation that carries entries of parameters along, which ones."""

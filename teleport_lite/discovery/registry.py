@@ -87,7 +87,7 @@ def register_rule(op: object, rule: str | Rule) -> None:
         UnknownNameError: when the word is none of those.
         TeleportError: when `op` is no operator, or `rule` is none of the three.
 
-    >>> @torch.library.custom_op("teleport_docs::my_relu", mutates_args=())
+    >>> @torch.library.custom_op("teleport_docs::my_relu", mutates_args=(), schema="(Tensor x) -> Tensor")
     ... def my_relu(x: torch.Tensor) -> torch.Tensor:
     ...     return x.clamp(min=0)
     >>> class Net(torch.nn.Module):
@@ -110,12 +110,7 @@ def register_rule(op: object, rule: str | Rule) -> None:
 
 
 def _rule_by_word(word: object) -> Rule:
-    """The rule that a word or an einsum string stands for.
-
-    Raises:
-        UnknownNameError: when the word is none of `WORDS`.
-        TeleportError: when it is no word.
-    """
+    """The rule that a word or an einsum string stands for."""
     if isinstance(word, str) and "->" in word:
         from teleport_lite.discovery.rules.contraction import einsum_rule
 
@@ -130,11 +125,7 @@ def _rule_by_word(word: object) -> Rule:
 
 
 def _name_of(op: object) -> str:
-    """The name of an operator, with its namespace, and with its overload where one was chosen.
-
-    Raises:
-        TeleportError: when it is no operator.
-    """
+    """The name of an operator, with its namespace, and with its overload where one was chosen."""
     if isinstance(op, OpOverload):
         name, overload = op._schema.name, op._overloadname
         return f"{name}.{overload}" if overload else name
@@ -145,8 +136,3 @@ def _name_of(op: object) -> str:
         remedy = "pass what torch.library.custom_op returned, or torch.ops.mylib.name"
         raise TeleportError("an operator", type(op).__name__, remedy)
     return qualified
-
-
-def words_for(**rules: Rule) -> None:
-    """Enter rules that one word stands for."""
-    WORDS.update(rules)

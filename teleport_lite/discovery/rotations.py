@@ -15,7 +15,7 @@ from teleport_lite.discovery.verify import Verifier
 from teleport_lite.functional import Params
 from teleport_lite.groups import PairRotations, Permutation, PositiveScaling, SpecialOrthogonal
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
-from teleport_lite.symmetries.rotations import GainedRotation
+from teleport_lite.symmetries.gained import GainedSymmetry
 
 TRIED = 8  # entries of a stream that are rotated to verify it: with its permutations they generate all rotations
 Rotate = Callable[[int, bool], NeuronSymmetry]  # so many entries of a stream, all rotations or those that are centered
@@ -83,12 +83,7 @@ def _streams(
     if not permuted:
         return
     classes, factors = solve_scalings(constraints)
-    gain_of, number = torch.arange(2 * constraints.count), torch.zeros(2 * constraints.count, dtype=torch.float64)
-    for shifted, parameter, offset in constraints.offsets:
-        gain_of[parameter], number[parameter] = shifted, offset
-    multiplies = torch.zeros_like(gain_of, dtype=torch.bool)
-    for labels in constraints.gains:
-        multiplies[labels] = True
+    gain_of, number, multiplies = multipliers(constraints)
 
     def moved(k: int) -> tuple[int, bool]:
         return int(classes[k >> 1]), bool(factors[k >> 1] < 0) != bool(k & 1)
@@ -110,8 +105,19 @@ def _streams(
             yield s.group.n, partial(_rotation, legs)
 
 
+def multipliers(constraints: Constraints) -> tuple[Tensor, Tensor, Tensor]:
+    """For each label that of the parameter with its offset, the offset, and whether what has it multiplies an axis."""
+    gain_of, number = torch.arange(2 * constraints.count), torch.zeros(2 * constraints.count, dtype=torch.float64)
+    for shifted, parameter, offset in constraints.offsets:
+        gain_of[parameter], number[parameter] = shifted, offset
+    multiplies = torch.zeros_like(gain_of, dtype=torch.bool)
+    for labels in constraints.gains:
+        multiplies[labels] = True
+    return gain_of, number, multiplies
+
+
 def _rotation(legs: list[tuple[Leg, Leg | None]], n: int, centered: bool) -> NeuronSymmetry:
     group = SpecialOrthogonal(n, centered)
     if any(gain for _, gain in legs):
-        return GainedRotation(group, *zip(*legs, strict=True))
+        return GainedSymmetry(group, *zip(*legs, strict=True))
     return NeuronSymmetry(group, [leg for leg, _ in legs])

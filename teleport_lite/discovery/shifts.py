@@ -24,6 +24,7 @@ from teleport_lite.discovery.differences import (
     compact,
     compared,
     rerun,
+    summed,
     then,
 )
 from teleport_lite.discovery.dispatch import DispatchMode
@@ -67,13 +68,14 @@ class Shifts(DispatchMode):
         return self.sources[-1]
 
     def _enter(self, x: Tensor) -> None:
-        """Begin with the shifts of a parameter, of which `x` is a view: of all rows alike, and entry by entry."""
+        """Begin with the shifts of a parameter, of which `x` is a view: of all entries or rows alike, and of each."""
         name = self._owners[storage_key(x)]
         p = self._params[name]
         if not (p.is_floating_point() and p.requires_grad and p.ndim and (x is p or p.numel() <= WHOLE)):
             return
         if name not in self._own:
-            shapes = [(*(1 for _ in p.shape[:-1]), p.shape[-1]), tuple(p.shape)][: 1 + (p.numel() <= WHOLE)]
+            alike = (1,) * p.ndim
+            shapes = [alike, (*alike[1:], p.shape[-1]), tuple(p.shape)][: 2 + (p.numel() <= WHOLE)]
             self._own[name] = [self._source(name, s, torch.Size(s).numel()) for s in dict.fromkeys(shapes)]
         for s in self._own[name]:
             t = s.c.view(s.shape)
@@ -94,8 +96,8 @@ class Shifts(DispatchMode):
             for d in self._found.get(id(x), []):
                 d.source.blocked |= d.support
         found = [(s, part) for s in self.sources for part in s.shifts()]
-        whole = {s.name for s, part in found if part.dim == self._params[s.name].numel()}
-        return [part for s, part in found if s.name not in whole or len(s.c) == self._params[s.name].numel()]
+        whole = {(s.name, s.own): len(s.c) for s, part in found if part.dim == len(s.c)}  # finer sources stand last
+        return [part for s, part in found if len(s.c) >= whole.get((s.name, s.own), 0)]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -157,10 +159,22 @@ class Shifts(DispatchMode):
                 return Difference(s, t, tuple(then(c, step) for d, step in parts for c in d.chains), support)
         d = inputs[0][1]
         v, w = d.t.reshape(-1) if d.v is None else d.v, t.reshape(-1)
-        step = next(([r] for x in given if (r := self._product(x, v, w))), None) or choice_of(v, w)
+        step = next(([r] for x in given if (r := self._product(x, v, w))), None)
+        if step is None and d.v is None:
+            step = self._broadcast(given, inputs[0][0], d.t, w) if kind in PRODUCTS else summed(d.t, w)
+        step = choice_of(v, w) if step is None else step
         if len(inputs) > 1 or step is None:
             return Difference(s, t, d.chains, support, v)
         return Difference(s, t, tuple(then(c, *step) for c in d.chains), support)
+
+    def _broadcast(self, given: list[Tensor], x: Tensor, t: Tensor, w: Tensor) -> list[Step] | None:
+        """A choice of entries and a product that make w of `t`, which is the same along an axis of x."""
+        for dim in (k for k in range(x.ndim) if t.shape[k] < x.shape[k]):
+            wide = t.expand(*(n if k == dim else -1 for k, n in enumerate(x.shape))).reshape(-1)
+            product = next((r for p in given if (r := self._product(p, wide, w))), None)
+            if product:
+                return [*(choice_of(t.reshape(-1), wide) or ()), product]
+        return None
 
     def _operand(self, x: Any) -> tuple[Operand, Tensor] | None:
         """The rows of a parameter that a tensor shows, in whatever order, and these rows themselves."""
@@ -187,6 +201,8 @@ class Shifts(DispatchMode):
             if shape == (a, b):
                 equation = equation if p.ndim > 1 else "o,o->o"
                 r = torch.einsum(equation, p.to(v), v)
+                if r.shape != w.shape:
+                    continue
                 scale = float(w @ r / (r @ r))
                 if bool(((w - scale * r).abs() <= EXACT * w.abs().max()).all()):
                     return Step((), equation, (n,), (operand,), 1.0 if abs(scale - 1) < EXACT else scale)
@@ -199,6 +215,8 @@ class Shifts(DispatchMode):
                 s, other, choice = d.source, e.source, e.choice
                 if other.name == s.name or choice is None or other.own:
                     continue
+                if bool((other.blocked & e.support).any()) and all(o is not other for o, _ in s.undone):
+                    continue  # it went where s did not
                 if d.choice and s.born > other.born:  # what was there before may have gone elsewhere, too
                     continue
                 if any(a not in (1, b) for a, b in zip(d.t.shape, e.t.shape, strict=True)):
@@ -226,10 +244,18 @@ class Shifts(DispatchMode):
         """
         x, matrix = args[-2:]
         name = self._owners.get(storage_key(matrix), "")
-        if not name or self._params[name].ndim != 2 or self._params[name].numel() != matrix.numel():
-            return
         (d, m), outer = matrix.shape, "oi" if matrix.stride(0) == 1 else "io"
-        self.products[name] = (storage_key(x), x.storage_offset(), x.numel()), storage_key(out), outer
+        if not name or self._params[name].ndim != 2 or self._params[name].shape[outer.index("i")] != d:
+            return
+        rows: tuple[Step, ...] = ()
+        if self._params[name].numel() == matrix.numel():
+            self.products[name] = (storage_key(x), x.storage_offset(), x.numel()), storage_key(out), outer
+        elif outer == "oi":
+            places = torch.full((self._params[name].numel(),), -1)
+            places[matrix.storage_offset() :][: matrix.numel()] = torch.arange(matrix.numel())
+            rows = (Step(tuple(places.tolist())),)
+        else:
+            return
         vectors = {n: v for n, v in self._params.items() if v.shape == (d,) and d > 1}
         if not vectors or not len(x):
             return
@@ -240,7 +266,7 @@ class Shifts(DispatchMode):
             shifts = [n for n, v in vectors.items() if (v.to(x) @ inverse[k] - total).abs() <= rounding]
             if shifts or total.abs() <= rounding:
                 own = Step((), f"i,o->{outer}", (m,), (gain,))
-                s = self._source(name, tuple(self._params[name].shape), m, (own,))
+                s = self._source(name, tuple(self._params[name].shape), m, (own, *rows))
                 s.settled |= bool(total.abs() <= rounding)
                 s.read |= True
             if shifts and total.abs() > rounding:

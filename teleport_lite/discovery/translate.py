@@ -15,6 +15,7 @@ from teleport_lite.discovery.probe import Probe, normal
 from teleport_lite.discovery.shifts import Shifts
 from teleport_lite.discovery.verify import Verifier
 from teleport_lite.functional import Params, norm
+from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.shifts import Move, Shift, Step, joined
 
 ROUNDING = 1e-8  # the cosine of what is orthogonal
@@ -27,7 +28,9 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
     outputs = probe.outputs(trial.call, trial.training, trial.seed, (*trial.modes(), mode))
     unseen = dict(constants(params, check.gradients, generator))
     low_rank = list(absorbed(params, check.gradients, mode.products))
-    proposed = [*mode.finish(outputs), *low_rank, *unseen]
+    alike = {s.moves[0].name: Move(s.moves[0].name, (1,) * len(s.moves[0].shape), 0, 1) for s in unseen}
+    followed = [s for s in mode.finish(outputs) if alike.get(s.moves[0].name) != s.moves[0] or s in unseen]
+    proposed = [*followed, *low_rank, *unseen]
     proposed = [s for s in proposed if all(params[n].requires_grad for n in s.names)]
     if proposed:
         elsewhere = {
@@ -35,9 +38,8 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
         }
         trial = next((t for t in check.planned.trials if t.training), trial)
         with probe.at(elsewhere):
-            for gradient in exercised(params, [trial.run])[2]:
-                length = float(norm(gradient))
-                proposed = [s for s in proposed if _orthogonal(s, elsewhere, gradient, length)]
+            gradients = exercised(params, [trial.run])[2]
+        proposed = [s for s in proposed if to_first_order(s, elsewhere, gradients)]
     family = {**unseen, **{s: -k for k, s in enumerate(low_rank, 1)}}
     return {s: family.get(s, 0) for s in check.keep(proposed, lambda *_: None)}
 
@@ -58,19 +60,25 @@ def together(found: dict[Shift, int]) -> list[Shift]:
     return [joined(part) for _, part in parts]
 
 
-def _orthogonal(shift: Shift, params: Params, gradient: Params, length: float) -> bool:
-    """Whether a gradient, of this length, has no part along a translation there: then it holds to first order."""
-    velocity = shift.velocity(params, shift.sample(params, generator=torch.Generator().manual_seed(0)))
-    inner = sum(float((gradient[n] * v).sum()) for n, v in velocity.items() if n in gradient)
-    return not abs(inner) > ROUNDING * length * float(norm(velocity))
+def to_first_order(symmetry: Symmetry, params: Params, gradients: list[Params]) -> bool:
+    """Whether gradients have no part along a symmetry there: then it holds to first order."""
+    velocity = symmetry.velocity(params, symmetry.sample(params, generator=torch.Generator().manual_seed(0)))
+    inner = [sum(float((g[n] * v).sum()) for n, v in velocity.items() if n in g) for g in gradients]
+    lengths = [float(norm(g)) * float(norm(velocity)) for g in gradients]
+    return not any(abs(a) > ROUNDING * b for a, b in zip(inner, lengths, strict=True))
 
 
 def constants(params: Params, gradients: list[Params], generator: torch.Generator) -> Iterator[tuple[Shift, int]]:
     """Shifts that are constant along an axis which a softmax or a norm reads, and the length of that axis.
 
     There the sum of the gradient along the axis is zero, or along each of several runs of its entries, as the groups of
-    a GroupNorm: where partial sums of a gradient come back to a value, such a run begins and ends.
+    a GroupNorm: where partial sums of a gradient come back to a value, such a run begins and ends. Where a gain stands
+    between, it is the sum of the gradient divided by that gain.
     """
+    vectors: dict[int, list[str]] = defaultdict(list)
+    for name, p in params.items():
+        if p.ndim and p.numel() == max(p.shape):
+            vectors[p.numel()].append(name)
     largest = max((float(g.abs().max()) for found in gradients for g in found.values() if g.numel()), default=0.0)
     for name, p in params.items():
         grads = [g[name] for g in gradients if name in g]
@@ -81,6 +89,11 @@ def constants(params: Params, gradients: list[Params], generator: torch.Generato
             runs = _runs(entries, EXACT * (largest + 10 * float(entries.abs().sum())))
             if runs:
                 yield _constant(name, p.shape, dim, runs), p.shape[dim]
+                continue
+            for gain in vectors[p.shape[dim]] if p.shape[dim] > 1 else ():
+                parts = entries / params[gain].to(entries).flatten()
+                if gain != name and parts.sum().abs() <= EXACT * parts.abs().sum():
+                    yield _behind(gain, params[gain].shape, name, p.shape, dim), p.shape[dim]
 
 
 def _runs(entries: torch.Tensor, rounding: float) -> list[tuple[int, int]]:
@@ -95,6 +108,16 @@ def _runs(entries: torch.Tensor, rounding: float) -> list[tuple[int, int]]:
     if ends == [[0, len(some)]]:
         return [(0, len(entries))]
     return [(int(some[a]), int(some[b - 1]) + 1) for a, b in ends]
+
+
+def _behind(gain: str, gains: torch.Size, name: str, shape: torch.Size, dim: int) -> Shift:
+    """The shift that is constant along an axis behind a gain, a vector in the shape `gains`."""
+    axes = "ijklm"[: len(shape)]
+    flat = tuple(1 if d == dim else n for d, n in enumerate(shape))
+    n = torch.Size(flat).numel()
+    own = "".join(axes[dim] if length > 1 else "xyz"[d] for d, length in enumerate(gains))
+    step = Step((), f"{own},{axes}->{axes}", flat, ((gain, 0, gains[0], -1),))
+    return Shift(n, [Move(name, tuple(shape), 0, n, (step,))])
 
 
 def _constant(name: str, shape: torch.Size, dim: int, runs: list[tuple[int, int]]) -> Shift:

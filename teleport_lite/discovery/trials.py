@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -51,11 +51,7 @@ class Trials:
     # -- evaluation
 
     def _calls(self, example: Arguments) -> list[Trial]:
-        """Trials in evaluation mode, the first one of usual size and the last one longest.
-
-        Raises:
-            TeleportError: when the model does not run on the example, or returns no tensor.
-        """
+        """Trials in evaluation mode, the first one of usual size and the last one longest."""
         try:
             given = self._given(example)
         except Exception as error:
@@ -68,11 +64,11 @@ class Trials:
         noisy = found[0] if found else None
         if noisy and self._has_real(noisy.call):
             one = self._accepted(inputs.resized(noisy.call, inputs.rows(noisy.call), 1, 0)) or noisy
-            found += [s for size in SIZES if (s := self._accepted(inputs.times(one.call, size)))]
-        found += [s for call in inputs.fewer((noisy or given).call) if (s := self._accepted(call))]
-        longest = self._grown(noisy or given)
-        counts = (self._accepted(c) for c in inputs.other_numbers((noisy or given).call))
-        found += islice((s for s in counts if s), 8)
+            found += self._all_accepted(inputs.times(one.call, size) for size in SIZES)
+        base = noisy or given
+        found += self._all_accepted(inputs.fewer(base.call))
+        longest = self._grown(base)
+        found += islice(self._all_accepted(inputs.other_numbers(base.call)), 8)
         if not found and not longest and self._has_real(example):
             self.notes.append("other inputs than those given: the model does not take them")
         return [given, *found, *([longest] if longest else [])]
@@ -89,9 +85,11 @@ class Trials:
 
     def _varied(self, base: Trial) -> list[Trial]:
         """Other values, of the first kind that the model takes."""
-        tables = {id(x): n for x, n in self._indexed(base.call)}
-        kinds = (self._first(kind) for kind in inputs.variations(base.call, tables, self.generator))
-        return list(islice((s for s in kinds if s), 1))
+        tables = {id(x): self.tables[k] for k, x in enumerate(base.call.tensors()) if k in self.tables}
+        for kind in inputs.variations(base.call, tables, self.generator):
+            if found := [*islice(self._all_accepted(kind), 1)]:
+                return found
+        return []
 
     def _grown(self, base: Trial) -> Trial | None:
         """All axes longer that may be; None when none may."""
@@ -99,21 +97,18 @@ class Trials:
         for size, dim in list(inputs.sizes(call)):
             if any(size in x.shape[slice(dim, None if dim is None else dim + 1)] for x in call.tensors()):
                 tried = (inputs.resized(call, size, new, dim) for new in inputs.longer(size, dim))
-                longer = self._first(tried)
-                call, grown = (longer.call, True) if longer else (call, grown)
+                for longer in islice(self._all_accepted(tried), 1):
+                    call, grown = longer.call, True
         if not grown:
             return None
         varied = self._varied(Trial(self.probe, call))
         return varied[0] if varied else self._accepted(call)
 
-    def _indexed(self, call: Arguments) -> Iterator[tuple[Tensor, int]]:
-        return ((x, self.tables[k]) for k, x in enumerate(call.tensors()) if k in self.tables)
-
     def _has_real(self, call: Arguments) -> bool:
         return any(x.is_floating_point() or x.is_complex() for x in call.tensors())
 
-    def _first(self, calls: Any) -> Trial | None:
-        return next((s for s in map(self._accepted, calls) if s), None)
+    def _all_accepted(self, calls: Iterable[Arguments]) -> Iterator[Trial]:
+        return (s for s in map(self._accepted, calls) if s)
 
     def _accepted(self, call: Arguments) -> Trial | None:
         """The trial, where the model runs and no more of its outputs is infinite than of those of the example."""

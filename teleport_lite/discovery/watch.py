@@ -10,7 +10,11 @@ from torch.utils._pytree import tree_leaves
 
 from teleport_lite.discovery.dispatch import DispatchMode
 
-TABLES = {"embedding": (0, 1), "embedding_bag": (0, 1), "index_select": (0, 2), "gather": (0, 2)}  # table, indices
+INDEXED = {  # by operator, at which place its indices stand, and that of the dimension, or the dimension
+    **dict.fromkeys(("embedding", "embedding_bag", "_embedding_bag"), (1, None, 0)),
+    **dict.fromkeys(("index_select", "gather", "scatter", "scatter_add", "scatter_reduce", "index_add"), (2, 1, 0)),
+    "nll_loss_forward": (1, None, -1),
+}
 
 
 class Watch(DispatchMode):
@@ -43,26 +47,14 @@ class Watch(DispatchMode):
         if names and all(x.numel() for x in leaves if isinstance(x, Tensor)):
             beside = tuple(x for x in leaves if isinstance(x, int) and not isinstance(x, bool))
             self.reads.add((func, *names, beside))
-        name = func._schema.name.split("::")[1]
-        if name in TABLES:
-            table, at = (args[i] for i in TABLES[name])
-            self._index(at, table.shape[args[1] if name in ("index_select", "gather") else 0] if table.ndim else 1)
-        elif name in ("index", "index_put", "index_put_"):
-            for d, at in enumerate(args[1]):
-                if isinstance(at, Tensor) and at.dtype not in (torch.bool, torch.uint8):
-                    self._index(at, args[0].shape[d])
-        elif name in (
-            "scatter",
-            "scatter_",
-            "scatter_add",
-            "scatter_add_",
-            "index_add",
-            "index_add_",
-            "scatter_reduce",
-        ):
-            self._index(args[2], args[0].shape[args[1]])
-        elif name == "nll_loss_forward":
-            self._index(args[1], args[0].shape[-1])
+        name = func._schema.name.split("::")[1].rstrip("_")
+        if name in INDEXED:
+            at, place, dim = INDEXED[name]
+            self._index(args[at], args[0].shape[dim if place is None else args[place]] if args[0].ndim else 1)
+        elif name in ("index", "index_put"):
+            for d, index in enumerate(args[1]):
+                if isinstance(index, Tensor) and index.dtype not in (torch.bool, torch.uint8):
+                    self._index(index, args[0].shape[d])
         return func(*args, **kwargs)
 
     def _index(self, at: Any, length: int) -> None:

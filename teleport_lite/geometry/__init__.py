@@ -4,7 +4,7 @@ All is measured through losses, gradients and Hessian-vector products, on the mo
 """
 
 from teleport_lite.geometry.conserved import conserved_quantities
-from teleport_lite.geometry.curvature import curvature, kappa, mean_kappa, sample_curves, scaling_kappas
+from teleport_lite.geometry.curvature import curvature, kappa, mean_kappa, sample_curves
 from teleport_lite.geometry.hessian import hessian_eigenvalues, hessian_trace, sign_probes
 from teleport_lite.geometry.sharpness import (
     RADII,
@@ -29,7 +29,6 @@ __all__ = [
     "mean_kappa",
     "mean_loss_around",
     "sample_curves",
-    "scaling_kappas",
     "sharpness",
     "sign_probes",
     "unit_directions",

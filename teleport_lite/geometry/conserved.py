@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from teleport_lite.functional import Params
+from teleport_lite.groups import GeneralLinear, PositiveScaling
 from teleport_lite.symmetries.axes import NeuronSymmetry
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.product import check_symmetry
@@ -38,7 +39,7 @@ def conserved_quantities(params: Params, symmetry: Symmetry) -> list[Tensor]:
     for factor in check_symmetry(symmetry):
         factor.check(params)
         group: Any = factor.group
-        if isinstance(factor, NeuronSymmetry) and not group.isometry:
+        if isinstance(factor, NeuronSymmetry) and isinstance(group, (PositiveScaling, GeneralLinear)):
             home = params[factor.legs[0].name].device
             axes = [factor.axis(params[leg.name], leg) + leg.offset for leg in factor.legs]
             grams = [leg.exponent * group.gram(a, 0).to(home) for leg, a in zip(factor.legs, axes, strict=True)]

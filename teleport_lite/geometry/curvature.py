@@ -5,7 +5,7 @@ Derived in the chapter *Sharpness and curvature*.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,13 @@ from torch.func import vmap
 
 from teleport_lite.errors import TeleportError
 from teleport_lite.functional import Params, dot, trainable
-from teleport_lite.groups import PositiveScaling
-from teleport_lite.runtime import check_generator, widest
-from teleport_lite.symmetries.axes import NeuronSymmetry
+from teleport_lite.runtime import check_generator
 from teleport_lite.symmetries.base import Symmetry
-from teleport_lite.symmetries.minibatch import is_chain, jets
 from teleport_lite.symmetries.product import Product, check_symmetry
 
 CURVES = 4  # at once, each of which holds several copies of the parameters
+Kappas = Callable[[Params, Product, tuple[Tensor, ...]], Tensor]
+FASTER: list[tuple[Callable[[Product], bool], Kappas]] = []  # for which symmetries, and `kappa` of each curve
 
 
 def curvature(
@@ -72,61 +71,10 @@ def sample_curves(
 def mean_kappa(params: Params, symmetry: Symmetry, curves: tuple[Tensor, ...]) -> Tensor:
     """The mean `kappa` of the `sample_curves`, differentiable in `params`."""
     continuous = Product([symmetry]).continuous
-    if all(map(_is_matrix_scaling, continuous)):
-        return scaling_kappas(params, continuous, curves).mean()
-    if is_chain(continuous):
-        return vmap(kappa)(*jets(continuous, params, curves)).mean()
-    one = continuous[0] if len(continuous) == 1 else None
-
-    def along(xi: tuple[Tensor, ...]) -> Tensor:
-        return kappa(*(one.jet(params, xi[0]) if one else continuous.jet(params, xi)))
-
-    return vmap(along, chunk_size=CURVES)(curves).mean()
-
-
-def _is_matrix_scaling(factor: Symmetry) -> bool:
-    """Whether it multiplies rows and columns, the first two dimensions of tensors, by positive numbers."""
-    legs = factor.legs if isinstance(factor, NeuronSymmetry) and isinstance(factor.group, PositiveScaling) else ()
-    return len(legs) > 0 and all(leg.dim < 2 and leg.groups == 1 for leg in legs)
-
-
-def scaling_kappas(params: Params, scalings: Product, curves: tuple[Tensor, ...]) -> Tensor:
-    r"""`kappa` of curves of scalings, [curves], by a few matrix products; differentiable in `params`.
-
-    Such a curve is $w_i(t) = e^{\theta_i t} w_i$, so that $|\gamma'|^2$, $\gamma' \cdot \gamma''$ and
-    $|\gamma''|^2$ are $\sum_i \theta_i^m w_i^2$ for m = 2, 3, 4. For a matrix $\theta_{ij} = a_i + b_j$, and all
-    follows from $\sum_{ij} a_i^p\, w_{ij}^2\, b_j^q$. The sums are of float64, for $\kappa$ is a difference of them.
-
-    Args:
-        params: w.
-        scalings: of rows and columns.
-        curves: from `sample_curves`.
-
-    >>> from teleport_lite.symmetries import scaling
-    >>> w = {"v": torch.tensor([[2.0]]), "u": torch.tensor([[1.0]])}
-    >>> scaling_kappas(w, Product([scaling(1, "v", "u")]), (torch.ones(1, 1),))  # of (2 e^t, e^-t): 4 / 5^(3/2)
-    tensor([0.3578])
-    """
-    tables = []
-    for name in scalings.names:
-        moves = zip(scalings, curves, strict=True)
-        legs = [(xi, leg) for f, xi in moves for leg in f.legs if leg.name == name]
-        w = params[name].to(widest(params[name].device)).square()
-        w = w.flatten(2).sum(2) if w.ndim > 2 else w.reshape(len(w), -1)
-        for dim in {0, 1} - {leg.dim for *_, leg in legs}:
-            w = w.sum(dim, keepdim=True)
-        rates = [w.new_zeros(len(curves[0]), n) for n in w.shape]
-        for xi, leg in legs:
-            rate = (leg.exponent * xi).repeat_interleave(leg.each, 1)
-            rates[leg.dim].narrow(1, leg.start, rate.shape[1]).add_(rate.to(w))
-        a, b = (torch.linalg.vander(rate, N=5) for rate in rates)
-        tables.append(torch.einsum("kip,ij,kjq->pqk", a, w, b))
-    table = torch.stack([t.to(tables[0]) for t in tables]).sum(0)
-    speed, along, bend = (  # by the binomial theorem
-        torch.stack([math.comb(m, p) * table[p, m - p] for p in range(m + 1)]).sum(0) for m in (2, 3, 4)
-    )
-    across = (bend - along.square() / speed).clamp(min=torch.finfo(bend.dtype).eps * bend)
-    return (across.sqrt() / speed).to(params[scalings.names[0]])
+    for applies, kappas in FASTER:
+        if applies(continuous):
+            return kappas(params, continuous, curves).mean()
+    return vmap(lambda xi: kappa(*continuous.jet(params, xi)), chunk_size=CURVES)(curves).mean()
 
 
 def kappa(first: Params, second: Params) -> Tensor:

@@ -48,8 +48,8 @@ def sign_probes(params: Params, count: int, *, generator: torch.Generator | None
     if not isinstance(count, int) or count < 1:
         raise TeleportError("a positive number of samples", repr(count), "pass samples=100")
     generator = generator_for(params, check_generator(generator))
-    drawn = (normal_like(params, 1, generator) for _ in range(count))
-    return ({name: torch.where(d[0] < 0, -1.0, 1.0).to(d) for name, d in draw.items()} for draw in drawn)
+    drawn = (normal_like(params, generator) for _ in range(count))
+    return ({name: torch.where(d < 0, -1.0, 1.0).to(d) for name, d in draw.items()} for draw in drawn)
 
 
 def hessian_eigenvalues(
@@ -87,7 +87,7 @@ def hessian_eigenvalues(
         return vector(hvp(loss, params, {name: part.to(p).view_as(p) for (name, p), part in parts}))
 
     def draw() -> Tensor:
-        return vector({name: d[0] for name, d in normal_like(params, 1, generator).items()})
+        return vector(normal_like(params, generator))
 
     eps = max(torch.finfo(p.dtype).eps for p in params.values())
     with loss:

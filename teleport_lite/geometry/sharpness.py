@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -166,7 +168,8 @@ def goes_one_by_one(
 ) -> bool:
     """Whether points are evaluated one after the other: as asked for by chunks of 1, or because `vmap` cannot run it.
 
-    It is tried at two points, and has to give what single evaluations give; with `slopes`, finite gradients as well.
+    It is tried at two points, and has to give what single evaluations give; with `slopes`, finite gradients as well,
+    and for chunks it has to run inside of a checkpoint, which it does not in torch 2.4.
 
     Raises:
         LossError: when the loss changes from call to call.
@@ -183,7 +186,8 @@ def goes_one_by_one(
     if not one_by_one:
         points = {name: p.clone().requires_grad_() for name, p in params.items()} if slopes else params
         try:
-            with warnings.catch_warnings(), torch.set_grad_enabled(slopes), session(loss):
+            kept = saved_tensors_hooks(*2 * [lambda x: x]) if slopes and chunk_size else nullcontext()
+            with warnings.catch_warnings(), torch.set_grad_enabled(slopes), session(loss), kept:
                 warnings.simplefilter("ignore", UserWarning)  # of operations that vmap runs one by one
                 found = losses_around(loss, points, d, _on(params, (radius, radius / 2)))[0]
                 grads = torch.autograd.grad(found.sum(), [*points.values()], allow_unused=True) if slopes else ()

@@ -13,8 +13,11 @@ networks*.
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +25,7 @@ from torch import Tensor
 from teleport_lite.errors import TeleportError
 from teleport_lite.runtime import check_generator
 
+TOGETHER = 8  # matrices
 SQUARINGS = 10  # of matrices, on a device
 
 
@@ -30,12 +34,15 @@ class Group(ABC):
 
     Attributes:
         n: length of the vectors.
+        shape: of the coordinates.
         dim: dimension of the group, 0 when it is finite.
         isometry: whether all elements preserve the Euclidean norm.
+        matrices: whether `exp` is that of the matrices which `algebra` gives.
         kind: what its elements do, in one word.
     """
 
     isometry = False
+    matrices = False
     kind: str
 
     def __init__(self, n: int) -> None:
@@ -44,21 +51,25 @@ class Group(ABC):
         self.n = n
 
     @property
-    @abstractmethod
-    def dim(self) -> int: ...
+    def shape(self) -> tuple[int, ...]:
+        return (self.n,)
+
+    @property
+    def dim(self) -> int:
+        return math.prod(self.shape)
 
     @property
     @abstractmethod
     def symbol(self) -> str:
         """The group in the notation of the book, such as GL(16)."""
 
-    @abstractmethod
     def zeros(self, like: Tensor) -> Tensor:
         """Coordinates of the identity, on the device and with the dtype of `like`, but in float32 at least."""
+        return like.new_zeros(self.shape, dtype=wide(like.dtype))
 
-    @abstractmethod
     def exp(self, xi: Tensor) -> Tensor:
         """The element with coordinates `xi`."""
+        return xi
 
     @abstractmethod
     def compose(self, g: Tensor, h: Tensor) -> Tensor:
@@ -86,8 +97,7 @@ class Group(ABC):
 
     def pair(self, xi: Tensor) -> tuple[Tensor, Tensor]:
         """The element with coordinates `xi`, and that of the dual representation."""
-        g, dual = self.exp(xi), self.dual(xi)
-        return g, g if dual is xi else self.exp(dual)
+        return pairs([self], [xi])[0]
 
     def norm(self, xi: Tensor) -> Tensor:
         """Operator norm of `xi`; zero for a finite group."""
@@ -105,6 +115,32 @@ class Group(ABC):
 
     def __hash__(self) -> int:
         return hash((type(self), self.n))
+
+
+def pairs(groups: Sequence[Group], xis: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """What `group.pair(xi)` gives for each group; the exponentials of matrices of one size are taken together.
+
+    At most about `TOGETHER` of them, for each is held several times while it is computed.
+    """
+    found: list[Any] = [None] * len(groups)
+    sizes: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)
+    counts: Counter[Any] = Counter()
+    for k, (group, xi) in enumerate(zip(groups, xis, strict=True)):
+        dual = group.dual(xi)
+        both = [xi] if dual is xi else [xi, dual]
+        if group.matrices:
+            matrices = torch.stack([group.algebra(x) for x in both])
+            key = matrices.shape[-1], xi.dtype, xi.device
+            sizes[key, counts[key] // TOGETHER].append((k, matrices))
+            counts[key] += matrices[..., 0, 0].numel()
+        else:
+            found[k] = [group.exp(x) for x in both]
+    for same in sizes.values():
+        flat = torch.cat([m.flatten(0, -3) for _, m in same])
+        parts = matrix_exp(flat).split([m[..., 0, 0].numel() for _, m in same])
+        for (k, m), part in zip(same, parts, strict=True):
+            found[k] = part.view(m.shape).unbind()
+    return [(pair[0], pair[-1]) for pair in found]
 
 
 def wide(*dtypes: torch.dtype) -> torch.dtype:
@@ -137,19 +173,25 @@ def promoted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def matrix_exp(x: Tensor) -> Tensor:
     r"""$e^x$ of matrices [..., n, n]; on a device by a fixed course, for torch waits there to choose one.
 
-    Taylor's series of degree 18 at $x / 2^s$, of norm at most 1, squared s times, s at most `SQUARINGS`.
+    Taylor's series at $x / 2^s$, of norm at most 1, squared s times, s at most `SQUARINGS`. The series, of degree 19,
+    is $p_0 + y (p_1 + y (p_2 + y p_3))$ with $y = x^5$ and polynomials of degree 4 (Paterson and Stockmeyer, 1973).
     """
     if x.device.type == "cpu":
         return torch.linalg.matrix_exp(x)
     flat = x.reshape(-1, *x.shape[-2:])
     size = flat.detach().abs().sum(-1).amax(-1)[:, None, None]
     squarings = size.log2().ceil().clamp(0, SQUARINGS)
-    small, one = flat * 2**-squarings, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    power = one.expand_as(flat)
-    for k in range(18, 0, -1):
-        power = torch.baddbmm(one, small, power, alpha=1 / k)
+    small, one = flat * (-squarings).exp2(), torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(flat)
+    square = small @ small
+    third, fourth = torch.stack([small, square]) @ square
+    fifth, powers = fourth @ small, torch.stack([one, small, square, third, fourth])
+    inverse = torch.arange(20, dtype=x.dtype, device=x.device).clamp(min=1).cumprod(0).reciprocal()  # 1 / k!
+    parts = torch.tensordot(inverse.view(4, 5), powers, 1)
+    power = parts[3]
+    for k in (2, 1, 0):
+        power = torch.baddbmm(parts[k], fifth, power)
     for k in range(SQUARINGS):
-        power = torch.where(k < squarings, power @ power, power)
+        power = power @ torch.where(k < squarings, power, one)
     return power.view_as(x)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, matrix_exp, promoted, spectral_norm, wide
+from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, matrix_exp, promoted, spectral_norm
 
 
 class GeneralLinear(Group):
@@ -27,22 +25,20 @@ class GeneralLinear(Group):
     """
 
     kind = "mixing"
+    matrices = True
 
     def __init__(self, n: int, blocks: int = 1) -> None:
         super().__init__(n * blocks)
         self.blocks = blocks
-        self.shape = (n, n) if blocks == 1 else (blocks, n, n)
 
     @property
-    def dim(self) -> int:
-        return math.prod(self.shape)
+    def shape(self) -> tuple[int, ...]:
+        size = self.n // self.blocks
+        return (size, size) if self.blocks == 1 else (self.blocks, size, size)
 
     @property
     def symbol(self) -> str:
         return f"GL({self.shape[-1]})" + (f"^{self.blocks}" if self.blocks > 1 else "")
-
-    def zeros(self, like):
-        return like.new_zeros(self.shape, dtype=wide(like.dtype))
 
     def exp(self, xi):
         return matrix_exp(xi)
@@ -63,10 +59,6 @@ class GeneralLinear(Group):
 
     def dual(self, xi):
         return -xi.mT
-
-    def pair(self, xi):
-        g, dual = self.exp(torch.stack([xi, self.dual(xi)])).unbind()
-        return g, dual
 
     def norm(self, xi):
         return spectral_norm(xi).amax()
@@ -97,40 +89,41 @@ class GeneralLinear(Group):
         """
         home, both = up, torch.stack([up, down]).cpu()
         up, down = both if maximize else both.double()
-        if maximize:
-            values, vectors = torch.linalg.eigh(up - down)
-            sizes = (vectors * ((up + down) @ vectors)).sum(-2)
-            dead = sizes <= 100 * torch.finfo(sizes.dtype).eps * sizes.amax(-1, keepdim=True)
-            signs = torch.where(dead, 0.0, torch.where(values >= 0, radius, -radius))
-            return (
-                ((vectors * signs.to(vectors).unsqueeze(-2)) @ vectors.mT)
-                .to(home.dtype)
-                .to(home.device, non_blocking=True)
-            )
-        dead = _projector(_projector(up) + _projector(down), kernel=False)
-        keep = torch.eye(dead.shape[-1], dtype=dead.dtype, device=dead.device) - dead
-        up, down = (keep @ m @ keep + dead for m in (up, down))
-        root, inverse = _roots(up)
-        middle, _ = _roots(root @ down @ root)
-        values, vectors = torch.linalg.eigh(inverse @ middle @ inverse)
-        logs = (values.clamp(min=0).log() / 2).clamp(-radius, radius)
-        return (
-            (keep @ (vectors * logs.unsqueeze(-2)) @ vectors.mT @ keep)
-            .to(home.dtype)
-            .to(home.device, non_blocking=True)
-        )
+        found = (_corner if maximize else _balanced)(up, down, radius)
+        return found.to(home.dtype).to(home.device, non_blocking=True)
+
+
+def _corner(up: Tensor, down: Tensor, radius: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(up - down)
+    sizes = (vectors * ((up + down) @ vectors)).sum(-2)
+    dead = sizes <= 100 * torch.finfo(sizes.dtype).eps * sizes.amax(-1, keepdim=True)
+    return _with_eigenvalues(vectors, torch.where(dead, 0.0, torch.where(values >= 0, radius, -radius)))
+
+
+def _balanced(up: Tensor, down: Tensor, radius: float) -> Tensor:
+    dead = _projector(_projector(up) + _projector(down), kernel=False)
+    keep = torch.eye(dead.shape[-1], dtype=dead.dtype, device=dead.device) - dead
+    up, down = (keep @ m @ keep + dead for m in (up, down))
+    root, inverse = _roots(up)
+    middle, _ = _roots(root @ down @ root)
+    values, vectors = torch.linalg.eigh(inverse @ middle @ inverse)
+    logs = (values.clamp(min=0).log() / 2).clamp(-radius, radius)
+    return keep @ _with_eigenvalues(vectors, logs) @ keep
+
+
+def _with_eigenvalues(vectors: Tensor, values: Tensor) -> Tensor:
+    return (vectors * values.to(vectors).unsqueeze(-2)) @ vectors.mT
 
 
 def _projector(matrix: Tensor, *, kernel: bool = True) -> Tensor:
     """The projector on the kernel of a positive semidefinite matrix, or on its range."""
     values, vectors = torch.linalg.eigh(matrix)
     rounding = values.shape[-1] * torch.finfo(torch.float32).eps ** 2  # what is left of a zero, squared
-    zero = values <= rounding * values.amax(-1, keepdim=True)
-    return (vectors * (zero == kernel).to(vectors).unsqueeze(-2)) @ vectors.mT
+    return _with_eigenvalues(vectors, (values <= rounding * values.amax(-1, keepdim=True)) == kernel)
 
 
 def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Square root of a positive semidefinite matrix and the inverse of that root (infinite eigenvalues kept finite)."""
     values, vectors = torch.linalg.eigh(matrix)
-    root = values.clamp(min=values.amax(-1, keepdim=True) * torch.finfo(values.dtype).eps).sqrt().unsqueeze(-2)
-    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+    root = values.clamp(min=values.amax(-1, keepdim=True) * torch.finfo(values.dtype).eps).sqrt()
+    return _with_eigenvalues(vectors, root), _with_eigenvalues(vectors, 1 / root)

@@ -26,7 +26,7 @@ class SpecialOrthogonal(Group):
     """
 
     kind = "rotation"
-    isometry = True
+    isometry = matrices = True
 
     def __init__(self, n: int, centered: bool = False) -> None:
         super().__init__(n)

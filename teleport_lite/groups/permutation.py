@@ -27,9 +27,6 @@ class Permutation(Group):
     def zeros(self, like):
         return torch.arange(self.n, device=like.device)
 
-    def exp(self, xi):
-        return xi
-
     def compose(self, g, h):
         return h[g]
 

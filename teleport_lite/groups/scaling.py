@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from teleport_lite.groups.base import Group, draw, multiply_along, wide
+from teleport_lite.groups.base import Group, draw, multiply_along
 
 NEWTON = 20  # steps, each of which doubles the digits in the end
 
@@ -23,15 +25,8 @@ class PositiveScaling(Group):
     kind = "scaling"
 
     @property
-    def dim(self) -> int:
-        return self.n
-
-    @property
     def symbol(self) -> str:
         return f"(R>0)^{self.n}"
-
-    def zeros(self, like):
-        return like.new_zeros(self.n, dtype=wide(like.dtype))
 
     def exp(self, xi):
         return xi.exp()
@@ -72,25 +67,30 @@ class PositiveScaling(Group):
         tensor([0.6931])
         """
         order = sorted(range(len(powers)), key=lambda k: -powers[k])
-        u = torch.stack([coefficients[k] for k in order])
-        p = torch.stack([torch.full_like(u[0], powers[k]) for k in order])
-        size = p.abs()
+        us, ps = [coefficients[k] for k in order], [powers[k] for k in order]
         if maximize:  # u_p sinh(2 p r), divided by what the largest power may overflow
-            ends = u * p.sign() * (2 * radius * (size - size.max())).exp() * -(-4 * radius * size).expm1()
-            return radius * torch.where((u == 0).all(0), 0.0, torch.where(ends.sum(0) >= 0, 1.0, -1.0)).to(u)
+            top = max(abs(p) for p in ps)
+            sizes = [math.exp(2 * radius * (abs(p) - top)) * -math.expm1(-4 * radius * abs(p)) for p in ps]
+            ends = [math.copysign(size, p) * u for size, p, u in zip(sizes, ps, us, strict=True)]
+            up = (functools.reduce(torch.add, ends) >= 0).to(us[0])
+            return (2 * radius * up - radius).masked_fill(functools.reduce(torch.add, us) == 0, 0.0)
+        if len(powers) == 2:
+            down, up = ((u if abs(p) == 1 else u * abs(p)).log() for u, p in zip(us[::-1], ps[::-1], strict=True))
+            return ((down - up) / (2 * (ps[0] - ps[1]))).nan_to_num(0.0, 0.0, 0.0).clamp(-radius, radius)
+        u = torch.stack(us)
+        p = torch.stack([torch.full_like(u[0], power) for power in ps])
+        size = p.abs()
         positive = sum(power > 0 for power in powers)
-        up, down = slice(positive), slice(positive, None)
+        above, below = slice(positive), slice(positive, None)
         xi = torch.zeros_like(u[0])
         low, high = xi - torch.inf, xi + torch.inf
         start = (u * size).log()
-        if len(powers) == 2:
-            xi = (start[1] - start[0]) / (2 * size.sum(0))
-        for _ in range(NEWTON if len(powers) > 2 else 0):
+        for _ in range(NEWTON):
             logs = start + 2 * p * xi
-            gap = logs[up].logsumexp(0) - logs[down].logsumexp(0)
-            slope = 2 * sum((logs[s].softmax(0) * size[s]).sum(0) for s in (up, down))
+            gap = logs[above].logsumexp(0) - logs[below].logsumexp(0)
+            slope = 2 * sum((logs[s].softmax(0) * size[s]).sum(0) for s in (above, below))
             low, high = torch.where(gap < 0, xi, low), torch.where(gap > 0, xi, high)
             step = xi - gap / slope
             xi = torch.where((step >= low) & (step <= high), step, (low + high) / 2)
-        there = (u[up] > 0).any(0) & (u[down] > 0).any(0)
+        there = (u[above] > 0).any(0) & (u[below] > 0).any(0)
         return torch.where(there, xi.clamp(-radius, radius), 0.0)

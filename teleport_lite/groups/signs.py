@@ -26,9 +26,6 @@ class Signs(Group):
     def zeros(self, like):
         return like.new_ones(self.n)
 
-    def exp(self, xi):
-        return xi
-
     def compose(self, g, h):
         return g * h
 

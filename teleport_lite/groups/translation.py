@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from teleport_lite.groups.base import Group, draw, in_ball, wide
+from teleport_lite.groups.base import Group, draw, in_ball
 
 
 class Translation(Group):
@@ -18,18 +18,8 @@ class Translation(Group):
     kind = "translation"
 
     @property
-    def dim(self) -> int:
-        return self.n
-
-    @property
     def symbol(self) -> str:
         return f"R^{self.n}"
-
-    def zeros(self, like):
-        return like.new_zeros(self.n, dtype=wide(like.dtype))
-
-    def exp(self, xi):
-        return xi
 
     def compose(self, g, h):
         return g + h

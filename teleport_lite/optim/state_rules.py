@@ -121,38 +121,33 @@ KINDS: dict[str, Kind] = {  # but for "fixed"
 ENTANGLED = ("grad_avg", "row_var")  # entries that others are computed from
 MONOMIAL_ONLY = ("step bound", "direction")
 
-_ADAM = {"step": "fixed", "exp_avg": "gradient", "exp_avg_sq": "squared gradient"}
+
+def _kinds(table: dict[str, str]) -> dict[str, str]:
+    return {entry: kind for kind, entries in table.items() for entry in entries.split()}
+
+
+_ADAM = _kinds({"fixed": "step", "gradient": "exp_avg", "squared gradient": "exp_avg_sq max_exp_avg_sq"})
 RULES: dict[str, dict[str, str]] = {  # by the name of the class of the optimizer, or of a base of it
-    "SGD": {"momentum_buffer": "gradient"},
-    "Muon": {"momentum_buffer": "gradient"},
-    "Adam": {**_ADAM, "max_exp_avg_sq": "squared gradient"},
-    "AdamW": {**_ADAM, "max_exp_avg_sq": "squared gradient"},
-    "SparseAdam": _ADAM,
-    "RAdam": _ADAM,
+    **dict.fromkeys(("SGD", "Muon"), _kinds({"gradient": "momentum_buffer"})),
+    **dict.fromkeys(("Adam", "AdamW", "SparseAdam", "RAdam"), _ADAM),
     "NAdam": {**_ADAM, "mu_product": "fixed"},
-    "Adamax": {"step": "fixed", "exp_avg": "gradient", "exp_inf": "gradient bound"},
-    "Adagrad": {"step": "fixed", "sum": "squared gradient"},
-    "Adadelta": {"step": "fixed", "square_avg": "squared gradient", "acc_delta": "squared step"},
-    "RMSprop": {
-        "step": "fixed",
-        "square_avg": "squared gradient",
-        "grad_avg": "gradient",
-        "momentum_buffer": "direction",
-    },
-    "Rprop": {"step": "fixed", "prev": "gradient", "step_size": "step bound"},
-    "ASGD": {"step": "fixed", "eta": "fixed", "mu": "fixed", "ax": "point"},
-    "Adafactor": {
-        "step": "fixed",
-        "row_var": "factored square",
-        "col_var": "factored square",
-        "variance": "squared gradient",
-    },
-    "LBFGS": {
-        **dict.fromkeys(("n_iter", "func_evals", "t", "ro", "al", "prev_loss"), "fixed"),
-        **dict.fromkeys(("old_dirs", "prev_flat_grad"), "gradient"),
-        **dict.fromkeys(("old_stps", "d"), "step"),
-        "H_diag": "inverse curvature",
-    },
+    "Adamax": _kinds({"fixed": "step", "gradient": "exp_avg", "gradient bound": "exp_inf"}),
+    "Adagrad": _kinds({"fixed": "step", "squared gradient": "sum"}),
+    "Adadelta": _kinds({"fixed": "step", "squared gradient": "square_avg", "squared step": "acc_delta"}),
+    "RMSprop": _kinds(
+        {"fixed": "step", "squared gradient": "square_avg", "gradient": "grad_avg", "direction": "momentum_buffer"}
+    ),
+    "Rprop": _kinds({"fixed": "step", "gradient": "prev", "step bound": "step_size"}),
+    "ASGD": _kinds({"fixed": "step eta mu", "point": "ax"}),
+    "Adafactor": _kinds({"fixed": "step", "factored square": "row_var col_var", "squared gradient": "variance"}),
+    "LBFGS": _kinds(
+        {
+            "fixed": "n_iter func_evals t ro al prev_loss",
+            "gradient": "old_dirs prev_flat_grad",
+            "step": "old_stps d",
+            "inverse curvature": "H_diag",
+        }
+    ),
 }
 
 
@@ -224,11 +219,7 @@ def move(
 def _carried(
     optimizer: Optimizer, carrier: Carrier, parameters: dict[str, Tensor], infinite: dict[tuple[str, str], Tensor]
 ) -> Iterator[Pairs]:
-    """The tensors of the state that move, with their new values, entry by entry; all at once where they are entangled.
-
-    Raises:
-        StateError: when there is no rule for an entry, or none under this symmetry.
-    """
+    """The tensors of the state that move, with new values, entry by entry; all at once where they are entangled."""
     label = type(optimizer).__name__
     rules: dict[str, str] = next((RULES[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in RULES), {})
     names = {id(parameters[name]): name for name in carrier.params}
@@ -254,7 +245,13 @@ def _carried(
     def moved(entry: str) -> Iterator[tuple[Tensor, Tensor]]:
         found = KINDS[kinds[entry]](carrier, slots, entry)
         targets = {n: t for n, t in slots[entry].items() if n in carrier.params or not n}
-        infinite[label, entry] = stacked([~found[name].isfinite().all() for name in targets]).any()
+        infinite[label, entry] = (
+            ~stacked(
+                [torch.linalg.vector_norm(found[name], torch.inf) for name in targets]  # takes no memory
+            )
+            .isfinite()
+            .all()
+        )
         return consumed(targets, {name: found[name] for name in targets})
 
     parts = map(moved, kinds)
@@ -290,21 +287,21 @@ def _forget(optimizers: list[Optimizer]) -> None:
 
     `optimizer.state` stays the same object: others may hold it.
     """
-    fresh: list[Any] = []
-    for optimizer in optimizers:
-        if isinstance(optimizer, Adagrad):
-            start = optimizer.defaults["initial_accumulator_value"]
-            groups = [dict(group) for group in optimizer.param_groups]
-            fresh.append(Adagrad(groups, initial_accumulator_value=start).state)
-        else:
-            fresh.append({})
     backup = [dict(optimizer.state) for optimizer in optimizers]
     try:
-        for optimizer, state in zip(optimizers, fresh, strict=True):
-            optimizer.state.clear()
-            optimizer.state.update(state)
+        for optimizer in optimizers:
+            fresh: Any = {}
+            if isinstance(optimizer, Adagrad):
+                start = optimizer.defaults["initial_accumulator_value"]
+                groups = [dict(group) for group in optimizer.param_groups]
+                fresh = Adagrad(groups, initial_accumulator_value=start).state
+            _replace(optimizer, fresh)
     except BaseException:
         for optimizer, state in zip(optimizers, backup, strict=True):
-            optimizer.state.clear()
-            optimizer.state.update(state)
+            _replace(optimizer, state)
         raise
+
+
+def _replace(optimizer: Optimizer, state: Any) -> None:
+    optimizer.state.clear()
+    optimizer.state.update(state)

@@ -212,11 +212,7 @@ class Teleporter:
         return {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
 
     def _check_held(self, symmetry: Symmetry) -> None:
-        """Check that the optimizers, those of all ranks together, hold what `symmetry` moves.
-
-        Raises:
-            ParameterError: when they do not.
-        """
+        """Check that the optimizers, those of all ranks together, hold what `symmetry` moves."""
         held = self._held()
         parameters = dict(unwrap_compiled(self._ranks.model, symmetry.names).named_parameters())
         missing = [name for name in symmetry.names if id(parameters[name]) not in held]
@@ -253,11 +249,7 @@ class Teleporter:
 
 
 def _optimizers(given: Any) -> list[Optimizer]:
-    """The optimizers as a list.
-
-    Raises:
-        TeleportError: when one is none, or leaves its state to another one that is not among them.
-    """
+    """The optimizers as a list."""
     found = [given] if isinstance(given, Optimizer) else list(given) if isinstance(given, Iterable) else []
     if not found or not all(isinstance(o, Optimizer) for o in found):
         got = "no optimizer" if not isinstance(given, Iterable) or found else "none"
@@ -272,11 +264,7 @@ def _optimizers(given: Any) -> list[Optimizer]:
 
 
 def _schedule(every: Any, generator: torch.Generator | None) -> tuple[Callable[[int], bool], str]:
-    """Whether it is time at a step, as a function and in words.
-
-    Raises:
-        TeleportError: when `every` is none of the known forms, or when it is a probability and there is no generator.
-    """
+    """Whether it is time at a step, as a function and in words."""
     if callable(every):
         return every, f"when {getattr(every, '__name__', type(every).__name__)} says so"
     if isinstance(every, int) and not isinstance(every, bool) and every > 0:

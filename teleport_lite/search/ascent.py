@@ -11,7 +11,7 @@ from torch import Tensor
 from teleport_lite.functional import gradients
 from teleport_lite.groups import GeneralLinear, Group
 from teleport_lite.groups.base import spectral_norm
-from teleport_lite.objectives import AlongOrbit
+from teleport_lite.problem import AlongOrbit
 from teleport_lite.runtime import unfused_attention
 from teleport_lite.symmetries.product import Product
 

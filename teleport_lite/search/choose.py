@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from teleport_lite.errors import UnknownNameError
-from teleport_lite.objectives import Objective, Problem
+from teleport_lite.objectives import Objective
+from teleport_lite.problem import Problem
 from teleport_lite.search.ascent import ascent
 from teleport_lite.search.closed_form import closed_form, has_closed_form
 from teleport_lite.symmetries.product import Product

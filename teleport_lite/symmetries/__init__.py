@@ -4,13 +4,13 @@ from typing import Any
 
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry, mixing, permutation, scaling, sign
 from teleport_lite.symmetries.base import Symmetry
+from teleport_lite.symmetries.gained import GainedSymmetry
 from teleport_lite.symmetries.minibatch import IncomingMixing, OutgoingMixing, minibatch_symmetries
 from teleport_lite.symmetries.product import Product
-from teleport_lite.symmetries.rotations import GainedRotation
 from teleport_lite.symmetries.shifts import Move, Shift, Step
 
 __all__ = [
-    "GainedRotation",
+    "GainedSymmetry",
     "IncomingMixing",
     "Leg",
     "Move",

@@ -23,12 +23,13 @@ from teleport_lite.groups import (
     PairRotations,
     Permutation,
     PositiveScaling,
+    Shears,
     Signs,
     SpecialOrthogonal,
 )
 from teleport_lite.symmetries.base import SAVED, Symmetry
 
-GROUPS = {group.kind: group for group in (PositiveScaling, GeneralLinear, SpecialOrthogonal, Permutation, Signs)}
+GROUPS = {g.kind: g for g in (PositiveScaling, GeneralLinear, SpecialOrthogonal, Shears, Permutation, Signs)}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,11 @@ class NeuronSymmetry(Symmetry):
         if (lost := self.missing(params)) and not torch.equal(xi, self.zeros(params)):
             remedy = "pass dict(model.named_parameters()) | dict(model.named_buffers())"
             raise TeleportError("the buffers that move along", f"none named {', '.join(lost)}", remedy)
-        return self._shifted(self._apply(self._shifted(params, 1), *self.group.pair(xi)), -1)
+        return self.moved_by(params, *self.group.pair(xi))
+
+    def moved_by(self, params: Params, g: Tensor, dual: Tensor) -> Params:
+        """`move`, by an element of the group and that of the dual representation."""
+        return self._shifted(self._apply(self._shifted(params, 1), g, dual), -1)
 
     def _shifted(self, params: Params, sign: int) -> Params:
         """`params` with the offsets of the legs added or taken away."""
@@ -123,7 +128,11 @@ class NeuronSymmetry(Symmetry):
         r"""Carry a gradient along: incoming weights by $g^{-\top}$, outgoing weights by g; see `Symmetry.transport`."""
         self.check(grads)
         self._check_coordinates(grads, xi)
-        return {**grads, **self._apply(grads, *self.group.pair(self.group.dual(xi)))}
+        return {**grads, **self.carried_by(grads, *self.group.pair(xi))}
+
+    def carried_by(self, grads: Params, g: Tensor, dual: Tensor) -> Params:
+        """The moved entries of `transport`, by an element of the group and that of the dual representation."""
+        return self._apply(grads, dual, g)
 
     def spread(self, tensors, xi, entry, *, dual=True, params=None):
         self.check(tensors)
@@ -188,7 +197,8 @@ class NeuronSymmetry(Symmetry):
 
     def to_dict(self) -> dict[str, Any]:
         group = {"kind": self.group.kind, "n": self.group.n, "blocks": getattr(self.group, "blocks", 1)}
-        options = {key: vars(self.group)[key] for key in ("centered", "halves") if key in vars(self.group)}
+        own = vars(self.group)
+        options = {key: own[key] for key in ("centered", "halves", "transposed") if key in own}
         return {"symmetry": "neurons", "group": group | options, "legs": [asdict(leg) for leg in self.legs]}
 
     @classmethod

@@ -18,7 +18,7 @@ from teleport_lite.functional import Params
 from teleport_lite.groups import Group
 from teleport_lite.symmetries.rank import rank
 
-KINDS = ("scaling", "mixing", "rotation", "translation", "permutation", "sign")  # of groups
+KINDS = ("scaling", "mixing", "rotation", "shear", "translation", "permutation", "sign")  # of groups
 SAVED: dict[str, Any] = {}  # by the name that a saved symmetry carries, its class
 
 
@@ -76,9 +76,7 @@ class Symmetry(ABC):
         Raises:
             TeleportError: when the action is nonlinear and `params` is missing.
         """
-        if params is None and not self.linear:
-            remedy = "pass the params at which grads was taken"
-            raise TeleportError("params, because the action is nonlinear", None, remedy)
+        self._check_point(params)
         end = self.act(grads if params is None else params, xi)
         pull = torch.func.vjp(lambda w: self.act(w, self.inverse(xi)), end)[1]
         return pull(grads)[0]
@@ -104,8 +102,7 @@ class Symmetry(ABC):
         Raises:
             TeleportError: when the action is nonlinear and `params`, where J is taken, is missing.
         """
-        if params is None and not self.linear:
-            raise TeleportError("params, because the action is nonlinear", None, "pass the params to be moved")
+        self._check_point(params)
         point = tensors if params is None else params
         self.check(point)
 
@@ -121,7 +118,7 @@ class Symmetry(ABC):
 
     def velocity(self, params: Params, xi: Any) -> Params:
         r"""The infinitesimal action $A_\xi w = \frac{d}{dt} e^{t\xi} \cdot w$ at t = 0, for the entries in `names`."""
-        return self._derivative(lambda t: self.move(params, _times(t, xi)), params)[1]
+        return torch.func.jvp(lambda z: self.move(params, z), (_origin(xi),), (xi,))[1]
 
     def jet(self, params: Params, xi: Any) -> tuple[Params, Params]:
         r"""First and second derivative of the curve $t \mapsto e^{t\xi} \cdot w$ at t = 0, for the entries in `names`.
@@ -133,16 +130,10 @@ class Symmetry(ABC):
             first = self.velocity(params, xi)
             return first, self.velocity(first, xi)
 
-        def slope(t: Tensor) -> Params:
-            return torch.func.jvp(lambda s: self.move(params, _times(s, xi)), (t,), (torch.ones_like(t),))[1]
+        def slope(z: Any) -> Params:
+            return torch.func.jvp(lambda y: self.move(params, y), (z,), (xi,))[1]
 
-        return self._derivative(slope, params)
-
-    def _derivative(self, curve: Callable[[Tensor], Params], params: Params) -> tuple[Params, Params]:
-        """A curve of parameters and its derivative, at t = 0."""
-        zero = self._like(params).new_zeros(())
-        point, tangent = torch.func.jvp(curve, (zero,), (torch.ones_like(zero),))[:2]
-        return point, tangent
+        return torch.func.jvp(slope, (_origin(xi),), (xi,))[:2]
 
     def zeros(self, params: Params) -> Any:
         """Coordinates of the identity."""
@@ -213,8 +204,13 @@ class Symmetry(ABC):
         remedy = "make it again from the model and the batch"
         raise TeleportError("a symmetry that can be saved", type(self).__name__, remedy)
 
+    def _check_point(self, params: Params | None) -> None:
+        if params is None and not self.linear:
+            remedy = "pass the params to be moved, at which the tensors were taken"
+            raise TeleportError("params, because the action is nonlinear", None, remedy)
+
     def _check_coordinates(self, params: Params, xi: Any) -> None:
-        expected = self.zeros(params)
+        expected = self.group.zeros(torch.empty(0, dtype=self._like(params).dtype, device="meta"))  # no operator runs
         if not isinstance(xi, Tensor) or xi.shape != expected.shape:
             got = tuple(xi.shape) if isinstance(xi, Tensor) else type(xi).__name__
             raise ShapeError("xi", tuple(expected.shape), got, "take xi from sample or zeros")
@@ -231,8 +227,9 @@ class Symmetry(ABC):
         return f"{type(self).__name__}({self}; {self.group}, dim {self.dim}, {self.holds})"
 
 
-def _times(t: Tensor, xi: Any) -> Any:
-    return tree_map(lambda x: t.to(x.device) * x, xi)
+def _origin(xi: Any) -> Any:
+    """The coordinates of the identity, one for all that `vmap` runs together."""
+    return tree_map(lambda x: torch.zeros(x.shape, dtype=x.dtype, device=x.device), xi)
 
 
 def check_radius(radius: float) -> float:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
 from teleport_lite.errors import ShapeError, TeleportError, UnknownNameError
 from teleport_lite.functional import Params
+from teleport_lite.groups.base import pairs
+from teleport_lite.symmetries.axes import NeuronSymmetry
 from teleport_lite.symmetries.base import KINDS, SAVED, Symmetry
 from teleport_lite.symmetries.rank import rank
 from teleport_lite.symmetries.shifts import Shift
@@ -59,28 +62,44 @@ class Product(Symmetry, Sequence):
         steps = list(zip(self.factors, xi, strict=True))
         return steps[::-1] if isinstance(xi, Inverse) else steps
 
+    def _elements(self, params: Params, xi: Any) -> list[tuple[Any, Any, tuple[Tensor, Tensor] | None]]:
+        """The `_steps`; with them the elements of linear actions by matrices, whose exponentials are taken together."""
+        steps, linear, together = self._steps(xi), [], []
+        for factor, x in steps:
+            factor.check(params)
+            factor._check_coordinates(params, x)
+            own = isinstance(factor, NeuronSymmetry) and factor.linear and factor.group.matrices
+            linear += [(factor.group, x)] if own else []
+            together.append(own)
+        found = iter(pairs(*zip(*linear, strict=True)) if linear else ())
+        return [(f, x, next(found) if own else None) for (f, x), own in zip(steps, together, strict=True)]
+
     def move(self, params, xi):
-        for factor, x in self._steps(xi):
-            params = factor.act(params, x)
+        for factor, x, pair in self._elements(params, xi):
+            params = {**params, **(factor.moved_by(params, *pair) if pair else factor.move(params, x))}
         return {name: params[name] for name in (*self.names, *self.buffers) if name in params}
 
     def transport(self, grads, xi, params=None):
         self._check_coordinates(grads, xi)
-        for factor, x in self._steps(xi):
-            grads = factor.transport(grads, x, params)
-            if params is not None:
-                params = factor.act(params, x)
+        for factor, x, pair in self._elements(grads, xi):
+            grads = {**grads, **factor.carried_by(grads, *pair)} if pair else factor.transport(grads, x, params)
+            params = None if params is None else factor.act(params, x)
         return grads
 
     def spread(self, tensors, xi, entry, *, dual=True, params=None):
+        return self._carried(lambda f, t, x, p: f.spread(t, x, entry, dual=dual, params=p), tensors, xi, params)
+
+    def _carried(self, carry: Callable[..., Params], tensors: Params, xi: Any, params: Params | None) -> Params:
+        """`carry` by one factor after the other, from where those before have moved the parameters."""
         self._check_coordinates(tensors, xi)
         for factor, x in self._steps(xi):
-            tensors = factor.spread(tensors, x, entry, dual=dual, params=params)
-            if params is not None:
-                params = factor.act(params, x)
+            tensors = carry(factor, tensors, x, params)
+            params = None if params is None else factor.act(params, x)
         return tensors
 
     def jet(self, params, xi):
+        if len(self) == 1:
+            return self[0].jet(params, xi[0])
         if not all(f.homogeneous or isinstance(f, Shift) for f in self.factors):
             return super().jet(params, xi)
         zero = {name: torch.zeros_like(params[name]) for name in self.names}
@@ -107,7 +126,7 @@ class Product(Symmetry, Sequence):
         """The factors of one kind, and those that move a parameter or buffer whose name matches a pattern.
 
         Args:
-            kind: "scaling", "mixing", "rotation", "translation", "permutation" or "sign".
+            kind: "scaling", "mixing", "rotation", "shear", "translation", "permutation" or "sign".
             name: a pattern with * and ?, as for file names.
 
         Raises:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,14 +13,16 @@ from teleport_lite.functional import Params
 if TYPE_CHECKING:
     from teleport_lite.symmetries.base import Symmetry
 
+S = TypeVar("S", bound="Symmetry")
 DEPENDENT = 1e-8  # relative, of singular values
 
 
-def components(factors: Sequence[Symmetry]) -> list[list[Symmetry]]:
-    """Those that move a parameter in common, directly or through others, taken together."""
-    parts: list[list[Symmetry]] = []
+def components(factors: Iterable[S], meet: Callable[[S, S], bool] | None = None) -> list[list[S]]:
+    """Those that `meet`, by default in a parameter that both move, directly or through others, taken together."""
+    meet = meet or (lambda a, b: bool({*a.moved} & {*b.moved}))
+    parts: list[list[S]] = []
     for factor in factors:
-        near = [part for part in parts if any({*factor.moved} & {*f.moved} for f in part)]
+        near = [part for part in parts if any(meet(factor, f) for f in part)]
         parts = [part for part in parts if part not in near]
         parts.append([*(f for part in near for f in part), factor])
     return parts

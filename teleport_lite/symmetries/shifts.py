@@ -137,7 +137,7 @@ class Shift(Symmetry):
                 else:
                     v = torch.cat([v, v.new_zeros(1)])[torch.tensor(step.indices).to(v.device, non_blocking=True)]
                 if step.scale != 1:
-                    scale = v.new_full((), step.scale)
+                    scale = v.new_full((), step.scale)  # a number would be copied from the host
                     v = (scale if entry is None else entry(scale)) * v
             value = v.view(m.shape).expand(like[m.name].shape)
             found[m.name] = found[m.name] + value if m.name in found else value

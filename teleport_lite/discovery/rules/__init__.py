@@ -1,6 +1,6 @@
 """The rules, by family; importing this enters them all into the table."""
 
-from teleport_lite.discovery.rules import (
+from teleport_lite.discovery.rules import (  # noqa: F401  # noqa: F401
     contraction,
     convolution,
     indexing,
@@ -11,15 +11,3 @@ from teleport_lite.discovery.rules import (
     reductions,
     views,
 )
-
-__all__ = [
-    "contraction",
-    "convolution",
-    "indexing",
-    "normalization",
-    "pieces",
-    "pointwise",
-    "pooling",
-    "reductions",
-    "views",
-]

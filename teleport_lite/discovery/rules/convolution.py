@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import MIX, PERM, SCALE, SIGN
+from teleport_lite.discovery.constraints import MIX, PERM, SCALE, SIGN, negative
 from teleport_lite.discovery.labels import Labels, along_channels
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.registry import rule_for
@@ -68,8 +68,23 @@ def _split_in_groups(
             op.constraints.distinguish(labels, torch.arange(labels.numel()) // (labels.numel() // groups))
         elif labels is not None:
             op.constraints.distinguish(labels, systems=MIX)
+    if depthwise and axis is None:  # the weight is no parameter itself: a product, channel by channel
+        return _multiplied(op, arriving, leaving)
     if depthwise and arriving is not None and leaving is not None:
         op.constraints.equate(arriving, leaving, PERM)
     elif not depthwise and axis is not None:
         op.fix([axis], "groups", PERM)
     return within, leaving
+
+
+def _multiplied(op: Operation, arriving: Tensor | None, leaving: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The two sides of a weight that multiplies each channel by one row: nothing is summed over."""
+    x, weight = op["input"], op["weight"]
+    if arriving is not None and leaving is not None:
+        return negative(arriving), op.constraints.sum_of(arriving, leaving)
+    if arriving is not None:
+        op.color_by_values(weight, arriving.view(-1, *[1] * (weight.ndim - 1)))
+        return negative(arriving), arriving
+    if leaving is not None:
+        op.color_by_values(x, along_channels(x)(leaving))
+    return None, leaving

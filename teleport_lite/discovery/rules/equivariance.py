@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from teleport_lite.discovery.constraints import rational
+from teleport_lite.discovery.constraints import SCALE, SIGN, rational
 from teleport_lite.discovery.labels import Labels, lift
 from teleport_lite.discovery.operation import Operation, RuleMisfit
 
@@ -31,6 +31,11 @@ class Equivariance:
     scale: float | None
     sign: int | None
     linear: bool = False
+
+    @property
+    def systems(self) -> tuple[tuple[int, float | None, str], ...]:
+        """The answer for each system of equations, and what it is an answer to."""
+        return (SCALE, self.scale, "rescaling"), (SIGN, self.sign, "flipping")
 
 
 NEITHER = Equivariance(None, None)

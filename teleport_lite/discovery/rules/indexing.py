@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import SCALE, SIGN
 from teleport_lite.discovery.labels import Labels, cluster_by_dims, lift
 from teleport_lite.discovery.operation import Operation, RuleMisfit
 from teleport_lite.discovery.registry import rule_for
@@ -40,7 +39,7 @@ def reduce_rows(op: Operation) -> list[Labels]:
 def _restrict_to(op: Operation, labels: Labels, kind: str) -> None:
     """What a reduction of several entries with these labels asks of them."""
     how = REDUCTIONS[kind]
-    for system, answer, word in ((SCALE, how.scale, "rescaling"), (SIGN, how.sign, "flipping")):
+    for system, answer, word in how.systems:
         if answer != 1:
             op.fix(labels, f"{kind} does not commute with {word} them", system)
     if not how.linear:

@@ -10,7 +10,7 @@ from torch import Tensor
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN
 from teleport_lite.discovery.labels import Labels, along_channels, along_last, vary_together, varying_dims
 from teleport_lite.discovery.operation import Operation
-from teleport_lite.discovery.registry import decomposition_of, rule_for
+from teleport_lite.discovery.registry import rule_for
 
 
 def _normalize(
@@ -75,14 +75,6 @@ def layer_norm(op: Operation) -> list[Labels]:
     """Over the last dimensions."""
     x = op["input"]
     return [_normalize(op, op.labels(x), op["weight"], op["bias"], along_last(x))]
-
-
-@decomposition_of("_fused_rms_norm")
-def rms_norm(x: Tensor, shape: list[int], gain: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
-    """Over the last dimensions, with a gain and no shift."""
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    inverse = (x.square().mean(list(range(-len(shape), 0)), keepdim=True) + eps).rsqrt()
-    return x * inverse if gain is None else x * inverse * gain, inverse
 
 
 @rule_for("native_group_norm")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -13,14 +16,12 @@ UNSUPPORTED.update(
 )
 
 
-@decomposition_of("addcmul")
-def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
-    return x + (a * b if value == 1 else value * (a * b))
+def _add_scaled(combine: Callable, x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+    return x + (combine(a, b) if value == 1 else value * combine(a, b))
 
 
-@decomposition_of("addcdiv")
-def _addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
-    return x + (a / b if value == 1 else value * (a / b))
+decomposition_of("addcmul")(partial(_add_scaled, torch.mul))
+decomposition_of("addcdiv")(partial(_add_scaled, torch.div))
 
 
 @decomposition_of("lerp")

@@ -19,15 +19,8 @@ from teleport_lite.discovery.labels import (
     varying_dims,
 )
 from teleport_lite.discovery.operation import Operation
-from teleport_lite.discovery.registry import rule_for, words_for
-from teleport_lite.discovery.rules.equivariance import (
-    NEITHER,
-    Ask,
-    Equivariance,
-    Operands,
-    ask_once,
-    operands_of,
-)
+from teleport_lite.discovery.registry import WORDS, rule_for
+from teleport_lite.discovery.rules.equivariance import NEITHER, Ask, Equivariance, Operands, ask_once, operands_of
 
 UNMARKED = ("add", "pow", "square")  # after which an axis may still be rotated, as where squares are summed over it
 
@@ -43,7 +36,7 @@ def declared(equivariance: Equivariance, op: Operation) -> list[Labels]:
     return [_commute(op, operands_of(op), lambda which: equivariance)]
 
 
-words_for(
+WORDS.update(
     pointwise=pointwise,
     homogeneous=partial(declared, Equivariance(1, None)),
     odd=partial(declared, Equivariance(None, 1)),
@@ -55,8 +48,7 @@ rule_for("max.other min.other")(pointwise)
 @rule_for("rrelu_with_noise")
 def leaky_relu_in_evaluation(op: Operation) -> list[Labels]:
     """The noise is read in training only."""
-    found = operands_of(op)
-    found.constants = []
+    found = replace(operands_of(op), constants=[])
     return [_commute(op, found, partial(ask_once, op, found))]
 
 
@@ -97,9 +89,7 @@ def multiply_labels(op: Operation) -> list[Labels]:
     if len(found.bearers) == 1 and any(map(op.is_zero, found.constants)):
         op.unexercised.update(id(found.leaves[i]) for i in found.bearers)
         return [[_free_product(op, a) for a in found.labels[found.bearers[0]]]]
-    if op.kwargs:
-        return pointwise(op)
-    if len(found.bearers) < 2:
+    if op.kwargs or len(found.bearers) < 2:
         return pointwise(op)
     out: Labels = []
     for cluster in cluster_by_dims([found.labels[i] for i in found.bearers]):
@@ -202,7 +192,7 @@ def _answer(op: Operation, found: Operands, ask: Ask, moving: dict[int, Tensor])
 
 def _restrict(op: Operation, result: Tensor, moving: dict[int, Tensor], answer: Equivariance) -> None:
     """Write down what an answer asks of the labels that go in and of the result's."""
-    for system, how, word in ((SCALE, answer.scale, "rescaling"), (SIGN, answer.sign, "flipping")):
+    for system, how, word in answer.systems:
         if how:
             for a in moving.values():
                 op.constraints.equate(result, a, system, how)

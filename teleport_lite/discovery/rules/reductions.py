@@ -8,59 +8,36 @@ from torch import Tensor
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN
 from teleport_lite.discovery.labels import Labels, are_stacked, order_along
 from teleport_lite.discovery.operation import Operation, RuleMisfit
-from teleport_lite.discovery.registry import rule_for, words_for
+from teleport_lite.discovery.registry import WORDS, rule_for
 from teleport_lite.discovery.rules.equivariance import NEITHER, Equivariance
 
-LINEAR = Equivariance(1, 1, linear=True)
-EXTREME = Equivariance(1, None)
-ABSOLUTE = Equivariance(1, 0)
-SQUARED = Equivariance(2, 0)
-COUNTED = Equivariance(0, 0)
-RANKED = Equivariance(0, None)
-REDUCTIONS = {  # what a reduction commutes with, entry by entry of what is left
-    "sum": LINEAR,
-    "mean": LINEAR,
-    "nansum": LINEAR,
-    "amax": EXTREME,
-    "amin": EXTREME,
-    "max": EXTREME,
-    "min": EXTREME,
-    "median": EXTREME,
-    "kthvalue": EXTREME,
-    "std": ABSOLUTE,
-    "linalg_vector_norm": ABSOLUTE,
-    "norm": ABSOLUTE,
-    "any": COUNTED,
-    "all": COUNTED,
-    "count_nonzero": COUNTED,
-    "argmax": RANKED,
-    "argmin": RANKED,
-    "var": SQUARED,
-    "var_mean": NEITHER,
-    "prod": NEITHER,
-    "logsumexp": NEITHER,
+COMMUTES = {  # what they commute with, entry by entry of what is left
+    Equivariance(1, 1, linear=True): "sum mean nansum cumsum",
+    Equivariance(1, None): "amax amin max min median kthvalue cummax cummin sort topk",
+    Equivariance(1, 0): "std linalg_vector_norm norm",
+    Equivariance(2, 0): "var",
+    Equivariance(0, 0): "any all count_nonzero",
+    Equivariance(0, None): "argmax argmin argsort",
+    NEITHER: "var_mean prod logsumexp cumprod logcumsumexp",
 }
-SCANS = {  # the same length comes out
-    "cumsum": LINEAR,
-    "cummax": EXTREME,
-    "cummin": EXTREME,
-    "sort": EXTREME,
-    "topk": EXTREME,
-    "argsort": RANKED,
-    "cumprod": NEITHER,
-    "logcumsumexp": NEITHER,
-}
-ORDERED = ("argmax", "argmin")  # which entry it is depends on their order
+REDUCTIONS = {name: how for how, names in COMMUTES.items() for name in names.split()}
+SCANS = (
+    "cumsum",
+    "cummax",
+    "cummin",
+    "sort",
+    "topk",
+    "argsort",
+    "cumprod",
+    "logcumsumexp",
+)  # the same length comes out
+ORDERED = (*SCANS, "argmax", "argmin")  # which entry it is depends on their order
 ENTRYWISE = ("linalg_vector_norm", "norm", "any", "all", "count_nonzero")  # each sign that goes in may flip alone
 
 
 def _dims_of(op: Operation, x: Tensor) -> list[int]:
-    """The dimensions that a reduction goes over.
-
-    Raises:
-        RuleMisfit: when they are given by name.
-    """
-    given = op["dim"] if op.has("dim") else None
+    """The dimensions that a reduction goes over."""
+    given = op["dim"] if op.has("dim") else -1 if op.short_name in SCANS else None
     dims = list(range(x.ndim)) if given is None or given == [] else [given] if isinstance(given, int) else list(given)
     if not all(isinstance(d, int) for d in dims):
         raise RuleMisfit("dimensions by name")
@@ -69,7 +46,10 @@ def _dims_of(op: Operation, x: Tensor) -> list[int]:
 
 @rule_for(REDUCTIONS)
 def reduce_labels(op: Operation) -> list[Labels]:
-    """What does not vary along the reduced dimensions passes as far as the function commutes with it."""
+    """What does not vary along the reduced dimensions passes as far as the function commutes with it.
+
+    Running sums, sorting and the like are reductions to an entry that stands all along the dimension.
+    """
     x, kind = op.args[0], op.short_name
     dims = _dims_of(op, x)
     found: list[Labels] = [[] for _ in op.results()]
@@ -78,19 +58,6 @@ def reduce_labels(op: Operation) -> list[Labels]:
         for labels, result in zip(found, op.results(), strict=True):
             moved = passing if result.is_floating_point() else _places_only(op, passing)
             labels.append(moved if result.ndim == x.ndim else moved.squeeze(dims))
-    return found
-
-
-@rule_for(SCANS)
-def scan_labels(op: Operation) -> list[Labels]:
-    """As a reduction, with the same entry all along the dimension."""
-    x, kind = op.args[0], op.short_name
-    dim = (op["dim"] if op.has("dim") else -1) % max(x.ndim, 1)
-    found: list[Labels] = [[] for _ in op.results()]
-    for a in op.labels(x):
-        passing = gather_over(op, a, [dim], SCANS[kind], False, symmetric=False)
-        for labels, result in zip(found, op.results(), strict=True):
-            labels.append(passing if result.is_floating_point() else _places_only(op, passing))
     return found
 
 
@@ -129,7 +96,7 @@ def gather_over(
     if not how.linear or (inside and not stacked):
         op.keep_entries_apart([a])
     out = op.constraints.fresh(*first.shape)
-    for system, answer, verb in ((SCALE, how.scale, "rescaling"), (SIGN, how.sign, "flipping")):
+    for system, answer, verb in how.systems:
         if answer is None:
             op.fix([a, out], f"{word} {verb} them", system)
             continue
@@ -160,4 +127,4 @@ def softmax_labels(op: Operation) -> list[Labels]:
     return [labels]
 
 
-words_for(softmax=softmax_labels)
+WORDS.update(softmax=softmax_labels)

@@ -19,7 +19,7 @@ from teleport_lite.discovery.labels import (
     varying_dims,
 )
 from teleport_lite.discovery.operation import Operation, RuleMisfit
-from teleport_lite.discovery.registry import POINTWISE, WORDS, rule_for, words_for
+from teleport_lite.discovery.registry import POINTWISE, WORDS, rule_for
 
 VIEW_OPS = """view _unsafe_view _reshape_alias reshape permute transpose t expand slice select unsqueeze squeeze cat
     stack split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk unbind flip roll rot90 repeat index
@@ -135,4 +135,4 @@ def _of_nothing(op: Operation, labels: Labels, source: Tensor, result: Tensor) -
     return whole
 
 
-words_for(identity=keep_labels, constant=make_constant, views=move_labels)
+WORDS.update(identity=keep_labels, constant=make_constant, views=move_labels)

@@ -1,9 +1,10 @@
-r"""Rotations of a residual stream, which nothing but norms and linear maps reads.
+r"""Rotations and shears of a residual stream, which stand behind the gains of norms.
 
-Behind an RMSNorm all rotations R are free, behind a LayerNorm those that keep the vector of ones. What writes to the
-stream, rows of matrices, biases and embeddings, moves by $w \mapsto Rw$. What reads it behind a norm with gain g moves
-by $W \mapsto W D R^\top D^{-1}$ with D = diag(g), the shift of that norm by $\beta \mapsto D R D^{-1} \beta$; g stays.
-Without gains this is a `NeuronSymmetry`.
+Behind an RMSNorm all rotations A of a stream are free, behind a LayerNorm those that keep the vector of ones. What
+writes to the stream, rows of matrices, biases and embeddings, moves by $w \mapsto Aw$. What reads it behind a norm
+with gain g moves by $W \mapsto W D A^{-1} D^{-1}$ with D = diag(g), the shift of that norm by
+$\beta \mapsto D A D^{-1} \beta$; g stays. The latter two alone move by shears $A = I + s 1^\top$ behind a LayerNorm,
+whose output has no mean before the gain. Without gains this is a `NeuronSymmetry`.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 from teleport_lite.symmetries.base import SAVED, Symmetry
 
 
-class GainedRotation(NeuronSymmetry):
-    r"""A rotation of the axis that the `legs` describe, some of them behind a gain.
+class GainedSymmetry(NeuronSymmetry):
+    r"""A group acting on the axis that the `legs` describe, some of them behind a gain.
 
-    With D = diag(gain + offset) a leg that is dual is multiplied by $D^{-1} R D$ along its axis, and one that is not by
-    $D R D^{-1}$. So the action is linear in what it moves and not in the gains, which stay where they are. It is not
-    finite where a gain is zero, and a teleport is refused there.
+    With D = diag(gain + offset) a leg that is dual is multiplied by $D^{-1} A^{-\top} D$ along its axis, and one that
+    is not by $D A D^{-1}$. So the action is linear in what it moves and not in the gains, which stay where they are.
+    It is not finite where a gain is zero, and a teleport is refused there.
 
     Args:
-        group: the rotations.
+        group: that of the matrices A.
         legs: what moves.
         gains: for each leg the vector that it stands behind, with its `offset` added, or None.
     """
@@ -42,9 +43,9 @@ class GainedRotation(NeuronSymmetry):
         self.names = tuple(dict.fromkeys([*self.names, *(gain.name for gain in self.gains if gain)]))
 
     def move(self, params, xi):
-        g, moved = self.group.exp(xi), {name: params[name] for name in self.names}
+        pair, moved = self.group.pair(xi), {name: params[name] for name in self.names}
         for leg, gain in self._pairs:
-            moved[leg.name] = self._turned(moved[leg.name], g, leg, self._stretch(params, leg, gain))
+            moved[leg.name] = self._turned(moved[leg.name], pair[leg.dual], leg, self._stretch(params, leg, gain))
         return moved
 
     velocity = Symmetry.velocity
@@ -59,16 +60,17 @@ class GainedRotation(NeuronSymmetry):
             return Symmetry.spread(self, tensors, xi, entry, dual=dual)  # which says so
         self.check(tensors)
         self._check_coordinates(tensors, xi)
-        matrix = self.group.exp(xi)
-        g, diagonal = entry(matrix), matrix.diagonal()
+        pair = self.group.pair(xi)
         point, moved = dict(params), dict(tensors)
         for leg, gain in self._pairs:
+            matrix, carried = pair[leg.dual], pair[leg.dual != dual]
+            g, diagonal = entry(carried), carried.diagonal()
             stretch, x, old = self._stretch(params, leg, gain), *(self.axis(p[leg.name], leg) for p in (point, moved))
             point[leg.name] = self._turned(point[leg.name], matrix, leg, stretch)
             moved[leg.name] = self._turned(moved[leg.name], g, leg, entry(1 / stretch if dual else stretch))
             if gain is None:
                 continue
-            # y_k = R_kj e_j x_j / e_k has the derivative (R_kj x_j - [k = j] y_k) / e_k by e_j, which is slope * gain_j
+            # y_k = A_kj e_j x_j / e_k has the derivative (A_kj x_j - [k = j] y_k) / e_k by e_j, which is slope * gain_j
             y, kept = self.axis(point[leg.name], leg), diagonal.view_as(stretch)
             slope, moves = entry(stretch.new_ones(()) if leg.dual else -(stretch**2)), self.axis(moved[gain.name], gain)
             if dual:
@@ -101,13 +103,13 @@ class GainedRotation(NeuronSymmetry):
 
     def to_dict(self):
         gains = [gain and asdict(gain) for gain in self.gains]
-        return {**super().to_dict(), "symmetry": "rotation", "gains": gains}
+        return {**super().to_dict(), "symmetry": "gained", "gains": gains}
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> GainedRotation:
+    def from_dict(cls, saved: dict[str, Any]) -> GainedSymmetry:
         """What `to_dict` gave."""
         legs = [Leg(**leg) for leg in saved["legs"]]
         return cls(cls._group(**saved["group"]), legs, [gain and Leg(**gain) for gain in saved["gains"]])
 
 
-SAVED["rotation"] = GainedRotation
+SAVED["gained"] = GainedSymmetry

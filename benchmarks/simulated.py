@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
@@ -33,7 +32,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 aten, Plain = torch.ops.aten, torch.Generator
 SIM, CPU = "sim", torch.device("cpu")
 USABLE = torch.__version__.startswith("2.13.") and torch.accelerator.current_accelerator() is None
-needs_device = pytest.mark.skipif(not USABLE, reason="the device is simulated for torch 2.13 without an accelerator")
 
 # How often the host waits inside an operator: to learn a number or a size, or for the error code of a solver.
 WAITS = {
@@ -42,6 +40,7 @@ WAITS = {
     **dict.fromkeys(("_linalg_svd", "linalg_matrix_exp"), 2),
 }
 COPIES = ("_to_copy", "copy_")
+SILENT = ("_unsafe_view", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 INDEXED = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_")
 NUMBERS_WELCOME = ("fill_", "where", "masked_fill", "masked_fill_", "lerp_")  # beside what is tagged pointwise
 TENSOR_CORES = {"mm": 2, "bmm": 2, "addmm": 3, "baddbmm": 3, "convolution": 2, "convolution_backward": 3}  # operands
@@ -141,7 +140,8 @@ class Device(TorchDispatchMode):
         atomics: whether sums change in their last bit from call to call.
 
     Attributes:
-        waits, operators: counts by name since they were cleared.
+        waits: of the host, by operator, since they were cleared.
+        operators: those that launch something, since they were cleared.
     """
 
     now: Any = None
@@ -182,7 +182,8 @@ class Device(TorchDispatchMode):
         if not mine and asked != SIM:
             return func(*args, **kwargs)
         here = asked == SIM if asked else isinstance(args[0], DeviceTensor) if name in COPIES else True
-        self.operators[name] += 1
+        if not func.is_view and name not in SILENT:
+            self.operators[name] += 1
         self._check(func, name, args, tensors)
         self._count_waits(name, args, kwargs, here)
         if torch.Tag.inplace_view in func.tags:
