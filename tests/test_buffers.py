@@ -180,7 +180,7 @@ MODELS = {  # shape of an input, the finite groups that move buffers, and the mo
     ),
     "weight norm": (
         (4,),
-        "{1,-1}^6 S(6) {1,-1}^6",
+        "{1,-1}^6 S(6)",
         lambda: sequence(weight_norm(nn.Linear(4, 6)), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)),
     ),
     "spectral norm": (
