@@ -535,7 +535,7 @@ class Deep(nn.Module):
         if kind == "mlp":
             layers = [layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.ReLU())]
         else:
-            layers = [nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True) for _ in range(2)]
+            layers = [nn.TransformerEncoderLayer(32, 8, 64, 0.0, batch_first=True) for _ in range(2)]
         self.body, self.head = nn.Sequential(*layers), nn.Linear(64 if kind == "mlp" else 32, 3)
 
     def forward(self, x):

@@ -26,6 +26,7 @@ from teleport_lite.errors import TeleportError
 from teleport_lite.runtime import check_generator
 
 SQUARINGS = 10  # of matrices, on a device
+TOGETHER = 2**20  # entries of matrices at most whose exponentials are taken at once; that takes about eleven copies
 
 
 class Group(ABC):
@@ -167,6 +168,8 @@ def matrix_exp(x: Tensor) -> Tensor:
     if x.device.type == "cpu":
         return torch.linalg.matrix_exp(x)
     flat = x.reshape(-1, *x.shape[-2:])
+    if flat.numel() > TOGETHER and len(flat) > 1:
+        return torch.cat([matrix_exp(part) for part in flat.split(max(1, TOGETHER // flat[0].numel()))]).view_as(x)
     size = flat.detach().abs().sum(-1).amax(-1)[:, None, None]
     squarings = size.log2().ceil().clamp(0, SQUARINGS)
     small, one = flat * (-squarings).exp2(), torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(flat)
