@@ -214,7 +214,7 @@ def _sweep_squares(
         write(k, xi)
     for _ in range(sweeps):
         for k, factor in enumerate(factors):
-            totals = dict.fromkeys((1.0, -1.0), 0)  # coefficients of e^{2 p xi} by p
+            totals: dict[float, Any] = dict.fromkeys((1.0, -1.0), 0)  # coefficients of e^{2 p xi} by p
             for leg in factor.legs:
                 p = side * leg.exponent
                 rest = contracted(leg.name, leg.dim) * vectors[leg.name, leg.dim]
