@@ -166,29 +166,35 @@ def measured(family: str, size: int, precision: str, *, timed: bool = True) -> l
 
 
 def devices(board: Board) -> None:
-    """Measure, print, and write the record of this device."""
+    """Measure and print, and write the record of this device, anew after each model."""
     on_gpu = torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if on_gpu else "CPU"
-    rows = []
+    rows: list[dict[str, Any]] = []
     for precision in PRECISIONS if on_gpu else PRECISIONS[:1]:
         for family, (_, sizes) in MODELS.items():
             for size in range(len(sizes) if on_gpu else 1):
-                rows += measured(family, size, precision)
-                for row in rows[-7:]:
+                new = measured(family, size, precision)
+                for row in new:
                     what = f"{family}, {row['parameters'] / 1e6:.2g} M, {precision}: {row['call']}"
-                    board.row(f"{what}: kernels / gradient", row["kernels"] / rows[-7]["kernels"])
+                    board.row(f"{what}: kernels / gradient", row["kernels"] / new[0]["kernels"])
                     board.row(f"{what}: waits", row["waits"])
-    record = {
+                rows += new
+                write(rows)
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """One row a line."""
+    on_gpu = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    facts = {
         "device": name,
         "counted on": name if on_gpu else "the simulated device",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "rows": rows,
     }
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
     RESULTS.mkdir(exist_ok=True)
-    lines = ",\n  ".join(json.dumps(row) for row in record.pop("rows"))
-    text = f'{json.dumps(record)[:-1]}, "rows": [\n  {lines}\n]}}\n'
-    (RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json").write_text(text, "utf8")
+    path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json"
+    path.write_text(f'{json.dumps(facts)[:-1]}, "rows": [\n  {lines}\n]}}\n', "utf8")
 
 
 if __name__ == "__main__":

@@ -394,6 +394,8 @@ def test_the_peak_of_memory_follows_the_chunk_size(differentiate, generator):
         geometry.unit_directions(params_of(model), 100, generator=generator),
         [0.1 * k for k in range(1, 10)],
     )
+    if differentiate and geometry.goes_one_by_one(loss, params, radii, 100, slopes=True):
+        pytest.skip("in torch 2.4 vmap does not run inside of a checkpoint")
     peaks, values = {}, {}
     for size in (None, 100, 50, 10):
         with Peak() as peak, torch.set_grad_enabled(differentiate):

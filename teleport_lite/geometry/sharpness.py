@@ -143,8 +143,8 @@ def mean_loss_around(
         raise TeleportError("a list of radii", repr(radii), "pass radii=[0.1]")
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise TeleportError("a positive chunk_size", repr(chunk_size), "leave it out to evaluate all at once")
+    slopes = torch.is_grad_enabled() and any(p.requires_grad for p in params.values())
     if one_by_one is None:
-        slopes = torch.is_grad_enabled() and any(p.requires_grad for p in params.values())
         one_by_one = goes_one_by_one(loss, params, radii, chunk_size, slopes=slopes)
     count = len(directions) if isinstance(directions, Directions) else len(next(iter(directions.values())))
     size = 1 if one_by_one else chunk_size or count
@@ -158,7 +158,7 @@ def mean_loss_around(
         return check_scalar(loss(_moved(params, {n: d[0] for n, d in chunk.items()}, t)))
 
     calls = [(k, t) for k in range(0, count, size) for t in (radii if one_by_one else [None])]
-    again = torch.is_grad_enabled() and len(calls) > 1
+    again = slopes and len(calls) > 1
     parts = [checkpoint(total, *call, use_reentrant=False) if again else total(*call) for call in calls]
     return torch.stack(parts).sum() / (count * len(radii))
 
