@@ -223,36 +223,3 @@ def test_adversarial_models(trick):
 def test_a_model_that_does_not_run_is_refused():
     with pytest.raises(TeleportError, match="a model that runs on example_inputs"):
         tl.find_symmetries(nn.Linear(4, 2), torch.zeros(3, 5))
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "vit"])
-def test_transformers(name):
-    transformers = pytest.importorskip("transformers")
-    common = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    if name == "gpt2":
-        config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=20, n_positions=16)
-        model = transformers.GPT2LMHeadModel(config)
-    elif name == "llama":
-        config = transformers.LlamaConfig(**common, vocab_size=20, num_key_value_heads=1)
-        model = transformers.LlamaForCausalLM(config)
-    elif name == "bert":
-        model = transformers.BertModel(transformers.BertConfig(**common, vocab_size=20))
-    else:
-        model = transformers.ViTModel(transformers.ViTConfig(**common, image_size=8, patch_size=4))
-    inputs = {"pixel_values": torch.randn(2, 3, 8, 8)} if name == "vit" else {"input_ids": torch.arange(12).view(2, 6)}
-    before = copy.deepcopy(model.state_dict())
-    symmetry = tl.find_symmetries(model, inputs)
-    assert symmetry.dim > 0, symmetry.reasons
-    assert any(str(s.group).startswith("GL(8)") for s in symmetry)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    (key, value), head = next(iter(inputs.items())), "logits" if hasattr(model, "lm_head") else "last_hidden_state"
-
-    class Positional(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.model(**{key: x})[head]
-
-    net = Positional()
-    net.model = model
-    renamed = tl.find_symmetries(net, value)
-    assert renamed.dim >= symmetry.dim  # there are fewer outputs to keep
-    assert worst(net.eval(), renamed, widened(net, value), 20) < 1e-11

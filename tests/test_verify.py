@@ -592,6 +592,16 @@ def test_a_kernel_that_there_is_not_in_float64():
     assert symmetry.dim == 16 + 64  # hidden neurons, and a mixing of what the experts give
 
 
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch has no grouped_mm")
+def test_a_derivative_that_there_is_not_in_float64():
+    def weighted(s, z):
+        y = F.grouped_mm(z, s.w, offs=torch.tensor([3, len(z)], dtype=torch.int32))
+        return y * s.gate(z).softmax(-1)[:, :1]
+
+    symmetry = tl.find_symmetries(Model(weighted, w=torch.randn(2, 8, 8), gate=nn.Linear(8, 2)), x(8, 8))
+    assert symmetry.select(kind="translation").dim == 8 + 1  # of both logits alike, which gradients tell
+
+
 def test_lazy_layers_are_refused():
     with pytest.raises(ParameterError, match="run the model once on an input"):
         tl.find_symmetries(nn.Sequential(nn.LazyLinear(3)), x(2, 4))
