@@ -31,7 +31,7 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
     unseen = {s: k for s, k in unseen.items() if s.monomial or (s.moves[0].name, s.names[-1]) not in readers}
     low_rank = list(absorbed(params, check.gradients, mode.products))
     alike = {s.moves[0].name: Move(s.moves[0].name, (1,) * len(s.moves[0].shape), 0, 1) for s in unseen if s.monomial}
-    followed = [s for s in mode.finish(outputs) if alike.get(s.moves[0].name) != s.moves[0] or s in unseen]
+    followed = [s for s in mode.finish(outputs) if alike.get(s.moves[0].name) != s.moves[0]]
     proposed = [*followed, *low_rank, *unseen]
     proposed = [s for s in proposed if all(params[n].requires_grad for n in s.names)]
     if proposed:
