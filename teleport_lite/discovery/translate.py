@@ -26,10 +26,12 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
     trial = check.planned.calm[min(1, len(check.planned.calm) - 1)]
     params, mode = probe.params, Shifts(probe.params, generator)
     outputs = probe.outputs(trial.call, trial.training, trial.seed, (*trial.modes(), mode))
+    readers = {(s.name, s.own[0].operands[0][0]) for s in mode.sources if s.own}  # behind a norm with that gain
     unseen = dict(constants(params, check.gradients, generator))
+    unseen = {s: k for s, k in unseen.items() if s.monomial or (s.moves[0].name, s.names[-1]) not in readers}
     low_rank = list(absorbed(params, check.gradients, mode.products))
-    alike = {s.moves[0].name: Move(s.moves[0].name, (1,) * len(s.moves[0].shape), 0, 1) for s in unseen}
-    followed = [s for s in mode.finish(outputs) if alike.get(s.moves[0].name) != s.moves[0] or s in unseen]
+    alike = {s.moves[0].name: Move(s.moves[0].name, (1,) * len(s.moves[0].shape), 0, 1) for s in unseen if s.monomial}
+    followed = [s for s in mode.finish(outputs) if alike.get(s.moves[0].name) != s.moves[0]]
     proposed = [*followed, *low_rank, *unseen]
     proposed = [s for s in proposed if all(params[n].requires_grad for n in s.names)]
     if proposed:
