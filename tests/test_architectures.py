@@ -58,16 +58,11 @@ TRANSLATIONS = {  # biases undone by biases + weights behind norms + constants i
     "Group and instance norm": 2 + 6,
     "Encoder, post-norm, ReLU": 2 * 8 + 8 + (READERS - 3 * 8) + READERS + 2,  # keys; one head; the first block reads x
     "Encoder, pre-norm, GELU": 2 * (8 + 2 * 8 + READERS),
-    "Decoder, GPT-2 style": 8
-    + 2 * (8 + 8 + 12)
-    + 9
-    + 8
-    + 2 * WRITERS
-    + 2 * 8,  # attention has no biases, keys are unseen
-    "Decoder, post-norm, ReLU": 8 + 2 * (8 + 12) + 8 + 2 * WRITERS + 1 + 8,
-    "Decoder, tied embedding": 2 * (8 + 8 + 12) + 6 + 2 * WRITERS + 2 * 8,
+    "Decoder, GPT-2 style": 8 + 2 * (8 + 8 + 12) + 9 + 8 + 2 * WRITERS,  # attention has no biases, keys are unseen
+    "Decoder, post-norm, ReLU": 8 + 2 * (8 + 12) + 8 + 2 * WRITERS + 1,
+    "Decoder, tied embedding": 2 * (8 + 8 + 12) + 6 + 2 * WRITERS,
     "Encoder and decoder": 4 * 8 + 8 + (2 * 12 + 2 * 8) + 8 + 2 + 2,  # keys, norms, what reads norms, constants
-    "Vision transformer": 2 * 8 + (8 + 8 + 12) + 8 + 3 + (1 + 5 + 16 + 1) + WRITERS + 8,
+    "Vision transformer": 2 * 8 + (8 + 8 + 12) + 8 + 3 + (1 + 5 + 16 + 1) + WRITERS,
     "LSTM": 4 * 5,
     "GRU": 2 * 5,
     "RNN, ReLU": 5,
