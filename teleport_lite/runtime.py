@@ -49,20 +49,12 @@ class Stage:
         if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
             remedy = "pass the module that was scripted, and script it again afterwards"
             raise TeleportError("a module of Python", "a ScriptModule", remedy)
-        names = {id(p): name for name, p in model.named_parameters()}
-        self._parameters: list[tuple[dict, str, Tensor, str]] = [
-            (module._parameters, key, p, names[id(p)])
-            for module in modules
-            for key, p in module._parameters.items()
-            if p is not None
-        ]
-        names = {id(b): name for name, b in model.named_buffers()}
-        self._buffers: list[tuple[dict, str, Tensor, str]] = [
-            (module._buffers, key, b, names[id(b)])
-            for module in modules
-            for key, b in module._buffers.items()
-            if b is not None
-        ]
+        names = {id(t): name for name, t in named_tensors(model).items()}
+        homes: tuple[list[dict], ...] = [m._parameters for m in modules], [m._buffers for m in modules]
+        self._parameters, self._buffers = (
+            [(places, key, t, names[id(t)]) for places in home for key, t in places.items() if t is not None]
+            for home in homes
+        )
         self._attributes = [(vars(module), dict(vars(module))) for module in modules]
         self._sparse = [vars(module) for module in modules if getattr(module, "sparse", False) is True]
 

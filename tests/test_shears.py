@@ -209,3 +209,12 @@ def test_an_element_has_a_closed_form(generator):
     assert relative(moved, torch.tensor([1.0, -2.0, 1.0, 0.0, 0.0]).double()) < 1e-15
     with pytest.raises(TeleportError):
         Shears(0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_none_is_found_where_the_signal_has_died(seed):
+    """With 32 layers the outputs vary by 1e-15, and whatever the first layers do shows nowhere."""
+    torch.manual_seed(seed)
+    layers = [layer for _ in range(32) for layer in (nn.Linear(6, 6), nn.ReLU())]
+    symmetry = tl.find_symmetries(nn.Sequential(*layers, nn.Linear(6, 6)), torch.randn(3, 6))
+    assert {f.group.kind for f in symmetry.continuous} == {"scaling"}

@@ -32,7 +32,8 @@ def shears(
     params = check.params
     proposed = [s for s in _behind_norms(found, propagation, params) if not free & {*s.moved}]
     proposed += _of_means(found, propagation)
-    return check.keep([s for s in proposed if to_first_order(s, params, check.gradients)], lambda *_: None)
+    proposed = [s for s in proposed if to_first_order(s, params, check.gradients) and check.sees(s)]
+    return check.keep(proposed, lambda *_: None)
 
 
 def _behind_norms(found: list[NeuronSymmetry], propagation: Propagation, params: Params) -> Iterator[NeuronSymmetry]:

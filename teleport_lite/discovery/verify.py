@@ -22,6 +22,7 @@ from teleport_lite.symmetries.base import Symmetry
 
 __all__ = ["TOLERANCE", "Verifier", "distance"]
 TOLERANCE = 1e-10  # relative change in float64 beyond which a proposed symmetry is dropped
+SEEN = 1e-6  # what another change of the same parameters has to make of the outputs at least, relative
 SMALL = 8  # a finite group on fewer axes has few elements
 DRAWN = 2  # random elements of small finite groups
 FAR = 3  # how far each coordinate of a translation goes, about
@@ -109,6 +110,16 @@ class Verifier:
             return False
         nowhere = torch.zeros_like(self.matters[leg.name])
         return self._same({leg.name: symmetry.put(nowhere, ~symmetry.axis(nowhere, leg), leg)})
+
+    def sees(self, symmetry: Symmetry) -> bool:
+        """Whether another change of all that it moves shows in the outputs: where none does, nothing can be verified.
+
+        As in deep networks whose signal has died, or where outputs are not numbers.
+        """
+        draw = torch.Generator().manual_seed(0)
+        moved = {n: (p := self.params[n]) * (1 + normal(p, draw) / 2) for n in symmetry.moved}
+        with self.probe.at(moved):
+            return any(SEEN < trial.gap(TOLERANCE) < float("inf") for trial in self.trials)
 
     def notes(self) -> list[str]:
         """What was left out, and why."""
