@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from completeness import (
@@ -191,6 +193,51 @@ class Tacotron(nn.Module):
         return self.last(self.recurrent(self.norm(x))[0])
 
 
+class Tabular(nn.Module):
+    """Words of three columns, each with a table of its own, and numbers beside them; as TabTransformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(4, D) for _ in range(3))
+        self.layer = nn.TransformerEncoderLayer(D, 2, 5, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.norm = nn.LayerNorm(3)
+        self.mlp = nn.Sequential(nn.Linear(3 * D + 3, 7), nn.LeakyReLU(), nn.Linear(7, 2))
+
+    def forward(self, words: Tensor, x: Tensor) -> Tensor:
+        z = self.layer(torch.stack([table(words[:, k]) for k, table in enumerate(self.tables)], 1))
+        return self.mlp(torch.cat([z.flatten(1), self.norm(x)], -1))
+
+
+class Pooling(nn.Module):
+    """One set asks another; as in a set transformer."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(n, D) for n in (d, d, d, D))
+        self.one, self.two = nn.LayerNorm(D), nn.LayerNorm(D)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(y), self.v(y)
+        x = self.one(q + F.scaled_dot_product_attention(q, k, v))
+        return self.two(x + F.gelu(self.o(x)))
+
+
+class SetTransformer(nn.Module):
+    """A set that asks itself; then two seeds, or for comparison its first two elements, ask what comes of it."""
+
+    def __init__(self, seeds: bool = True) -> None:
+        super().__init__()
+        self.within, self.pool, self.head = Pooling(6), Pooling(D), nn.Linear(D, 2)
+        self.seeds = nn.Parameter(torch.zeros(1, 2, D)) if seeds else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.within(x, x)
+        return self.head(self.pool(x[:, :2] if self.seeds is None else self.seeds.expand(len(x), -1, -1), x))
+
+
+OPEN = "not known"
+CATEGORIES = torch.arange(21).remainder(4).view(7, 3)
+
 LATER: dict[str, Family] = {
     "GPT without biases": Family(NanoGPT, (TOKENS,), rest=1, why=INVERSE),
     "decoder across, post-norm": Family(Across, (TOKENS, _x(2, 6, 6))),
@@ -203,4 +250,7 @@ LATER: dict[str, Family] = {
     "Siamese": Family(Siamese, (IMAGES, IMAGES.flip(0)), rest=1, why=SCALE),
     "highway": Family(Highway, (_x(7, 5),)),
     "Tacotron": Family(Tacotron, (_x(2, 5, 6),)),
+    "tabular": Family(Tabular, (CATEGORIES, _x(7, 3)), rest=7, why=OPEN),
+    "set transformer": Family(SetTransformer, (_x(2, 5, 6),), rest=4 + 3, why=f"{CONSTANT}; {OPEN}"),
+    "set transformer, elements ask": Family(partial(SetTransformer, False), (_x(2, 5, 6),), rest=3, why=OPEN),
 }
