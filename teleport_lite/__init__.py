@@ -5,7 +5,6 @@ a group element on purpose.
 """
 
 from teleport_lite import learned, objectives, symmetries
-from teleport_lite.book import curves as curves  # enters faster ways to curvatures
 from teleport_lite.book import data
 from teleport_lite.discovery import find_symmetries, register_rule
 from teleport_lite.errors import TeleportError

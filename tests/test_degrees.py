@@ -14,10 +14,10 @@ from torch import nn
 from torch.func import functional_call
 
 import teleport_lite as tl
-from teleport_lite.book.curves import scaling_kappas
 from teleport_lite.functional import loss_of, norm, value_and_grad
 from teleport_lite.geometry.conserved import conserved_quantities
 from teleport_lite.geometry.curvature import kappa
+from teleport_lite.geometry.curves import scaling_kappas
 from teleport_lite.groups import PositiveScaling, Signs
 from teleport_lite.search import ascent, closed_form, has_closed_form
 

@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 import teleport_lite as tl
 from teleport_lite import geometry, objectives
-from teleport_lite.book.curves import is_chain, jets, scaling_kappas
 from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.functional import loss_of, norm, value_and_grad
+from teleport_lite.geometry.curves import is_chain, jets, scaling_kappas
 from teleport_lite.groups import GeneralLinear, PositiveScaling
 from teleport_lite.problem import Problem
 from teleport_lite.symmetries import TestFunction, mixing, scaling

@@ -5,21 +5,18 @@ Derived in the chapter *Sharpness and curvature*.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
 from teleport_lite.errors import TeleportError
 from teleport_lite.functional import Params, dot, trainable
+from teleport_lite.geometry.curves import is_chain, is_matrix_scaling, jets, scaling_kappas
 from teleport_lite.runtime import check_generator
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.product import Product, check_symmetry
 
 CURVES = 4  # at once, each of which holds several copies of the parameters
-Kappas = Callable[[Params, Product, tuple[Tensor, ...]], Tensor]
-FASTER: list[tuple[Callable[[Product], bool], Kappas]] = []  # for which symmetries, and `kappa` of each curve
 
 
 def curvature(
@@ -71,9 +68,10 @@ def sample_curves(
 def mean_kappa(params: Params, symmetry: Symmetry, curves: tuple[Tensor, ...]) -> Tensor:
     """The mean `kappa` of the `sample_curves`, differentiable in `params`."""
     continuous = Product([symmetry]).continuous
-    for applies, kappas in FASTER:
-        if applies(continuous):
-            return kappas(params, continuous, curves).mean()
+    if all(map(is_matrix_scaling, continuous)):
+        return scaling_kappas(params, continuous, curves).mean()
+    if is_chain(continuous):
+        return vmap(kappa)(*jets(continuous, params, curves)).mean()
     return vmap(lambda xi: kappa(*continuous.jet(params, xi)), chunk_size=CURVES)(curves).mean()
 
 

@@ -1,7 +1,5 @@
 r"""The curvature of orbits of scalings, and of mini-batch mixings, at a small part of what `Symmetry.jet` costs.
 
-Importing this lets `teleport_lite.curvature` use it: the chapter *Sharpness and curvature* takes many curves.
-
 A chain of minimum-change mixings, each of the layer that follows the one before, acts from below: a layer whose inputs
 and weights move already is mixed by $e^{tM}$. Velocity and acceleration in Proposition 11.5 of the chapter *Sharpness
 and curvature*.
@@ -17,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import jvp
 
 from teleport_lite.functional import Params
-from teleport_lite.geometry.curvature import FASTER, kappa
 from teleport_lite.groups import PositiveScaling
 from teleport_lite.runtime import widest
 from teleport_lite.symmetries.axes import NeuronSymmetry
@@ -125,7 +122,7 @@ def _corrections(matrix: Tensor, slope: Tensor | None, first: Tensor, second: Te
     return w.mT, (inverse @ second + 2 * back).mT
 
 
-def _is_matrix_scaling(factor: Symmetry) -> bool:
+def is_matrix_scaling(factor: Symmetry) -> bool:
     """Whether it multiplies rows and columns, the first two dimensions of tensors, by positive numbers."""
     legs = factor.legs if isinstance(factor, NeuronSymmetry) and isinstance(factor.group, PositiveScaling) else ()
     return len(legs) > 0 and all(leg.dim < 2 and leg.groups == 1 for leg in legs)
@@ -168,9 +165,3 @@ def scaling_kappas(params: Params, scalings: Sequence[Any], curves: tuple[Tensor
     )
     across = (bend - along.square() / speed).clamp(min=torch.finfo(bend.dtype).eps * bend)
     return (across.sqrt() / speed).to(params[scalings[0].names[0]])
-
-
-FASTER += [
-    (lambda symmetry: all(map(_is_matrix_scaling, symmetry)), scaling_kappas),
-    (is_chain, lambda params, symmetry, curves: vmap(kappa)(*jets(symmetry, params, curves))),
-]
