@@ -117,7 +117,7 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
 
 def propagated(probe: Probe, trials: Iterable[Trial], buffers: Collection[str] = ()) -> Propagation:
     """The constraints that all these runs put on the parameters together, and on these buffers."""
-    kernels = {id(m.weight) for m in probe.module.modules() if isinstance(m, (_ConvNd, nn.Bilinear))}
+    kernels = {id(p) for m in probe.module.modules() if isinstance(m, (_ConvNd, nn.Bilinear)) for p in m.parameters()}
     stacks = {n: len(p) for n, p in probe.params.items() if p.ndim == 3 and len(p) > 1 and id(p) not in kernels}
     trials, moving = list(trials), {n: probe.movable[n] for n in buffers}
     propagation = _followed(probe, trials, stacks, moving)

@@ -131,7 +131,7 @@ class Propagation(DispatchMode):
             p = self._params[name]
             if name not in self.used:
                 continue
-            unread = ~self.memory.exercised_along(p, dim) if groups == 1 and p.numel() else torch.zeros(len(labels)) > 0
+            unread = ~self.memory.exercised_along(p, dim, groups) if p.numel() else torch.zeros(len(labels)) > 0
             if (_numbers_hidden(name), p.shape) in idle and re.search(r"\d", name):
                 unread = torch.ones(len(labels)) > 0
             unread &= ~fixed[labels]  # as the rows of a table, which inputs pick
