@@ -102,6 +102,7 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
                 probe, dict.fromkeys([*trials, *training]), [n for n in probe.movable if n not in masks]
             )
             moving.fix_idle_matrices(check.matters)
+        check.partly = propagation.partly | moving.partly
         factors, reasons = solve_and_verify(propagation, moving, check)
         shifts = translations(probe, check, generator)
         found: list[Symmetry] = [*factors, *shears(factors, shifts, propagation, check), *together(shifts)]
