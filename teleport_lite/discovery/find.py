@@ -102,6 +102,7 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
                 probe, dict.fromkeys([*trials, *training]), [n for n in probe.movable if n not in masks]
             )
             moving.fix_idle_matrices(check.matters)
+        check.partly = propagation.partly | moving.partly
         factors, reasons = solve_and_verify(propagation, moving, check)
         shifts = translations(probe, check, generator)
         found: list[Symmetry] = [*factors, *shears(factors, shifts, propagation, check), *together(shifts)]
@@ -117,7 +118,7 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
 
 def propagated(probe: Probe, trials: Iterable[Trial], buffers: Collection[str] = ()) -> Propagation:
     """The constraints that all these runs put on the parameters together, and on these buffers."""
-    kernels = {id(m.weight) for m in probe.module.modules() if isinstance(m, (_ConvNd, nn.Bilinear))}
+    kernels = {id(p) for m in probe.module.modules() if isinstance(m, (_ConvNd, nn.Bilinear)) for p in m.parameters()}
     stacks = {n: len(p) for n, p in probe.params.items() if p.ndim == 3 and len(p) > 1 and id(p) not in kernels}
     trials, moving = list(trials), {n: probe.movable[n] for n in buffers}
     propagation = _followed(probe, trials, stacks, moving)

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from teleport_lite.discovery.constraints import SCALE
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.rotations import multipliers
 from teleport_lite.discovery.solve import solve_scalings
@@ -55,7 +56,9 @@ def _of_means(found: list[NeuronSymmetry], propagation: Propagation) -> Iterator
     Which of both is which is tried out.
     """
     permuted = [s for s in found if isinstance(s.group, Permutation) and s.group.n > 1 and not s.buffers]
-    classes, factors = solve_scalings(replace(propagation.constraints, fixed=[], sums=[]))
+    equations = propagation.constraints
+    last = [(b, out, SCALE, 1.0) for _, b, out in equations.crossings]  # as in a table of positions
+    classes, factors = solve_scalings(replace(equations, equalities=equations.equalities + last, fixed=[], sums=[]))
     for s in permuted:
         parts: dict[int, list[tuple[Leg, bool]]] = defaultdict(list)
         for leg in s.legs:

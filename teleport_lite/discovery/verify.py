@@ -42,6 +42,7 @@ class Verifier:
         gradients: of random sums of the outputs, in some of the trials.
         unread: those of them that no operator reads, or that reach the outputs times zero alone, so that nobody knows
             where they belong; what may share an axis with them stays as well.
+        partly: lengths of axes of which they read a part.
         withheld: the symmetries that were not tried for that reason, in words.
     """
 
@@ -61,6 +62,7 @@ class Verifier:
                 break
         read = {name for trial in self.trials for _, *names, _ in trial.reads for name in names}
         self.unread = [name for name in self.untouched if name not in read or name in self.connected]
+        self.partly: set[int] = set()
         self.withheld: dict[str, None] = {}
         self.numbers: dict[Symmetry, int] = {}  # of finite symmetries
 
@@ -95,7 +97,7 @@ class Verifier:
     def allowed(self, symmetry: Symmetry) -> bool:
         """Whether all that it moves, and all that may have the same axis, was exercised."""
         legs = symmetry.legs if isinstance(symmetry, NeuronSymmetry) else ()
-        lengths = {n for name in self.unread for n in self.params[name].shape} - {1}
+        lengths = {n for name in self.unread for n in self.params[name].shape} - {1} | self.partly
         own = {self.params[leg.name].shape[leg.dim] for leg in legs} | {symmetry.group.n}
         own |= set() if legs else {n for name in symmetry.moved for n in self.params[name].shape}
         shared = lengths & own or {*symmetry.names} & {*self.untouched}
