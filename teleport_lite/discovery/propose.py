@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +39,7 @@ from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 PIECES = 64  # an axis in more pieces than that is left out
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """Where a class shows up: the k-th axis, by a power, at these indices."""
 
     axis: int

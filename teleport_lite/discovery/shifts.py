@@ -23,6 +23,7 @@ from teleport_lite.discovery.differences import (
     clusters,
     compact,
     compared,
+    multiplied,
     rerun,
     summed,
     then,
@@ -38,6 +39,7 @@ BIASES = {  # where an operator has its bias, and along which dimension
     "addmm": (0, -1), "convolution": (2, 1), "native_layer_norm": (3, -1), "native_batch_norm": (2, 1),
     "native_group_norm": (2, 1),
 }  # fmt: skip
+ROWS = {"mm": 0, "addmm": 1, "convolution": 0}  # products row by row, and where what they are linear in stands
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"}
 
 
@@ -115,7 +117,13 @@ class Shifts(DispatchMode):
         alive = clusters([(x, d) for x in {id(x): x for x in given}.values() for d in self._found.get(id(x), [])])
         call, bias = (func, args, kwargs), args[BIASES[kind][0]] if kind in BIASES else None
         direct = [len(i) == 1 and i[0][0] is bias and bias.ndim == 1 for i in alive]
-        ends = [[] if known else rerun(call, i, moving, written) for known, i in zip(direct, alive, strict=True)]
+        rows = args[ROWS[kind]] if kind in ROWS and not kwargs and len({*map(id, given)}) == len(given) else None
+        ends = [
+            [] if known
+            else multiplied(call, rows, i[0][1].t) if len(i) == 1 and i[0][0] is rows
+            else rerun(call, i, moving, written)
+            for known, i in zip(direct, alive, strict=True)
+        ]  # fmt: skip
         out = func(*args, **kwargs)
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         for i in written:

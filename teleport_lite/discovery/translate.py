@@ -23,7 +23,7 @@ ROUNDING = 1e-8  # the cosine of what is orthogonal
 
 def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> dict[Shift, int]:
     """The translations that hold, each with the number of its family: those of one may be taken `together`."""
-    trial = check.planned.calm[min(1, len(check.planned.calm) - 1)]
+    trial = check.planned.calm[-1 if check.planned.whole else min(1, len(check.planned.calm) - 1)]
     params, mode = probe.params, Shifts(probe.params, generator)
     outputs = probe.outputs(trial.call, trial.training, trial.seed, (*trial.modes(), mode))
     readers = {(s.name, s.own[0].operands[0][0]) for s in mode.sources if s.own}  # behind a norm with that gain
@@ -41,7 +41,8 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
         trial = next((t for t in check.planned.trials if t.training), trial)
         with probe.at(elsewhere):
             gradients = exercised(params, [trial.run])[2]
-        proposed = [s for s in proposed if to_first_order(s, elsewhere, gradients)]
+        lengths = [float(norm(g)) for g in gradients]
+        proposed = [s for s in proposed if to_first_order(s, elsewhere, gradients, lengths)]
     family = {**unseen, **{s: -k for k, s in enumerate(low_rank, 1)}}
     return {s: family.get(s, 0) for s in check.keep(proposed, lambda *_: None)}
 
@@ -62,12 +63,12 @@ def together(found: dict[Shift, int]) -> list[Shift]:
     return [joined(part) for _, part in parts]
 
 
-def to_first_order(symmetry: Symmetry, params: Params, gradients: list[Params]) -> bool:
-    """Whether gradients, finite ones, have no part along a symmetry there: then it holds to first order."""
+def to_first_order(symmetry: Symmetry, params: Params, gradients: list[Params], lengths: list[float]) -> bool:
+    """Whether gradients, finite ones of these lengths, have no part along a symmetry: then it holds to first order."""
     velocity = symmetry.velocity(params, symmetry.sample(params, generator=torch.Generator().manual_seed(0)))
     inner = [sum(float((g[n] * v).sum()) for n, v in velocity.items() if n in g) for g in gradients]
-    lengths = [float(norm(g)) * float(norm(velocity)) for g in gradients]
-    return any(lengths) and all(abs(a) <= ROUNDING * b for a, b in zip(inner, lengths, strict=True))
+    most = [length * float(norm(velocity)) for length in lengths]
+    return any(most) and all(abs(a) <= ROUNDING * b for a, b in zip(inner, most, strict=True))
 
 
 def constants(params: Params, gradients: list[Params], generator: torch.Generator) -> Iterator[tuple[Shift, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +30,7 @@ WIDER = 3  # times that more inputs are tried where some, as experts that tokens
 
 Drop = Callable[[Any, float], None]
 S = TypeVar("S", bound=Symmetry)
+Turn = tuple[int, list[Trial]]  # its number, and what is run
 Failure = tuple[float, Trial, int]  # by how much, where, in which turn
 
 
@@ -43,6 +44,7 @@ class Verifier:
         unread: those of them that no operator reads, or that reach the outputs times zero alone, so that nobody knows
             where they belong; what may share an axis with them stays as well.
         withheld: the symmetries that were not tried for that reason, in words.
+        thorough: whether each is tried on whole trials, too, and not only all together at the end.
     """
 
     def __init__(self, probe: Probe, example: Arguments, generator: torch.Generator) -> None:
@@ -62,6 +64,7 @@ class Verifier:
         read = {name for trial in self.trials for _, *names, _ in trial.reads for name in names}
         self.unread = [name for name in self.untouched if name not in read or name in self.connected]
         self.withheld: dict[str, None] = {}
+        self.thorough = False
         self.numbers: dict[Symmetry, int] = {}  # of finite symmetries
 
     def _unexercised(self) -> list[str]:
@@ -140,6 +143,20 @@ class Verifier:
         kinds = [[s for s in symmetries if s.dim], [s for s in symmetries if not s.dim]]
         return [s for kind in kinds for s in self.holding(kind, drop)]
 
+    def confirmed(self, *parts: Sequence[Symmetry]) -> bool:
+        """Whether all that was found, part by part, holds on whole trials; if not, each is tried on them afterwards."""
+        self.thorough = True
+        for part in parts:
+            for plan, kind in (
+                (self.planned.trials, [s for s in part if s.dim]),
+                (self.planned.even, [s for s in part if not s.dim]),
+            ):
+                whole = [t for t in self.planned.whole if t in plan]
+                turns = [(0, whole)] if plan is self.planned.trials else [(0, whole), (1, whole[-1:])]
+                if kind and whole and self._failure(kind, turns):
+                    return False
+        return True
+
     def holding(self, symmetries: list[S], drop: Drop) -> list[S]:
         """All at once; where that fails, by halves on the trial that shows it."""
         while symmetries and (failure := self._failure(symmetries)):
@@ -162,11 +179,11 @@ class Verifier:
             return found
         return {s: e for s in symmetries if (e := self.error([s]))} or dict.fromkeys(symmetries, error)
 
-    def _failure(self, symmetries: Sequence[Symmetry]) -> Failure | None:
-        """The first trial whose outputs change."""
+    def _failure(self, symmetries: Sequence[Symmetry], turns: Iterable[Turn] = ()) -> Failure | None:
+        """The first trial whose outputs change, of these `turns`, or of all."""
         if not self.planned.trials:
             return float("inf"), self.planned.calm[0], 0
-        for turn, trials in self._turns(symmetries):
+        for turn, trials in turns or self._turns(symmetries):
             moved = self._moved(symmetries, turn)
             with self.probe.at(moved):
                 for trial in trials:
@@ -200,7 +217,7 @@ class Verifier:
         moved = self._moved(symmetries, turn, trial.written) if names else {}
         return {n: moved[n] for n in names}
 
-    def _turns(self, symmetries: Sequence[Symmetry]) -> Iterator[tuple[int, list[Trial]]]:
+    def _turns(self, symmetries: Sequence[Symmetry]) -> Iterator[Turn]:
         """Which elements to try, by number, on which trials.
 
         Random elements of several symmetries undo each other with probability zero, but those of small finite groups
@@ -208,7 +225,8 @@ class Verifier:
         in a bit, stand apart once. One trial is enough for that.
         """
         shuffled = any(isinstance(s.group, Permutation) for s in symmetries)
-        trials = list(self.planned.even if shuffled else self.planned.trials)
+        later = [] if self.thorough else self.planned.whole
+        trials = [t for t in (self.planned.even if shuffled else self.planned.trials) if t not in later]
         yield 0, trials
         if all(not s.dim for s in symmetries):
             yield 1, trials[::2]
