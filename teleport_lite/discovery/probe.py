@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -180,7 +179,7 @@ def _movable(model: nn.Module) -> set[str]:
 
 
 def _kept(value: Any) -> Any:
-    return copy.copy(value) if type(value) in (list, dict, OrderedDict, set) else value
+    return value.copy() if type(value) in (list, dict, OrderedDict, set) else value
 
 
 def normal(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -195,10 +194,10 @@ def laboratory(module: nn.Module) -> Iterator[None]:
     No gradients, no compilation, no autocast, no fused kernels (each operation can be seen), float64 and the CPU by
     default; random states are kept.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, here = torch.backends.mha.get_fastpath_enabled(), torch.get_default_device().type == "cpu"
     with (
         torch.no_grad(), kept_random_state(module), eager_mode("cpu"), float64_default(),
-        sdpa_kernel(SDPBackend.MATH), torch.device("cpu"),
+        sdpa_kernel(SDPBackend.MATH), nullcontext() if here else torch.device("cpu"),
     ):  # fmt: skip
         torch.backends.mha.set_fastpath_enabled(False)
         try:

@@ -23,7 +23,7 @@ SIZES = (30.0, 1 / 30, -1.0)  # times the inputs, for models that branch on what
 MANY = 16  # examples in a batch that is not run as a whole
 SEEDS, OUTSIDE = 3, 16  # for models that draw random numbers, in torch or outside
 PARTS = 8  # runs that leave something out
-SHORT = 16  # longer axes are cut, to at least that
+SHORT = 8  # longer axes are cut, to at least that
 REPEATED = 1e-12  # two runs of the same agree up to that
 
 
@@ -71,12 +71,12 @@ class Trials:
             found += self._all_accepted(inputs.times(one.call, size) for size in SIZES)
         base = noisy or given
         found += self._all_accepted(inputs.fewer(base.call))
-        longest = self._grown(base)
+        longest = self._grown(base, {size for size, _ in inputs.sizes(whole.call)})
         found += islice(self._all_accepted(inputs.other_numbers(base.call)), 8)
         if not found and not longest and self._has_real(example):
             self.notes.append("other inputs than those given: the model does not take them")
         if given is not whole:
-            self.whole = [whole, *self._varied(whole)]
+            self.whole = self._varied(whole) or [whole]
         return [given, *found, *([longest] if longest else []), *self.whole]
 
     def _cut(self, trial: Trial) -> Trial:
@@ -106,11 +106,11 @@ class Trials:
                 return found
         return []
 
-    def _grown(self, base: Trial) -> Trial | None:
-        """All axes longer that may be; None when none may."""
+    def _grown(self, base: Trial, lengths: set[int]) -> Trial | None:
+        """All axes of these lengths longer that may be; None when none may."""
         call, grown = base.call, False
         for size, dim in list(inputs.sizes(call)):
-            if inputs.has(call, size, dim):
+            if size in lengths and inputs.has(call, size, dim):
                 tried = (inputs.resized(call, size, new, dim) for new in inputs.longer(size, dim))
                 for longer in islice(self._all_accepted(tried), 1):
                     call, grown = longer.call, True
