@@ -30,6 +30,7 @@ class Probe:
     Attributes:
         params: the parameters themselves, by the names that they have in `model`.
         values: where they stand between two runs.
+        given: where they stood before all were moved off special values.
         movable: the buffers that may move along, by name.
         home: values of the parameters and of these buffers.
         of: what `outputs` gives: "outputs", or "loss" for their logarithmic softmax, which a cross-entropy sees.
@@ -58,6 +59,7 @@ class Probe:
             if isinstance(v, torch.Generator)
         ]
         self._settle_home()
+        self.given = self.values
 
     def _settle_home(self) -> None:
         self.values: Params = {name: p.detach().clone() for name, p in self.params.items()}

@@ -34,7 +34,7 @@ def shears(
     proposed += _of_means(found, propagation)
     lengths = [float(norm(g)) for g in check.gradients]
     proposed = [s for s in proposed if to_first_order(s, params, check.gradients, lengths) and check.sees(s)]
-    return check.keep(proposed, lambda *_: None)
+    return check.at_given(check.keep(proposed, lambda *_: None))
 
 
 def _behind_norms(found: list[NeuronSymmetry], propagation: Propagation, params: Params) -> Iterator[NeuronSymmetry]:

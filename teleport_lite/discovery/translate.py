@@ -47,7 +47,7 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
         lengths = [float(norm(g)) for g in gradients]
         proposed = [s for s in proposed if to_first_order(s, elsewhere, gradients, lengths)]
     family = {**unseen, **{s: -k for k, s in enumerate(low_rank, 1)}}
-    return {s: family.get(s, 0) for s in check.keep(proposed, lambda *_: None)}
+    return {s: family.get(s, 0) for s in check.at_given(check.keep(proposed, lambda *_: None))}
 
 
 def together(found: dict[Shift, int]) -> list[Shift]:
