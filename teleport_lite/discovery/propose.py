@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -65,8 +65,8 @@ def solve_and_verify(
     found: list[NeuronSymmetry] = []
     mixings: list[NeuronSymmetry] = []
     sums, scaled = bool(propagation.constraints.sums), _with_offsets(axes, propagation.constraints)
-    for term in (SECOND, PRODUCT) if sums else (SECOND,):
-        classes, factors = solve_scalings(propagation.constraints, term)
+    terms: tuple[int, ...] = (SECOND, PRODUCT) if sums else (SECOND,)
+    for classes, factors in _distinct(solve_scalings(propagation.constraints, term) for term in terms):
         entries = _entries(scaled, classes, factors)
         single = _proposals(
             scaled, entries, GeneralLinear, signatures(propagation.constraints, classes, MIX), classes, reasons
@@ -81,11 +81,9 @@ def solve_and_verify(
         found += kept + check.keep(made, drop)
     constraints, axes = moving.constraints, [a for a in _axes(moving) if a[0] in moving.used]
     covered, orders = _covered(axes, mixings), solve_permutations(constraints)
+    terms = (SECOND, FIRST, PRODUCT) if constraints.sums else (SECOND,)
     kinds: list[tuple[type[Group], Tensor, Tensor | None]] = [
-        *(
-            (Signs, solve_signs(constraints, term), None)
-            for term in ((SECOND, FIRST, PRODUCT) if constraints.sums else (SECOND,))
-        ),
+        *((Signs, classes, None) for (classes,) in _distinct((solve_signs(constraints, term),) for term in terms)),
         (Permutation, orders, signatures(constraints, orders, PERM)),
     ]
     proposals: list[NeuronSymmetry] = []
@@ -108,6 +106,15 @@ def solve_and_verify(
     found += permute_blocks([part for s in found for part in split_blocks(s)], check)
     found += permute_stacks(found, check) + turning
     return sorted(found, key=sort_key), reasons
+
+
+def _distinct(solutions: Iterable[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """Those that are not equal to one before."""
+    found: list[tuple[Tensor, ...]] = []
+    for s in solutions:
+        if not any(all(map(torch.equal, s, t)) for t in found):
+            found.append(s)
+    return found
 
 
 class Axis(NamedTuple):
@@ -147,16 +154,16 @@ def _with_offsets(axes: list[Axis], constraints: Constraints) -> list[Axis]:
 
 def _entries(axes: list[Axis], classes: Tensor, factors: Tensor) -> dict[int, list[_Entry]]:
     """For each class that moves, where it shows up; it moves the first rows directly."""
-    places: dict[int, dict[tuple[int, float], list[int]]] = defaultdict(lambda: defaultdict(list))
+    places: dict[int, dict[tuple[int, float], list[int]]] = {}
     for k, axis in enumerate(axes):
         variables = axis.labels >> 1
         powers = factors[variables] * (1 - 2 * (axis.labels & 1))
         for i, (c, power) in enumerate(zip(classes[variables].tolist(), powers.tolist(), strict=True)):
             if c:
-                places[c][k, power].append(i)
+                places.setdefault(c, {}).setdefault((k, power), []).append(i)
     found: dict[int, list[_Entry]] = {}
     for c, there in places.items():
-        unit = next((power for k, power in there if axes[k][1] == 0), next(iter(there))[1])
+        unit = next((power for k, power in there if axes[k].dim == 0), next(iter(there))[1])
         found[c] = [_Entry(k, rational(power / unit), tuple(where)) for (k, power), where in there.items()]
     return found
 

@@ -143,8 +143,10 @@ class Verifier:
             return gap(moved)
 
         before = self._returned(trial, given)
+        if not symmetries or not before or alone(symmetries) <= SEEN:
+            return symmetries
         rounded = {n: p + 1e-15 * p * normal(p, draw) if p.is_floating_point() else p for n, p in given.items()}
-        if not symmetries or not before or alone(symmetries) <= SEEN or gap(rounded) > SEEN:
+        if gap(rounded) > SEEN:  # nothing can be compared here
             return symmetries
         return [s for s in symmetries if alone([s]) <= SEEN]
 
