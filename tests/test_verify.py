@@ -748,6 +748,12 @@ def test_axes_are_cut_and_what_holds_on_short_ones_alone_is_not_claimed():
     assert found(tl.find_symmetries(model, x(2, 40, 4))) == ["S(5)"]
 
 
+def test_what_a_loss_forgets_on_short_axes_alone_is_not_claimed():
+    model = Model(lambda s, z: s.a(z).relu() if z.shape[1] > 30 else s.a(z), a=nn.Linear(4, 3))
+    assert [f.of for f in tl.find_symmetries(model, x(2, 20, 4), of="loss").continuous] == ["loss"]
+    assert not tl.find_symmetries(model, x(2, 40, 4), of="loss").continuous
+
+
 def test_a_long_search_logs_its_steps(monkeypatch, caplog):
     monkeypatch.setattr("teleport_lite.discovery.find.PATIENCE", 0.0)
     with caplog.at_level("INFO", logger="teleport_lite"):

@@ -71,7 +71,7 @@ def solve_and_verify(
         single = _proposals(
             scaled, entries, GeneralLinear, signatures(propagation.constraints, classes, MIX), classes, reasons
         )
-        mixed = [s for s in join_side_by_side([s for s in single if s.group.n > 1]) if s not in found]
+        mixed = [s for s in join_side_by_side(list(single)) if s not in found]
         kept = check.keep(mixed, lambda *_: None)
         kept += check.keep([part for s in mixed if s not in kept for part in split_blocks(s)], lambda *_: None)
         mixings += kept
@@ -91,7 +91,7 @@ def solve_and_verify(
         entries = _entries(axes, classes, torch.ones(len(classes)))
         rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.indices)}
         made = [s for s in _proposals(axes, rest, kind, signature, classes, reasons) if s not in found + proposals]
-        proposals += [s for s in made if kind is Signs or s.group.n > 1]
+        proposals += made
         if check.planned.trials != check.planned.even or kind is Permutation:  # else all in one go
             found, proposals = found + check.keep(proposals, drop), []
     found = [s for s in found if not _trivial(s, check)]
@@ -201,7 +201,10 @@ def _proposals(
         if kind is GeneralLinear and any(abs(power) != 1 for _, power, _ in shape):
             continue
         made: list[NeuronSymmetry] = []
-        for piece in _pieces(members):
+        pieces = list(_pieces(members))
+        for piece in pieces:
+            if len(piece) == 1 and kind in (GeneralLinear, Permutation) and len(pieces) <= PIECES:
+                continue  # a scaling, or nothing
             dual_sign = kind in (PositiveScaling, GeneralLinear)
             legs = []
             for entry in piece[0]:
