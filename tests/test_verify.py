@@ -746,6 +746,9 @@ def test_axes_are_cut_and_what_holds_on_short_ones_alone_is_not_claimed():
     model = Model(longer, a=nn.Linear(4, 5), c=nn.Linear(5, 2))
     assert found(tl.find_symmetries(model, x(2, 20, 4))) == ["(R>0)^5", "S(5)"]
     assert found(tl.find_symmetries(model, x(2, 40, 4))) == ["S(5)"]
+    model = Model(lambda s, z: s.a(z) - (z.shape[1] < 31) * s.a(z).mean(-1, keepdim=True), a=nn.Linear(4, 3))
+    assert tl.find_symmetries(model, x(2, 20, 4)).continuous
+    assert not tl.find_symmetries(model, x(2, 40, 4)).continuous
 
 
 def test_what_a_loss_forgets_on_short_axes_alone_is_not_claimed():

@@ -179,14 +179,10 @@ class Verifier:
     def confirmed(self, *parts: Sequence[Symmetry]) -> bool:
         """Whether all that was found, part by part, holds on whole trials; if not, each is tried on them afterwards."""
         self.thorough = True
-        for part in parts:
-            for plan, kind in (
-                (self.planned.trials, [s for s in part if s.dim]),
-                (self.planned.even, [s for s in part if not s.dim]),
-            ):
-                whole = [t for t in self.planned.whole if t in plan]
-                turns = [(0, whole)] if plan is self.planned.trials else [(0, whole), (1, whole[-1:])]
-                if kind and whole and self._failure(kind, turns):
+        for finite, plan in ((False, self.planned.trials), (True, self.planned.even)):
+            whole = [t for t in self.planned.whole if t in plan]
+            for kind in ([s for s in part if finite == (not s.dim)] for part in parts):
+                if kind and whole and self._failure(kind, [(0, whole)]):
                     return False
         return True
 
