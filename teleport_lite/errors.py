@@ -72,12 +72,13 @@ class EmptyModelError(TeleportError, ValueError):
 class NoSymmetryError(TeleportError, ValueError):
     """A teleport was asked for, and the symmetry has no factor to move along."""
 
-    def __init__(self, reasons: Iterable[str]) -> None:
+    def __init__(self, reasons: Iterable[str], remedy: str = "use level_set_teleport, which needs no symmetry") -> None:
         self.reasons = list(reasons)
+        frozen = any("is frozen" in reason for reason in self.reasons)
         super().__init__(
-            "a symmetry with at least one factor",
+            "a symmetry with at least one factor to move along",
             "none (" + ("; ".join(self.reasons) or "an empty product") + ")",
-            "pass symmetry=..., or use a model that find_symmetries understands",
+            "unfreeze what is frozen, or " * frozen + remedy,
         )
 
 

@@ -157,9 +157,11 @@ def carry_out(
             raise NoSymmetryError(product.reasons)
         check_movable(model, product)
         if search != "random":
+            groups = ", ".join(dict.fromkeys(str(f.group) for f in product))
             product = product.continuous
             if not len(product):
-                raise NoSymmetryError(["all its groups are finite: only search='random' moves along them"])
+                remedy = "pass search='random' and a generator to move along them, or use level_set_teleport"
+                raise NoSymmetryError([f"all its groups are finite: {groups}", *product.reasons], remedy)
         if search in (None, "closed_form"):
             product = searched(product, goal)
 
