@@ -426,9 +426,16 @@ def test_bad_arguments(model):
         tl.teleport(model, loss_fn, objective="one_step_loss", search="closed_form")
     with pytest.raises(UnknownNameError, match="got '9.weight'"):
         tl.teleport(model, loss_fn, scaling(3, "9.weight", "2.weight"))
-    for radius in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(TeleportError, match="positive finite radius"):
-            tl.teleport(model, loss_fn, radius=radius)
+    value, unbounded, kind = (
+        r"; pass radius=1\.0$",
+        "an orbit without a bound .*: pass radius=",
+        "; pass a number, such as",
+    )
+    table = {0.0: value, -1: value, float("nan"): value, float("inf"): unbounded, "1": kind, True: kind, X: kind}
+    for radius, remedy in table.items():
+        for objective in ("gradient_norm", "weight_norm"):
+            with pytest.raises(TeleportError, match=f"positive finite radius, got .{{,30}}{remedy}"):
+                tl.teleport(model, loss_fn, radius=radius, objective=objective)
     with pytest.raises(TeleportError, match="positive tol"):
         tl.teleport(model, loss_fn, tol=0.0)
     with pytest.raises(TeleportError, match="generator for a random teleport"):
