@@ -7,6 +7,9 @@ sentences, so that a program can read `.expected`, `.got` and `.remedy` as easil
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
+
+MANY = 12  # names, of which a message lists the nearest
 
 
 def described(value: object) -> str:
@@ -45,7 +48,7 @@ class TeleportError(Exception):
 
 
 class UnknownNameError(TeleportError, KeyError):
-    """A name that a registry does not hold; the message lists those it does.
+    """A name that a registry does not hold; the message lists those it does, or of many the nearest ones.
 
     >>> raise UnknownNameError("objective", "gradnorm", ["gradient_norm", "weight_norm"])
     Traceback (most recent call last):
@@ -54,8 +57,10 @@ pass a known objective
     """
 
     def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
-        listed = ", ".join(repr(k) for k in known) or "nothing (there is none)"
-        super().__init__(f"one of {listed}", repr(name), f"pass a known {kind}")
+        names = [*map(str, known)]
+        near = get_close_matches(str(name), names, 5, 0.0) if len(names) > MANY else names
+        listed = ", ".join(map(repr, near)) + f" or {len(names) - len(near)} others" * (near != names)
+        super().__init__(f"one of {listed or 'nothing (there is none)'}", repr(name), f"pass a known {kind}")
 
     __str__ = Exception.__str__
 
