@@ -90,7 +90,7 @@ def teleport(
         ParameterError: when the symmetry moves a frozen parameter, or a parameter is not finite, or sharded (FSDP).
         RankError: when another rank fails, or the ranks do not hold the same parameters, symmetry, generator, ...
         UnknownNameError: when the objective, the search or a parameter of the symmetry is not known.
-        TeleportError: when the radius or tol is not positive.
+        TeleportError: when the radius or tol is not positive, or model and loss_fn are not what they should be.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))

@@ -468,3 +468,38 @@ def test_bad_losses(model):
         tl.teleport(model, lambda net: loss_fn(other))
     with pytest.raises(LossError, match="scalar tensor from the objective"):
         tl.teleport(model, loss_fn, symmetry, objective=lambda params: 3.0)
+    with pytest.raises(
+        LossError, match=r"objective of params.*got TypeError: 'dict'.*functional_call\(model, params, x\)"
+    ):
+        tl.teleport(model, loss_fn, symmetry, objective=lambda net: net(X).sum())
+    before = model(X).sum() + model[0].bias.sum()
+    report = tl.teleport(
+        model, loss_fn, symmetry, lambda p: torch.func.functional_call(model, p, X).sum() + p["0.bias"].sum()
+    )
+    assert report.accepted and report.objective_before == pytest.approx(before.item())
+
+
+NO_LOSS = {  # not functions of the net alone
+    "Tensor of shape": torch.ones(()),
+    r"CrossEntropyLoss, which takes \(input, target\)": nn.CrossEntropyLoss(),
+    r"<lambda>, which takes \(\)": lambda: 0,
+    r"mse_loss, which takes \(input, target, ": nn.functional.mse_loss,
+}
+
+
+@pytest.mark.parametrize("got", NO_LOSS)
+@pytest.mark.parametrize("routine", ["teleport", "sharpness", "hessian_trace", "level_set_teleport", "step"])
+def test_what_is_no_function_of_the_net_is_refused(model, routine, got):
+    call = getattr(tl, routine) if routine != "step" else lambda net, loss: teleporter.step(loss)
+    teleporter = tl.Teleporter(model, torch.optim.SGD(model.parameters()), every={9})
+    with pytest.raises(TeleportError, match=rf"a function of the net, got {got}.*; pass lambda net: criterion\(net"):
+        call(model, NO_LOSS[got])
+
+
+@pytest.mark.parametrize("wrong", [loss_fn, nn.Linear, "model", X])
+@pytest.mark.parametrize(
+    "routine", ["teleport", "sharpness", "hessian_trace", "level_set_teleport", "find_symmetries", "curvature"]
+)
+def test_what_is_no_model_is_refused(routine, wrong):
+    with pytest.raises(TeleportError, match=r"expected a model, got .{5,30}; pass an instance of torch\.nn\.Module"):
+        getattr(tl, routine)(wrong, loss_fn)
