@@ -91,7 +91,7 @@ def teleport(
         ParameterError: when the symmetry moves a frozen parameter, or a parameter is not finite, or sharded (FSDP).
         RankError: when another rank fails, or the ranks do not hold the same parameters, symmetry, generator, ...
         UnknownNameError: when the objective, the search or a parameter of the symmetry is not known.
-        TeleportError: when the radius or tol is not positive.
+        TeleportError: when the radius or tol is not positive, or model and loss_fn are not what they should be.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
@@ -158,9 +158,11 @@ def carry_out(
             raise NoSymmetryError(product.reasons)
         check_movable(model, product)
         if search != "random":
+            groups = ", ".join(dict.fromkeys(str(f.group) for f in product))
             product = product.continuous
             if not len(product):
-                raise NoSymmetryError(["all its groups are finite: only search='random' moves along them"])
+                remedy = "pass search='random' and a generator to move along them, or use level_set_teleport"
+                raise NoSymmetryError([f"all its groups are finite: {groups}", *product.reasons], remedy)
         if search in (None, "closed_form"):
             product = searched(product, goal)
 
