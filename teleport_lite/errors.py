@@ -69,7 +69,8 @@ class ShapeError(TeleportError, ValueError):
     """A tensor whose shape does not fit the symmetry, the group or the model."""
 
     def __init__(self, name: str, expected: object, got: object, remedy: str = "") -> None:
-        super().__init__(f"{name} of shape {expected}", f"shape {got}", remedy or f"reshape {name}")
+        got = got if isinstance(got, str) else f"shape {got}"
+        super().__init__(f"{name} of shape {expected}", got, remedy or f"reshape {name}")
 
 
 class ParameterError(TeleportError, ValueError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from teleport_lite.distributed import Ranks
-from teleport_lite.errors import ParameterError, TeleportError, UnknownNameError
+from teleport_lite.errors import ParameterError, TeleportError, UnknownNameError, described
 from teleport_lite.functional import Params
 from teleport_lite.objectives import Objective, as_objective
 from teleport_lite.optim.state_rules import STATES, move
@@ -228,11 +228,14 @@ class Teleporter:
         Raises:
             TeleportError: when its entries are others, or when one has a generator and the other has none.
         """
-        keys = {"steps", "spent", "generator"}
-        if state.keys() != keys or (state["generator"] is None) != (self.generator is None):
-            got = ", ".join(f"{key}: {type(value).__name__}" for key, value in state.items())
-            expected = f"steps, spent, and {'no' if self.generator is None else 'the state of a'} generator"
-            raise TeleportError(expected, got or "nothing", "make the Teleporter as it was when the state was saved")
+        if not isinstance(state, Mapping) or state.keys() != self.state_dict().keys():
+            got = f"the keys {[*state]}" if isinstance(state, Mapping) else described(state)
+            remedy = "pass what Teleporter.state_dict gave"
+            raise TeleportError(f"a state with the keys {[*self.state_dict()]}", got, remedy)
+        if (state["generator"] is None) != (self.generator is None):
+            words = "a state with that of a generator", "a state without"
+            expected, got = words if state["generator"] is None else words[::-1]
+            raise TeleportError(expected, got, "make the Teleporter as it was when the state was saved")
         if self.generator is not None:
             self.generator.set_state(state["generator"])
         self.steps, self.spent = int(state["steps"]), float(state["spent"])

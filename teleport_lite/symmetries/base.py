@@ -212,8 +212,7 @@ class Symmetry(ABC):
     def _check_coordinates(self, params: Params, xi: Any) -> None:
         expected = self.group.zeros(torch.empty(0, dtype=self._like(params).dtype, device="meta"))  # no operator runs
         if not isinstance(xi, Tensor) or xi.shape != expected.shape:
-            got = tuple(xi.shape) if isinstance(xi, Tensor) else type(xi).__name__
-            raise ShapeError("xi", tuple(expected.shape), got, "take xi from sample or zeros")
+            raise ShapeError("xi", tuple(expected.shape), described(xi), "take xi from sample or zeros")
 
     def _like(self, params: Params) -> Tensor:
         """The moved parameter of the widest type: in that one `xi` lives."""

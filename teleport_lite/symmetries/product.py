@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from teleport_lite.errors import ShapeError, TeleportError, UnknownNameError
+from teleport_lite.errors import TeleportError, UnknownNameError, described
 from teleport_lite.functional import Params
 from teleport_lite.groups.base import pairs
 from teleport_lite.symmetries.axes import NeuronSymmetry
@@ -204,8 +204,9 @@ class Product(Symmetry, Sequence):
 
     def _check_coordinates(self, params, xi):
         if not isinstance(xi, (tuple, list)) or len(xi) != len(self.factors):
-            got = f"length {len(xi)}" if isinstance(xi, (tuple, list)) else type(xi).__name__
-            raise ShapeError("xi", f"tuple of {len(self)}", got, "take xi from sample or zeros")
+            raise TeleportError(
+                f"xi to be a tuple of {len(self)} tensors", described(xi), "take xi from sample or zeros"
+            )
 
     def __len__(self) -> int:
         return len(self.factors)
@@ -259,5 +260,5 @@ the objective is passed as objective=...
         return Product([symmetry])
     listed = isinstance(symmetry, (list, tuple)) and all(isinstance(f, Symmetry) for f in symmetry)
     remedy = "pass what find_symmetries gives; the objective is passed as objective=..."
-    got = f"a {type(symmetry).__name__} of symmetries" if listed else repr(symmetry)
+    got = f"a {type(symmetry).__name__} of symmetries" if listed else described(symmetry)
     raise TeleportError("a symmetry", got, "pass tl.Product(...) of them" if listed else remedy)
