@@ -58,7 +58,7 @@ SECTIONS = [
 LIMIT = 2_000_000  # bytes
 COLUMNS = 88  # of a line of code
 LONG = 14  # lines of a cell that plots, before it is collapsed
-LONGEST = 100  # lines of any cell that is not
+LONGEST = 55  # lines of any cell that is not
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 KIND = "|".join(KINDS)

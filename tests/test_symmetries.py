@@ -317,6 +317,11 @@ def test_selecting_from_a_product(product):
     assert product.select("sign").reasons == ("no factor of kind 'sign'",)
     with pytest.raises(UnknownNameError, match="'scaling', 'mixing', .*got 'scalings'"):
         product.select("scalings")
+    with pytest.raises(UnknownNameError, match=r"one of '0.weight', '0.bias', '1.weight', got '0.wieght'; .*pattern"):
+        product.select("scaling", "0.wieght")
+    many = tl.Product([scaling(2, f"{i}.weight", f"{i + 1}.weight") for i in range(20)])
+    with pytest.raises(UnknownNameError, match=r"one of '17.weight', .* or 16 others, got '17.weights'"):
+        many.select(name="17.weights")
 
 
 def test_spreading_the_entries_as_they_are_is_transport(generator):

@@ -8,8 +8,10 @@ reason.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import nn
@@ -33,6 +35,7 @@ from teleport_lite.symmetries.product import Product
 from teleport_lite.symmetries.rank import components, cost, rank
 from teleport_lite.symmetries.shifts import Shift
 
+PATIENCE = 3.0  # seconds after which steps are logged
 CHEAP = 1e8  # operations that the rank of the tangents may take
 
 RETURNED = "the model returns them"
@@ -55,7 +58,8 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
     mode. What these runs do not exercise stays, and so does what may share an axis with a parameter that they did not
     read. All that the model returns stays, but for an object that it returns under the name of one of its own
     arguments: the cache of a language model is a state that it hands on to itself. That is a test and no proof: a
-    branch that no run takes is not seen. See the chapter *Modern architectures*.
+    branch that no run takes is not seen. See the chapter *Modern architectures*. A search that takes more than a few
+    seconds logs its steps, as INFO of `logging.getLogger("teleport_lite")`.
 
     Args:
         model: the model, on any device, in any mode.
@@ -71,7 +75,7 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
         EmptyModelError: when the model has no parameters.
         ParameterError: when a parameter has no shape yet, is sharded, or shares memory with another one.
         UnknownNameError: when `of` is neither.
-        TeleportError: when the model cannot be copied, or does not run on `example_inputs` in float64.
+        TeleportError: when the model is none, cannot be copied, or does not run on `example_inputs` in float64.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 1))
     >>> find_symmetries(model, torch.zeros(1, 8))
@@ -84,9 +88,10 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
     """
     if of not in ("outputs", "loss"):
         raise UnknownNameError("of", of, ("outputs", "loss"))
-    if not any(True for _ in model.parameters()):
-        raise EmptyModelError(model)
+    step = _steps()
     probe = Probe(model)
+    if not probe.params:
+        raise EmptyModelError(model)
     check_apart(dict(model.named_parameters()))
     generator = torch.Generator().manual_seed(0)
     with laboratory(probe.module):
@@ -103,17 +108,37 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
             )
             moving.fix_idle_matrices(check.matters)
         check.partly = propagation.partly | moving.partly
-        factors, reasons = solve_and_verify(propagation, moving, check)
-        shifts = translations(probe, check, generator)
-        found: list[Symmetry] = [*factors, *shears(factors, shifts, propagation, check), *together(shifts)]
+        step("inputs are varied")
+        while True:
+            factors, reasons = solve_and_verify(propagation, moving, check)
+            step(f"{len(factors)} factors hold")
+            shifts = translations(probe, check, generator)
+            sheared = shears(factors, shifts, propagation, check)
+            step(f"{len(shifts) + len(sheared)} translations and shears hold")
+            if check.thorough or check.confirmed(factors, sheared, [*shifts]):
+                break
+        found: list[Symmetry] = [*factors, *sheared, *together(shifts)]
         if of == "loss":
             probe.of = of
-            seen = translations(probe, Verifier(probe, Arguments.of(example_inputs), generator), generator)
+            check_loss = Verifier(probe, Arguments.of(example_inputs), generator)
+            check_loss.thorough = True
+            seen = translations(probe, check_loss, generator)
             found += [Shift(s.dim, s.moves, of) for s in together({s: k for s, k in seen.items() if s not in shifts})]
         mixed = [f for part in components(found) if any(isinstance(f, Shift) for f in part) for f in part]
         overlap = sum(f.dim for f in mixed) - rank(mixed, check.params) if cost(mixed, check.params) < CHEAP else 0
         reasons = [*reasons, *check.notes(), *_unmoved(propagation, probe.params, factors)]
     return Product(found, reasons, overlap)
+
+
+def _steps() -> Callable[[str], None]:
+    """What logs a step, with the time, of a search that takes long."""
+    begun, log = time.monotonic(), logging.getLogger("teleport_lite")
+
+    def step(what: str) -> None:
+        if (seconds := time.monotonic() - begun) > PATIENCE:
+            log.info("find_symmetries: %s after %.0f s", what, seconds)
+
+    return step
 
 
 def propagated(probe: Probe, trials: Iterable[Trial], buffers: Collection[str] = ()) -> Propagation:

@@ -18,7 +18,7 @@ from teleport_lite.discovery.rotations import multipliers
 from teleport_lite.discovery.solve import solve_scalings
 from teleport_lite.discovery.translate import to_first_order
 from teleport_lite.discovery.verify import Verifier
-from teleport_lite.functional import Params
+from teleport_lite.functional import Params, norm
 from teleport_lite.groups import Permutation, PositiveScaling, Shears
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 from teleport_lite.symmetries.gained import GainedSymmetry
@@ -33,8 +33,9 @@ def shears(
     params = check.params
     proposed = [s for s in _behind_norms(found, propagation, params) if not free & {*s.moved}]
     proposed += _of_means(found, propagation)
-    proposed = [s for s in proposed if to_first_order(s, params, check.gradients) and check.sees(s)]
-    return check.keep(proposed, lambda *_: None)
+    lengths = [float(norm(g)) for g in check.gradients]
+    proposed = [s for s in proposed if to_first_order(s, params, check.gradients, lengths) and check.sees(s)]
+    return check.at_given(check.keep(proposed, lambda *_: None))
 
 
 def _behind_norms(found: list[NeuronSymmetry], propagation: Propagation, params: Params) -> Iterator[NeuronSymmetry]:

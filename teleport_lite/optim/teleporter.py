@@ -16,7 +16,7 @@ from teleport_lite.functional import Params
 from teleport_lite.objectives import Objective, as_objective
 from teleport_lite.optim.state_rules import STATES, move
 from teleport_lite.report import Report
-from teleport_lite.runtime import LossFn, check_generator, unwrap_compiled
+from teleport_lite.runtime import LossFn, check_generator, check_loss_fn, unwrap_compiled
 from teleport_lite.symmetries.base import Symmetry, check_radius
 from teleport_lite.symmetries.product import Product, check_symmetry
 from teleport_lite.teleport import carry_out, check_movable, symmetries_of
@@ -102,8 +102,6 @@ class Teleporter:
         search: str | None = None,
         tol: float | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TeleportError("a model", repr(model), "pass the torch.nn.Module that is trained")
         self.symmetry = None if symmetry is None else check_symmetry(symmetry)
         self.model, self.every, self.generator = model, every, check_generator(generator)
         self.optimizers = _optimizers(optimizer)
@@ -144,10 +142,7 @@ class Teleporter:
             StateError: when an entry of the optimizer's state cannot be carried.
             TeleportError: as `teleport`.
         """
-        if not callable(loss_fn):
-            raise TeleportError(
-                "a function of the net", type(loss_fn).__name__, "pass lambda net: criterion(net(x), y)"
-            )
+        check_loss_fn(loss_fn)
         drawn = None if self.generator is None else self.generator.get_state()
         spent = self.spent
         try:

@@ -131,7 +131,7 @@ class Product(Symmetry, Sequence):
             name: a pattern with * and ?, as for file names.
 
         Raises:
-            UnknownNameError: when there is no such kind.
+            UnknownNameError: when there is no such kind, or when a name that is no pattern is not moved.
 
         >>> from teleport_lite.symmetries import permutation, scaling
         >>> product = Product([scaling(4, "0.weight", "2.weight"), permutation(4, "0.weight", "2.weight")])
@@ -140,6 +140,9 @@ class Product(Symmetry, Sequence):
         """
         if kind is not None and kind not in KINDS:
             raise UnknownNameError("kind", kind, KINDS)
+        moved = (*self.names, *self.buffers)
+        if name is not None and name not in moved and not set("*?[") & set(name):
+            raise UnknownNameError("parameter that moves, or a pattern such as '0.*'", name, moved)
         found = [
             f
             for f in self.factors
