@@ -198,10 +198,7 @@ class Verifier:
         return symmetries
 
     def _culprits(self, symmetries: Sequence[Symmetry], error: float, trial: Trial, turn: int) -> dict[Symmetry, float]:
-        """Those among them that change one trial by themselves, where they do so together by `error`.
-
-        Where none does by itself, the first one that does so beside those before it.
-        """
+        """Those that change one trial by themselves; where none does, the first that does so beside those before it."""
         if len(symmetries) == 1:
             return {symmetries[0]: error}
         found: dict[Symmetry, float] = {}
