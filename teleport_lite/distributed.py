@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from teleport_lite.errors import ParameterError, RankError
+from teleport_lite.runtime import check_model
 
 Loss = Callable[[dict[str, Tensor]], Tensor]  # of parameters by name
 NO, YES, FAILED = 0, 1, 2  # what a rank answers
@@ -184,11 +185,13 @@ class _Mean(Function):
 
 
 def check_whole(model: nn.Module) -> None:
-    """Refuse parameters of which each process holds a part only.
+    """Refuse parameters of which each process holds a part only, and what is no model.
 
     Raises:
         ParameterError: when there is one.
+        TeleportError: when it is no model.
     """
+    check_model(model)
     remedy = "teleport before sharding, or gather the full state, teleport a plain copy and load it back"
     for name, p in model.named_parameters():
         if hasattr(p, "placements"):  # a DTensor, of FSDP2 or of tensor parallelism

@@ -7,6 +7,26 @@ sentences, so that a program can read `.expected`, `.got` and `.remedy` as easil
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
+
+MANY = 12  # names, of which a message lists the nearest
+
+
+def described(value: object) -> str:
+    """What a value is, in few words: arrays, containers and long texts are not printed.
+
+    >>> described("1"), described([1.0, 2.0]), described(TeleportError)
+    ("'1'", 'list of length 2', 'class TeleportError')
+    """
+    if isinstance(value, type):
+        return f"class {value.__name__}"
+    name, shape = type(value).__name__, getattr(value, "shape", None)
+    if isinstance(shape, tuple):
+        return f"{name} of shape {tuple(shape)}"
+    if isinstance(value, (tuple, list, dict, set)):
+        return f"{name} of length {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 40 and not text.startswith("<") else name
 
 
 class TeleportError(Exception):
@@ -28,7 +48,7 @@ class TeleportError(Exception):
 
 
 class UnknownNameError(TeleportError, KeyError):
-    """A name that a registry does not hold; the message lists those it does.
+    """A name that a registry does not hold; the message lists those it does, or of many the nearest ones.
 
     >>> raise UnknownNameError("objective", "gradnorm", ["gradient_norm", "weight_norm"])
     Traceback (most recent call last):
@@ -37,8 +57,10 @@ pass a known objective
     """
 
     def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
-        listed = ", ".join(repr(k) for k in known) or "nothing (there is none)"
-        super().__init__(f"one of {listed}", repr(name), f"pass a known {kind}")
+        names = [*map(str, known)]
+        near = get_close_matches(str(name), names, 5, 0.0) if len(names) > MANY else names
+        listed = ", ".join(map(repr, near)) + f" or {len(names) - len(near)} others" * (near != names)
+        super().__init__(f"one of {listed or 'nothing (there is none)'}", repr(name), f"pass a known {kind}")
 
     __str__ = Exception.__str__
 
@@ -47,7 +69,8 @@ class ShapeError(TeleportError, ValueError):
     """A tensor whose shape does not fit the symmetry, the group or the model."""
 
     def __init__(self, name: str, expected: object, got: object, remedy: str = "") -> None:
-        super().__init__(f"{name} of shape {expected}", f"shape {got}", remedy or f"reshape {name}")
+        got = got if isinstance(got, str) else f"shape {got}"
+        super().__init__(f"{name} of shape {expected}", got, remedy or f"reshape {name}")
 
 
 class ParameterError(TeleportError, ValueError):
@@ -72,12 +95,13 @@ class EmptyModelError(TeleportError, ValueError):
 class NoSymmetryError(TeleportError, ValueError):
     """A teleport was asked for, and the symmetry has no factor to move along."""
 
-    def __init__(self, reasons: Iterable[str]) -> None:
+    def __init__(self, reasons: Iterable[str], remedy: str = "use level_set_teleport, which needs no symmetry") -> None:
         self.reasons = list(reasons)
+        frozen = any("is frozen" in reason for reason in self.reasons)
         super().__init__(
-            "a symmetry with at least one factor",
+            "a symmetry with at least one factor to move along",
             "none (" + ("; ".join(self.reasons) or "an empty product") + ")",
-            "pass symmetry=..., or use a model that find_symmetries understands",
+            "unfreeze what is frozen, or " * frozen + remedy,
         )
 
 

@@ -11,7 +11,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from teleport_lite.errors import TeleportError
 from teleport_lite.outputs import arguments_of, tensors_of
-from teleport_lite.runtime import TOLERANCES, Call, LossFn, RandomState, Stage, coarsest, eager_mode, kept_random_state
+from teleport_lite.runtime import (
+    TOLERANCES,
+    Call,
+    LossFn,
+    RandomState,
+    Stage,
+    check_loss_fn,
+    check_model,
+    coarsest,
+    eager_mode,
+    kept_random_state,
+)
 
 Params = dict[str, Tensor]
 Loss = Callable[[Params], Tensor]
@@ -35,7 +46,8 @@ class Evaluation:
         buffers: what buffers are at the start of an evaluation, by name, where they are not the model's own.
 
     Raises:
-        TeleportError: when the model is a `DistributedDataParallel`, of which one process knows a shard of the loss.
+        TeleportError: when the model is none, or a `DistributedDataParallel`, of which one process knows a shard of the
+            loss; when loss_fn is no function of the net alone.
 
     >>> model, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
     >>> loss = Evaluation(model, lambda net: net(x).sum() + net.weight.square().sum())
@@ -47,6 +59,8 @@ class Evaluation:
         if isinstance(model, DistributedDataParallel):
             remedy = "pass model.module for the loss of this process alone; teleport takes the loss of all"
             raise TeleportError("a model of this process", "DistributedDataParallel", remedy)
+        check_model(model)
+        check_loss_fn(loss_fn)
         self.model, self.loss_fn = model, loss_fn
         self.call: Call | None = None
         self.buffers: Params = {}

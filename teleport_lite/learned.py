@@ -60,7 +60,7 @@ class Task:
             NoSymmetryError: when the task has none.
         """
         if self.symmetry is None:
-            raise NoSymmetryError(["the task was made without a symmetry"])
+            raise NoSymmetryError(["the task was made without a symmetry"], "pass symmetry=... to Task")
         return Product([self.symmetry if isinstance(self.symmetry, Symmetry) else self.symmetry(data)])
 
     def values(self, params: Params, data: Any) -> Tensor:
@@ -174,7 +174,8 @@ class LearnedOptimizer(nn.Module):
         if teleports not in TELEPORTS:
             raise UnknownNameError("kind of teleport", teleports, TELEPORTS)
         if teleports != "none" and (symmetry is None or not symmetry.dim):
-            raise NoSymmetryError(["none was passed" if symmetry is None else "all its groups are finite"])
+            why = "none was passed" if symmetry is None else "all its groups are finite"
+            raise NoSymmetryError([why], "pass symmetry=... with a continuous factor")
         if momentum and emits != "rate":
             raise TeleportError(
                 "emits='rate' with momentum", repr(emits), "an LSTM that emits updates has its own memory"

@@ -238,7 +238,15 @@ def as_objective(objective: object) -> Objective:
 
     def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
         def checked(params: Params) -> Tensor:
-            value: object = objective(params)
+            try:
+                value: object = objective(params)
+            except (TypeError, AttributeError) as error:
+                if "'dict' object" not in str(error):
+                    raise
+                remedy = "call the net as torch.func.functional_call(model, params, x)"
+                raise LossError(
+                    "an objective of params, a dictionary", f"{type(error).__name__}: {error}", remedy
+                ) from error
             if not isinstance(value, Tensor) or value.numel() != 1:
                 got = type(value).__name__
                 raise LossError("a scalar tensor from the objective", got, "return a tensor of one entry")

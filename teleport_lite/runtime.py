@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from teleport_lite.errors import TeleportError
+from teleport_lite.errors import TeleportError, described
 
 LossFn = Callable[[Any], Tensor]  # of the model
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -219,6 +220,48 @@ def unfused_attention() -> AbstractContextManager:
 def as_inputs(example_inputs: object) -> Inputs:
     """The positional arguments that `example_inputs` stands for: a tuple or list as it is, anything else alone."""
     return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        TeleportError: when it is not.
+
+    >>> check_model(nn.Linear)
+    Traceback (most recent call last):
+    teleport_lite.errors.TeleportError: expected a model, got class Linear; pass an instance of torch.nn.Module
+    """
+    if not isinstance(model, nn.Module):
+        remedy = "pass an instance of torch.nn.Module"
+        raise TeleportError("a model", described(model), remedy)
+
+
+def check_loss_fn(loss_fn: object) -> None:
+    """Refuse what cannot be called with the net alone.
+
+    Raises:
+        TeleportError: when it cannot.
+
+    >>> check_loss_fn(nn.MSELoss())
+    Traceback (most recent call last):
+    teleport_lite.errors.TeleportError: expected a function of the net, got MSELoss, which takes (input, target); \
+pass lambda net: criterion(net(x), y)
+    """
+    got = described(loss_fn)
+    if callable(loss_fn):
+        try:
+            signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+        except (TypeError, ValueError):  # of a builtin
+            return
+        try:
+            signature.bind(None)
+        except TypeError:
+            name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+            got = f"{name}, which takes ({', '.join(signature.parameters)})"
+        else:
+            return
+    raise TeleportError("a function of the net", got, "pass lambda net: criterion(net(x), y)")
 
 
 def check_generator(generator: object) -> torch.Generator | None:

@@ -1080,15 +1080,19 @@ def test_interrupted_training_resumes_bit_for_bit(tmp_path):
 
 def test_a_checkpoint_of_another_schedule_is_refused(model):
     teleporter = tl.Teleporter(model, adam(model))
-    for state in (
-        {},
-        {"steps": 3},
-        {"steps": 3, "generator": None},
-        {"steps": 3, "spent": 0.0, "generator": torch.Generator().get_state()},
-        {"steps": 3, "spent": 0.0, "gen": None},
+    drawn = {"steps": 3, "spent": 0.0, "generator": torch.Generator().get_state()}
+    for state, message in (
+        ({}, r"keys \['steps', 'spent', 'generator'\], got the keys \[\]; pass what Teleporter.state_dict gave"),
+        ({"a": 1}, r"got the keys \['a'\]"),
+        ({"steps": 3, "generator": None}, r"got the keys \['steps', 'generator'\]"),
+        ({"steps": 3, "spent": 0.0, "gen": None}, r"got the keys \['steps', 'spent', 'gen'\]"),
+        ([drawn], "got list of length 1; pass what"),
+        (drawn, "a state without, got a state with that of a generator; make"),
     ):
-        with pytest.raises(TeleportError, match="expected steps, spent, and no generator, got"):
+        with pytest.raises(TeleportError, match=message):
             teleporter.load_state_dict(state)
+    with pytest.raises(TeleportError, match="a state with that of a generator, got a state without"):
+        tl.Teleporter(model, adam(model), generator=torch.Generator()).load_state_dict({**drawn, "generator": None})
     saved = {"steps": 3, "spent": 0.25, "generator": None}
     teleporter.load_state_dict(saved)
     assert (teleporter.steps, teleporter.spent) == (3, 0.25) and teleporter.state_dict() == saved
@@ -1189,7 +1193,11 @@ def test_bad_arguments(model):
             tl.Teleporter(model, optimizer, every=every)
     symmetry = hidden_product(scaling, model)
     listed = list(symmetry)
-    for wrong, message in ((listed, r"a list of symmetries; pass tl\.Product"), ("weight_norm", "objective=")):
+    for wrong, message in (
+        (listed, r"a list of symmetries; pass tl\.Product"),
+        ("weight_norm", "objective="),
+        (torch.zeros(40, 6), r"a symmetry, got Tensor of shape \(40, 6\); pass"),
+    ):
         with pytest.raises(TeleportError, match=message):
             tl.Teleporter(model, optimizer, wrong)
         with pytest.raises(TeleportError, match=message):

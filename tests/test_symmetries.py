@@ -242,12 +242,15 @@ def test_errors_carry_their_facts():
         symmetry.act({"a": params["a"]}, torch.zeros(3))
     with pytest.raises(ParameterError, match="torch.int64"):
         symmetry.act({**params, "a": torch.ones(3, 2, dtype=torch.int64)}, torch.zeros(3))
-    with pytest.raises(ShapeError, match=r"shape \(3,\), got shape \(2,\)"):
+    with pytest.raises(ShapeError, match=r"shape \(3,\), got Tensor of shape \(2,\)"):
         symmetry.act(params, torch.zeros(2))
     with pytest.raises(ShapeError, match="at least 4"):
         scaling(4, "a", "b").act(params, torch.zeros(4))
-    with pytest.raises(ShapeError, match="tuple of 1"):
-        tl.Product([symmetry]).act(params, torch.zeros(3))
+    for xi, got in ((torch.zeros(3), r"Tensor of shape \(3,\)"), ((), "tuple of length 0"), (None, "None")):
+        with pytest.raises(TeleportError, match=f"xi to be a tuple of 1 tensors, got {got}; take xi from sample"):
+            tl.Product([symmetry]).act(params, xi)
+    with pytest.raises(ShapeError, match=r"xi of shape \(3,\), got 'a'; take xi from sample"):
+        symmetry.act(params, "a")
     with pytest.raises(TeleportError, match="positive finite radius"):
         symmetry.sample(params, radius=float("inf"))
     with pytest.raises(TeleportError, match="at least one leg"):
@@ -317,6 +320,11 @@ def test_selecting_from_a_product(product):
     assert product.select("sign").reasons == ("no factor of kind 'sign'",)
     with pytest.raises(UnknownNameError, match="'scaling', 'mixing', .*got 'scalings'"):
         product.select("scalings")
+    with pytest.raises(UnknownNameError, match=r"one of '0.weight', '0.bias', '1.weight', got '0.wieght'; .*pattern"):
+        product.select("scaling", "0.wieght")
+    many = tl.Product([scaling(2, f"{i}.weight", f"{i + 1}.weight") for i in range(20)])
+    with pytest.raises(UnknownNameError, match=r"one of '17.weight', .* or 16 others, got '17.weights'"):
+        many.select(name="17.weights")
 
 
 def test_spreading_the_entries_as_they_are_is_transport(generator):

@@ -364,7 +364,7 @@ def test_nothing_better_is_said(model):
 
 def test_finite_groups_are_moved_along_at_random_only(model, generator):
     symmetry = hidden_product(permutation, model)
-    with pytest.raises(NoSymmetryError, match="all its groups are finite"):
+    with pytest.raises(NoSymmetryError, match=r"finite: S\(12\), S\(10\)\); pass search=.random. and a gen"):
         tl.teleport(model, loss_fn, symmetry)
     report = tl.teleport(model, loss_fn, symmetry, search="random", generator=generator)
     assert report.accepted and report.objective_after == pytest.approx(report.objective_before)
@@ -377,7 +377,7 @@ def test_frozen_parameters_are_never_moved(model):
     model[2].weight.requires_grad_(False)
     with pytest.raises(ParameterError, match="'2.weight' to be trainable, got requires_grad=False"):
         tl.teleport(model, loss_fn, hidden_product(scaling, model))
-    with pytest.raises(NoSymmetryError, match="2.weight is frozen"):
+    with pytest.raises(NoSymmetryError, match="2.weight is frozen.*; unfreeze what is frozen, or use level"):
         tl.teleport(model, loss_fn)
     deeper = mlp([6, 8, 8, 8, 3], nn.ReLU())
     deeper[6].weight.requires_grad_(False)
@@ -426,9 +426,16 @@ def test_bad_arguments(model):
         tl.teleport(model, loss_fn, objective="one_step_loss", search="closed_form")
     with pytest.raises(UnknownNameError, match="got '9.weight'"):
         tl.teleport(model, loss_fn, scaling(3, "9.weight", "2.weight"))
-    for radius in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(TeleportError, match="positive finite radius"):
-            tl.teleport(model, loss_fn, radius=radius)
+    value, unbounded, kind = (
+        r"; pass radius=1\.0$",
+        "an orbit without a bound .*: pass radius=",
+        "; pass a number, such as",
+    )
+    table = {0.0: value, -1: value, float("nan"): value, float("inf"): unbounded, "1": kind, True: kind, X: kind}
+    for radius, remedy in table.items():
+        for objective in ("gradient_norm", "weight_norm"):
+            with pytest.raises(TeleportError, match=f"positive finite radius, got .{{,30}}{remedy}"):
+                tl.teleport(model, loss_fn, radius=radius, objective=objective)
     with pytest.raises(TeleportError, match="positive tol"):
         tl.teleport(model, loss_fn, tol=0.0)
     with pytest.raises(TeleportError, match="generator for a random teleport"):
@@ -441,6 +448,7 @@ def test_bad_arguments(model):
         tl.teleport(nn.ReLU(), lambda net: net(X).sum())
     with pytest.raises(NoSymmetryError, match="the model returns them"):
         tl.teleport(nn.Linear(6, 3).double(), loss_fn)
+    assert tl.level_set_teleport(nn.Linear(6, 3).double(), loss_fn, steps=2).accepted  # the remedy that it names
     with pytest.raises(NoSymmetryError, match="an empty product"):
         tl.teleport(model, loss_fn, tl.Product([]))
 
@@ -460,3 +468,38 @@ def test_bad_losses(model):
         tl.teleport(model, lambda net: loss_fn(other))
     with pytest.raises(LossError, match="scalar tensor from the objective"):
         tl.teleport(model, loss_fn, symmetry, objective=lambda params: 3.0)
+    with pytest.raises(
+        LossError, match=r"objective of params.*got TypeError: 'dict'.*functional_call\(model, params, x\)"
+    ):
+        tl.teleport(model, loss_fn, symmetry, objective=lambda net: net(X).sum())
+    before = model(X).sum() + model[0].bias.sum()
+    report = tl.teleport(
+        model, loss_fn, symmetry, lambda p: torch.func.functional_call(model, p, X).sum() + p["0.bias"].sum()
+    )
+    assert report.accepted and report.objective_before == pytest.approx(before.item())
+
+
+NO_LOSS = {  # not functions of the net alone
+    "Tensor of shape": torch.ones(()),
+    r"CrossEntropyLoss, which takes \(input, target\)": nn.CrossEntropyLoss(),
+    r"<lambda>, which takes \(\)": lambda: 0,
+    r"mse_loss, which takes \(input, target, ": nn.functional.mse_loss,
+}
+
+
+@pytest.mark.parametrize("got", NO_LOSS)
+@pytest.mark.parametrize("routine", ["teleport", "sharpness", "hessian_trace", "level_set_teleport", "step"])
+def test_what_is_no_function_of_the_net_is_refused(model, routine, got):
+    call = getattr(tl, routine) if routine != "step" else lambda net, loss: teleporter.step(loss)
+    teleporter = tl.Teleporter(model, torch.optim.SGD(model.parameters()), every={9})
+    with pytest.raises(TeleportError, match=rf"a function of the net, got {got}.*; pass lambda net: criterion\(net"):
+        call(model, NO_LOSS[got])
+
+
+@pytest.mark.parametrize("wrong", [loss_fn, nn.Linear, "model", X])
+@pytest.mark.parametrize(
+    "routine", ["teleport", "sharpness", "hessian_trace", "level_set_teleport", "find_symmetries", "curvature"]
+)
+def test_what_is_no_model_is_refused(routine, wrong):
+    with pytest.raises(TeleportError, match=r"expected a model, got .{5,30}; pass an instance of torch\.nn\.Module"):
+        getattr(tl, routine)(wrong, loss_fn)

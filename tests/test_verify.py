@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tensors_in, worst_change
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import teleport_lite as tl
 from teleport_lite.discovery.inputs import Arguments
@@ -607,9 +608,19 @@ def test_lazy_layers_are_refused():
         tl.find_symmetries(nn.Sequential(nn.LazyLinear(3)), x(2, 4))
 
 
-def test_a_model_that_fails_says_how():
-    with pytest.raises(TeleportError, match=r"TypeError.*pass a tuple of positional arguments"):
-        tl.find_symmetries(mlp(), {"z": x(2, 4)})
+@pytest.mark.parametrize(
+    ("example", "remedy"),
+    [
+        ({"z": x(2, 4)}, "pass a tuple of positional arguments"),
+        ((x(2, 4), x(2, 1)), "without targets"),
+        (DataLoader(TensorDataset(x(2, 4))), r"next\(iter\(loader\)\)\[0\]"),
+        (x(2, 4).numpy(), r"torch\.from_numpy"),
+        ({"input": x(2, 4).numpy()}, r"torch\.from_numpy"),
+    ],
+)
+def test_a_model_that_fails_says_how(example, remedy):
+    with pytest.raises(TeleportError, match=f"got TypeError.*; .*{remedy}"):
+        tl.find_symmetries(mlp(), example)
 
 
 def test_what_differs_from_run_to_run_is_not_verified():

@@ -75,7 +75,7 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
         EmptyModelError: when the model has no parameters.
         ParameterError: when a parameter has no shape yet, is sharded, or shares memory with another one.
         UnknownNameError: when `of` is neither.
-        TeleportError: when the model cannot be copied, or does not run on `example_inputs` in float64.
+        TeleportError: when the model is none, cannot be copied, or does not run on `example_inputs` in float64.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 1))
     >>> find_symmetries(model, torch.zeros(1, 8))
@@ -88,10 +88,10 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
     """
     if of not in ("outputs", "loss"):
         raise UnknownNameError("of", of, ("outputs", "loss"))
-    if not any(True for _ in model.parameters()):
-        raise EmptyModelError(model)
     step = _steps()
     probe = Probe(model)
+    if not probe.params:
+        raise EmptyModelError(model)
     check_apart(dict(model.named_parameters()))
     generator = torch.Generator().manual_seed(0)
     with laboratory(probe.module):

@@ -64,7 +64,7 @@ class Probe:
     def _settle_home(self) -> None:
         self.values: Params = {name: p.detach().clone() for name, p in self.params.items()}
         self.home: Params = {**self.values, **{n: self.buffers[b] for n, b in self.movable.items()}}
-        self._here = self.home
+        self.here = self.home
 
     def perturb(self, generator: torch.Generator) -> None:
         """Move everything off special values: nothing must hold only because a number happens to be 0 or 1."""
@@ -152,14 +152,14 @@ class Probe:
     @contextmanager
     def at(self, params: Params) -> Iterator[None]:
         """A context in which the copy stands at `params`, and where it stood before in all others."""
-        here = self._here
+        here = self.here
         moved = {name: p for name, p in params.items() if p is not here[name]}
         try:
-            self._here = {**here, **moved}
+            self.here = {**here, **moved}
             self._write(moved)
             yield
         finally:
-            self._here = here
+            self.here = here
             self._write({name: here[name] for name in moved})
 
     def _write(self, params: Params) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from teleport_lite.discovery import inputs
 from teleport_lite.discovery.draws import PATTERNS, Draws, drawn_outside
@@ -58,7 +59,7 @@ class Trials:
         try:
             given = self._given(example)
         except Exception as error:
-            raise TeleportError("a model that runs on example_inputs", _told(error), _remedy(error)) from error
+            raise TeleportError("a model that runs on example_inputs", _told(error), _remedy(error, example)) from error
         if not given.before:
             got = "no tensor in what it returns"
             raise TeleportError("a model that returns tensors", got, "return them, or wrap the model in one that does")
@@ -223,9 +224,14 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _remedy(error: Exception) -> str:
+def _remedy(error: Exception, example: Arguments) -> str:
+    others = [x for x in example.leaves() if not isinstance(x, Tensor)]
+    if any(isinstance(x, DataLoader) for x in others):
+        return "pass the inputs of one batch, such as next(iter(loader))[0]"
+    if any(hasattr(x, "__array__") for x in others):
+        return "pass tensors: torch.from_numpy(x) for an array x"
     if isinstance(error, (TypeError, KeyError, AttributeError)):
-        return "pass a tuple of positional arguments, or a dictionary of keyword arguments"
+        return "pass a tuple of positional arguments, or a dictionary of keyword arguments, without targets"
     if "dtype" in str(error) or "Double" in str(error):
         return "the model is run in float64: let it take the type of what it reads from its input or its parameters"
     return "pass inputs as the model is called with"

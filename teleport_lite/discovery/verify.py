@@ -98,7 +98,7 @@ class Verifier:
     def allowed(self, symmetry: Symmetry) -> bool:
         """Whether all that it moves, and all that may have the same axis, was exercised."""
         legs = symmetry.legs if isinstance(symmetry, NeuronSymmetry) else ()
-        lengths = {n for name in self.unread for n in self.params[name].shape} - {1} | self.partly
+        lengths = {n for name in self.unread for n in self.params[name].shape} - {1} | (self.partly if legs else set())
         own = {self.params[leg.name].shape[leg.dim] for leg in legs} | {symmetry.group.n}
         own |= set() if legs else {n for name in symmetry.moved for n in self.params[name].shape}
         shared = lengths & own or {*symmetry.names} & {*self.untouched}
@@ -198,7 +198,7 @@ class Verifier:
         return symmetries
 
     def _culprits(self, symmetries: Sequence[Symmetry], error: float, trial: Trial, turn: int) -> dict[Symmetry, float]:
-        """Those among them that change one trial by themselves, where they do so together by `error`."""
+        """Those that change one trial by themselves; where none does, the first that does so beside those before it."""
         if len(symmetries) == 1:
             return {symmetries[0]: error}
         found: dict[Symmetry, float] = {}
@@ -208,7 +208,13 @@ class Verifier:
             found |= self._culprits(part, gap, trial, turn) if gap else {}
         if found:
             return found
-        return {s: e for s in symmetries if (e := self.error([s]))} or dict.fromkeys(symmetries, error)
+        if alone := {s: e for s in symmetries if (e := self.error([s]))}:
+            return alone
+        held, failing = 1, len(symmetries)  # how many of the first ones hold together, as where rounding adds up
+        while failing - held > 1:
+            middle = (held + failing) // 2
+            held, failing = (held, middle) if self._gap(symmetries[:middle], trial, turn) else (middle, failing)
+        return {symmetries[held]: error}
 
     def _failure(self, symmetries: Sequence[Symmetry], turns: Iterable[Turn] = ()) -> Failure | None:
         """The first trial whose outputs change, of these `turns`, or of all."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from teleport_lite.distributed import Ranks
-from teleport_lite.errors import ParameterError, TeleportError, UnknownNameError
+from teleport_lite.errors import ParameterError, TeleportError, UnknownNameError, described
 from teleport_lite.functional import Params
 from teleport_lite.objectives import Objective, as_objective
 from teleport_lite.optim.state_rules import STATES, move
 from teleport_lite.report import Report
-from teleport_lite.runtime import LossFn, check_generator, unwrap_compiled
+from teleport_lite.runtime import LossFn, check_generator, check_loss_fn, unwrap_compiled
 from teleport_lite.symmetries.base import Symmetry, check_radius
 from teleport_lite.symmetries.product import Product, check_symmetry
 from teleport_lite.teleport import carry_out, check_movable, symmetries_of
@@ -102,8 +102,6 @@ class Teleporter:
         search: str | None = None,
         tol: float | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TeleportError("a model", repr(model), "pass the torch.nn.Module that is trained")
         self.symmetry = None if symmetry is None else check_symmetry(symmetry)
         self.model, self.every, self.generator = model, every, check_generator(generator)
         self.optimizers = _optimizers(optimizer)
@@ -144,10 +142,7 @@ class Teleporter:
             StateError: when an entry of the optimizer's state cannot be carried.
             TeleportError: as `teleport`.
         """
-        if not callable(loss_fn):
-            raise TeleportError(
-                "a function of the net", type(loss_fn).__name__, "pass lambda net: criterion(net(x), y)"
-            )
+        check_loss_fn(loss_fn)
         drawn = None if self.generator is None else self.generator.get_state()
         spent = self.spent
         try:
@@ -233,11 +228,14 @@ class Teleporter:
         Raises:
             TeleportError: when its entries are others, or when one has a generator and the other has none.
         """
-        keys = {"steps", "spent", "generator"}
-        if state.keys() != keys or (state["generator"] is None) != (self.generator is None):
-            got = ", ".join(f"{key}: {type(value).__name__}" for key, value in state.items())
-            expected = f"steps, spent, and {'no' if self.generator is None else 'the state of a'} generator"
-            raise TeleportError(expected, got or "nothing", "make the Teleporter as it was when the state was saved")
+        if not isinstance(state, Mapping) or state.keys() != self.state_dict().keys():
+            got = f"the keys {[*state]}" if isinstance(state, Mapping) else described(state)
+            remedy = "pass what Teleporter.state_dict gave"
+            raise TeleportError(f"a state with the keys {[*self.state_dict()]}", got, remedy)
+        if (state["generator"] is None) != (self.generator is None):
+            words = "a state with that of a generator", "a state without"
+            expected, got = words if state["generator"] is None else words[::-1]
+            raise TeleportError(expected, got, "make the Teleporter as it was when the state was saved")
         if self.generator is not None:
             self.generator.set_state(state["generator"])
         self.steps, self.spent = int(state["steps"]), float(state["spent"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from teleport_lite.errors import ParameterError, ShapeError, TeleportError, UnknownNameError
+from teleport_lite.errors import ParameterError, ShapeError, TeleportError, UnknownNameError, described
 from teleport_lite.functional import Params
 from teleport_lite.groups import Group
 from teleport_lite.symmetries.rank import rank
@@ -212,8 +212,7 @@ class Symmetry(ABC):
     def _check_coordinates(self, params: Params, xi: Any) -> None:
         expected = self.group.zeros(torch.empty(0, dtype=self._like(params).dtype, device="meta"))  # no operator runs
         if not isinstance(xi, Tensor) or xi.shape != expected.shape:
-            got = tuple(xi.shape) if isinstance(xi, Tensor) else type(xi).__name__
-            raise ShapeError("xi", tuple(expected.shape), got, "take xi from sample or zeros")
+            raise ShapeError("xi", tuple(expected.shape), described(xi), "take xi from sample or zeros")
 
     def _like(self, params: Params) -> Tensor:
         """The moved parameter of the widest type: in that one `xi` lives."""
@@ -232,14 +231,16 @@ def _origin(xi: Any) -> Any:
     return tree_map(lambda x: torch.zeros(x.shape, dtype=x.dtype, device=x.device), xi)
 
 
-def check_radius(radius: float) -> float:
+def check_radius(radius: Any) -> float:
     """`radius` when it is a positive finite number.
 
     Raises:
         TeleportError: otherwise.
     """
-    number = isinstance(radius, (int, float, Tensor)) and not isinstance(radius, bool)
-    if not number or not 0 < radius < float("inf"):
-        remedy = "the gradient norm has no maximum on an unbounded orbit: pass radius=1.0"
-        raise TeleportError("a positive finite radius", repr(radius), remedy)
+    number = isinstance(radius, (int, float)) or (isinstance(radius, Tensor) and radius.numel() == 1)
+    if not number or isinstance(radius, bool):
+        raise TeleportError("a positive finite radius", described(radius), "pass a number, such as radius=1.0")
+    if not 0 < radius < float("inf"):
+        remedy = "an orbit without a bound may have no best point: pass radius=1.0"
+        raise TeleportError("a positive finite radius", radius, remedy if radius > 0 else "pass radius=1.0")
     return float(radius)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from teleport_lite.errors import ShapeError, TeleportError, UnknownNameError
+from teleport_lite.errors import TeleportError, UnknownNameError, described
 from teleport_lite.functional import Params
 from teleport_lite.groups.base import pairs
 from teleport_lite.symmetries.axes import NeuronSymmetry
@@ -131,7 +131,7 @@ class Product(Symmetry, Sequence):
             name: a pattern with * and ?, as for file names.
 
         Raises:
-            UnknownNameError: when there is no such kind.
+            UnknownNameError: when there is no such kind, or when a name that is no pattern is not moved.
 
         >>> from teleport_lite.symmetries import permutation, scaling
         >>> product = Product([scaling(4, "0.weight", "2.weight"), permutation(4, "0.weight", "2.weight")])
@@ -140,6 +140,9 @@ class Product(Symmetry, Sequence):
         """
         if kind is not None and kind not in KINDS:
             raise UnknownNameError("kind", kind, KINDS)
+        moved = (*self.names, *self.buffers)
+        if name is not None and name not in moved and not set("*?[") & set(name):
+            raise UnknownNameError("parameter that moves, or a pattern such as '0.*'", name, moved)
         found = [
             f
             for f in self.factors
@@ -201,8 +204,9 @@ class Product(Symmetry, Sequence):
 
     def _check_coordinates(self, params, xi):
         if not isinstance(xi, (tuple, list)) or len(xi) != len(self.factors):
-            got = f"length {len(xi)}" if isinstance(xi, (tuple, list)) else type(xi).__name__
-            raise ShapeError("xi", f"tuple of {len(self)}", got, "take xi from sample or zeros")
+            raise TeleportError(
+                f"xi to be a tuple of {len(self)} tensors", described(xi), "take xi from sample or zeros"
+            )
 
     def __len__(self) -> int:
         return len(self.factors)
@@ -256,5 +260,5 @@ the objective is passed as objective=...
         return Product([symmetry])
     listed = isinstance(symmetry, (list, tuple)) and all(isinstance(f, Symmetry) for f in symmetry)
     remedy = "pass what find_symmetries gives; the objective is passed as objective=..."
-    got = f"a {type(symmetry).__name__} of symmetries" if listed else repr(symmetry)
+    got = f"a {type(symmetry).__name__} of symmetries" if listed else described(symmetry)
     raise TeleportError("a symmetry", got, "pass tl.Product(...) of them" if listed else remedy)
