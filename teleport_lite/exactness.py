@@ -1,28 +1,27 @@
 """Whether a model computes after a move what it computed before.
 
 A loss is a mean, so it is compared within the tolerance; outputs are compared entry by entry, and their largest change
-may be `LARGEST` times that. Where a loss is so small that rounding alone moves it further, what rounding does is
-measured: the loss again, with each weight moved by a few units in its last place.
+may be `LARGEST` times that. Where a loss is so small that rounding alone moves it further, float64 decides.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from teleport_lite import rounding
 from teleport_lite.distributed import BITS
 from teleport_lite.errors import BatchError, LossError, ParameterError
-from teleport_lite.functional import Params, norms, value_and_grad
 from teleport_lite.problem import Problem
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
 from teleport_lite.symmetries.product import Product
 
 LARGEST = 10  # times the tolerance
 HIDDEN = 1e6  # an entry that did not change is no measure for those that did when it is so many times larger
-ULPS = 4  # units in the last place by which weights are moved to see what rounding does
 MOVED = "the loss moved"
 
 
@@ -63,36 +62,16 @@ def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     return worst
 
 
-def relative_gap(found: Tensor, expected: Tensor) -> Tensor:
-    """The distance of two vectors, relative to the longer one."""
-    size = torch.maximum(found.norm(), expected.norm())
-    return torch.where(size > 0, (found - expected).norm() / size, 0.0)
-
-
-def rounded(params: Params, sign: int) -> Params:
-    """`params` with each entry moved by `ULPS` units in its last place, up or down at random, or the other way.
-
-    >>> w = {"w": torch.ones(100)}
-    >>> float((rounded(w, 1)["w"] - 1).abs().max()) < 1e-6
-    True
-    """
-    draw = torch.Generator().manual_seed(0)
-
-    def move(p: Tensor) -> Tensor:
-        signs = torch.randint(0, 2, p.shape, generator=draw).to(p.device) * 2 - 1
-        return p * (1 + sign * ULPS * torch.finfo(p.dtype).eps * signs.to(p.dtype))
-
-    return {name: move(p) if p.is_floating_point() else p for name, p in params.items()}
-
-
 def check_deterministic(problem: Problem, value: float, tol: float) -> None:
     """Evaluate the loss again at the same parameters, to tell a broken symmetry from a loss that changes by itself.
+
+    With a gradient too, if need be: fused kernels, which round otherwise, run without one.
 
     Raises:
         LossError: when it does.
     """
     again = float(problem.at(problem.params))
-    if not _close(again, value, tol):
+    if not _close(again, value, tol) and not _close(float(problem.differentiate()[0]), value, tol):
         raise LossError(
             "a deterministic loss",
             f"{value:.6g} and {again:.6g} at the same parameters",
@@ -105,23 +84,11 @@ def _close(a: float, b: float, tol: float) -> bool:
     return a == b or abs(a - b) <= tol * abs(b) or a - b != a - b
 
 
-def _is_noise(before: float, after: float, problem: Problem, tol: float) -> bool:
-    """Whether rounding the weights moves the loss as far: it does where the loss is small beside its terms."""
-    check_deterministic(problem, after, tol)
-    probes = [float(problem.at(rounded(problem.params, sign))) for sign in (1, -1)]
-    return abs(after - before) <= 2 * max(abs(probe - after) for probe in probes)
-
-
-def _is_noise_of_gradients(gap: float, problem: Problem) -> bool:
-    """Whether rounding the weights changes the lengths of the gradients as much: it does near a minimum."""
-    here, near = (norms(value_and_grad(problem.loss, p)[1]) for p in (problem.params, rounded(problem.params, 1)))
-    return gap <= 4 * float(relative_gap(near, here))
-
-
 def why_refused(
     numbers: list[float],
     problem: Problem,
     product: Product,
+    xi: Any,
     tol: float,
     seen: bool,
     maximize: bool,
@@ -144,16 +111,18 @@ def why_refused(
     if not all(finite):
         names = ("loss", "loss after the move", "objective", "objective after the move")
         return f"the {names[finite.index(False)]} is not finite"
-    if not _close(after, before, tol) and not (_is_noise(before, after, problem, tol) and seen):
-        hint = ""
-        for factor in product:
-            if isinstance(factor, MiniBatchMixing):
-                try:
-                    factor.require_exact(problem.params)
-                except BatchError as error:
-                    hint = f" ({error})"
-        return f"{MOVED} from {before:.6g} to {after:.6g}, beyond the relative tolerance {tol:g}{hint}"
-    if false > math.sqrt(tol) and not _is_noise_of_gradients(false, problem):
+    if not _close(after, before, tol):
+        check_deterministic(problem, after, tol)
+        if not (rounding.moves_the_loss(before, after, problem, product, xi) and seen):
+            hint = ""
+            for factor in product:
+                if isinstance(factor, MiniBatchMixing):
+                    try:
+                        factor.require_exact(problem.params)
+                    except BatchError as error:
+                        hint = f" ({error})"
+            return f"{MOVED} from {before:.6g} to {after:.6g}, beyond the relative tolerance {tol:g}{hint}"
+    if false > math.sqrt(tol) and not rounding.moves_the_gradient(false, problem):
         return (
             f"the gradient after the move is not the one that was carried along (off by {false:.1e}, relative): the "
             "backward pass is not the derivative of the forward pass, as with straight-through estimators"

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from teleport_lite.discovery import find_symmetries
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import LossError, NoSymmetryError, ParameterError, TeleportError, UnknownNameError
-from teleport_lite.exactness import MOVED, RefusedError, check_deterministic, largest_change, relative_gap, why_refused
+from teleport_lite.exactness import MOVED, RefusedError, check_deterministic, largest_change, why_refused
 from teleport_lite.functional import Evaluation, Params, norms, stacked, trainable
 from teleport_lite.objectives import Objective, as_objective
 from teleport_lite.problem import Problem
 from teleport_lite.report import Report
+from teleport_lite.rounding import relative_gap
 from teleport_lite.runtime import TOLERANCES, LossFn, check_generator, coarsest, named_tensors, unwrap_compiled
 from teleport_lite.search import search as find
 from teleport_lite.search import searched
@@ -76,7 +77,7 @@ def teleport(
         tol: relative tolerance for the loss, and ten times that for the largest change of an output; by default 1e-10
             in float64, 1e-5 in float32, by dtype. The dtype is the coarsest of the parameters, the outputs of the net,
             the loss, and of autocast where it is on when loss_fn calls the net. A loss that is small beside its terms
-            may move as far as rounding the weights moves it, if the outputs agree.
+            may move as far as rounding moves it, if the outputs agree, and it itself does in float64.
         generator: for random choices; needed by search="random".
         search: "closed_form", "ascent" or "random"; by default the closed form where there is one, ascent elsewhere.
             Factors without a closed form stay as long as others have one; `report.symmetry` are those that moved.
@@ -198,7 +199,7 @@ def carry_out(
 
         def verify(more: Sequence[Tensor] = (), check: Check = lambda _: None) -> None:
             """Compare the real model, which has moved, with what it was; `check` looks at `more` numbers likewise."""
-            now = Problem(loss, {name: p.detach() for name, p in parameters.items()}, ranks)
+            now = Problem(loss, {name: p.detach() for name, p in parameters.items()}, ranks, problem.buffers)
             zero = loss_before.new_zeros(())
             with loss.observed() as new_outputs:
                 found = norms(now.gradient) if measured else foretold
@@ -215,7 +216,7 @@ def carry_out(
             del numbers[len(table) :]
             allowed = _tolerance(tol, loss, product, params)
             ranks.check_same(tolerance=allowed)
-            reason = why_refused(numbers, now, product, allowed, bool(new_outputs), maximize, search)
+            reason = why_refused(numbers, now, product, xi, allowed, bool(new_outputs), maximize, search)
             if refused := ranks.ask(bool(reason)):
                 raise RefusedError(reason or f"refused on rank {refused[0]}", moved=reason.startswith(MOVED))
             ranks.ask(False)

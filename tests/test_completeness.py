@@ -14,6 +14,7 @@ from fibre import fibre
 from later_families import LATER
 from torch import Tensor, nn
 from torch.func import functional_call
+from unseen_families import UNSEEN
 
 import teleport_lite as tl
 from teleport_lite.outputs import tensors_of
@@ -41,9 +42,10 @@ def outputs(model: nn.Module, params: dict[str, Tensor], example: tuple[Tensor, 
         return torch.cat([t.reshape(-1) for t in tensors_of(functional_call(model, params, example))])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of PyTorch, for a weight norm
+@pytest.mark.parametrize("name", [*FAMILIES, *UNSEEN])
 def test_all_continuous_symmetries_of_a_family_are_found(name):
-    family = FAMILIES[name]
+    family = (FAMILIES | UNSEEN)[name]
     model, symmetry, example = drawn(family)
     counted, params = fibre(model, example), params_of(model)
     assert counted.gap > 4 or counted.dim == 0
@@ -57,13 +59,16 @@ def test_all_continuous_symmetries_of_a_family_are_found(name):
 
 def test_each_rest_has_a_reason():
     assert len(FAMILIES) >= 60
-    assert all(bool(family.rest) == bool(family.why) for family in FAMILIES.values())
+    assert not FAMILIES.keys() & UNSEEN.keys()
+    assert all(bool(family.rest) == bool(family.why) for family in [*FAMILIES.values(), *UNSEEN.values()])
     chapter = (Path(__file__).parent.parent / "book/06-beyond/have-we-found-them-all.ipynb").read_text("utf8")
     count, total, found = map(
         int, re.findall(r"(\d+) families in this way, (\d+) directions in all. (\d+) of", chapter)[0]
     )
     rest = sum(family.rest for family in FAMILIES.values())
     assert count == len(FAMILIES) and rest == total - found <= 0.02 * total
+    found, total = map(int, re.findall(r"today (\d+) of their (\d+) directions", chapter)[0])
+    assert sum(family.rest for family in UNSEEN.values()) == total - found
 
 
 def test_a_count_can_fail():

@@ -150,6 +150,16 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "bfloat16": lambda: (Attention().bfloat16(), rows(6, 5, 4).bfloat16()),
     "float16": lambda: (Attention().half(), rows(6, 5, 4).half()),
 }  # fmt: skip
+CASES_OF = tuple(MODELS)  # all of them
+MODELS["gains"] = lambda: (
+    nn.Sequential(
+        nn.Linear(4, 8),
+        nn.TransformerEncoderLayer(8, 2, 10, 0.0, batch_first=True, norm_first=True),
+        nn.Flatten(),
+        nn.Linear(40, 3),
+    ),
+    rows(6, 5, 4),
+)
 COARSE = {"mixed types": 0.2, "bfloat16": 0.2, "float16": 0.05}
 
 
@@ -297,7 +307,7 @@ OF_MLP = {
 FACES |= OF_MLP
 LONG = [name for name in FACES if name.endswith("objective") or name == "one_step_loss"]  # ascents
 LONG_ON = ("mlp", "linear maps", "attention", "tables", "two devices")
-CASES = [(m, f) for m in MODELS for f in FACES if (m == "mlp" or f not in OF_MLP) and (m in LONG_ON or f not in LONG)]
+CASES = [(m, f) for m in CASES_OF for f in FACES if (m == "mlp" or f not in OF_MLP) and (m in LONG_ON or f not in LONG)]
 
 
 def outcome(face: Callable[[World], Any], world: World) -> Any:
@@ -513,6 +523,17 @@ def test_waits_of_the_host(name, face):
         device.waits.clear()
         FACES[face](world)
         assert device.waits.total() == WAITS[name, face], device.waits
+
+
+@pytest.mark.parametrize(("face", "sweeps"), [("gradient_norm", 4), ("weight_norm", 5)])
+def test_waits_where_mixings_meet_other_factors(face, sweeps):
+    """Behind a norm with gain, whose entries are scaled: two mixings, one wait for each in each sweep, and the last."""
+    with simulated() as device:
+        world = World("gains", "sim")
+        tl.teleport(world.model, world.loss, world.symmetry, radius=0.1)
+        device.waits.clear()
+        FACES[face](world)
+        assert device.waits.total() == 2 * sweeps + 1, device.waits
 
 
 @pytest.mark.parametrize(("name", "waits"), [("mlp", 1), ("attention", 3)])

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from completeness import Attention
 from conftest import mlp
 from torch import nn
 
@@ -106,21 +107,61 @@ def at_random(world: World):
     return found(model, first, second)
 
 
-def rotations(world: World):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        inner = nn.Sequential(nn.Linear(5, 6), nn.RMSNorm(6), nn.Linear(6, 3)).double()
-    symmetry, model = tl.find_symmetries(inner, X[:4]).select(kind="rotation"), world.wrap(inner)
-    assert symmetry.dim == 15
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    teleporter = tl.Teleporter(model, optimizer, symmetry, every=1, radius=0.5)
-    for _ in range(2):
-        optimizer.zero_grad()
-        world.loss_fn(model).backward()
-        optimizer.step()
-        teleporter.step(world.loss_fn)
-    assert teleporter.report is not None
-    return found(model, teleporter.report)
+class Turned(nn.Module):
+    """Attention over the numbers of a vector, with rotary positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attention, self.head = nn.Linear(1, 4), Attention(4, layout="halves"), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(self.embed(x[..., None])).mean(1))
+
+
+def layers(*inner: nn.Module, bias: bool = True) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 6), *inner, nn.Linear(6, 3, bias=bias))
+
+
+GROUPS = {  # a model, a kind of its symmetries, their dimension, and whether an ascent gains anything
+    "rotations behind a gain": (lambda: layers(nn.RMSNorm(6)), "rotation", 15, True),
+    "rotary pairs": (Turned, "rotation", 2, False),
+    "shifts": (lambda: layers(nn.Linear(6, 6)), "translation", 12, True),
+    "shears": (lambda: layers(nn.LayerNorm(6), bias=False), "shear", 6, True),
+    "permutations with buffers": (lambda: layers(nn.BatchNorm1d(6), nn.ReLU()), "permutation", 0, False),
+    "signs with buffers": (lambda: layers(nn.BatchNorm1d(6), nn.Tanh()), "sign", 0, False),
+}
+
+
+def group(make, kind: str, dim: int, ascends: bool):
+    """A search, a random element, and Adam's state carried by random elements between steps."""
+
+    def case(world: World):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            inner = make().double()
+            for p in inner.parameters():
+                p.data += 0.3 * torch.randn_like(p)
+        inner(X), inner.eval()  # so that statistics of a batch norm are not those it begins with
+        symmetry, model = tl.find_symmetries(inner, X[:4]).select(kind=kind), world.wrap(inner)
+        assert symmetry.dim == dim and len(symmetry) > 0
+        optimizer, generator = torch.optim.Adam(model.parameters(), lr=0.01), torch.Generator().manual_seed(1)
+        reports = [
+            tl.teleport(model, world.loss_fn, symmetry, radius=0.5, search=search, generator=generator)
+            for search in ("random", *["ascent"] * ascends)
+        ]
+        teleporter = tl.Teleporter(
+            model, optimizer, symmetry, every=1, radius=0.5, state="transport", search="random", generator=generator
+        )
+        for _ in range(2):
+            optimizer.zero_grad()
+            world.loss_fn(model).backward()
+            optimizer.step()
+            reports.append(teleporter.step(world.loss_fn))
+        slots = {f"{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+        buffers = {n: b for n, b in inner.named_buffers() if b.is_floating_point()}
+        return found(model, *reports, **slots, **buffers)
+
+    return case
 
 
 def trained(state: str, every: Any):
@@ -171,7 +212,7 @@ AGREE = {
     "one_step_loss on a mini-batch": mini_batch("one_step_loss", "one_step_loss"),
     "an objective of one's own": own_objective,
     "mixings": mixing,
-    "rotations": rotations,
+    **{name: group(*made) for name, made in GROUPS.items()},
     "random elements, random starts": at_random,
     "Teleporter, transport": trained("transport", {1, 3}),
     "Teleporter, reset": trained("reset", {1, 3}),

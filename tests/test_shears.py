@@ -205,6 +205,8 @@ def test_an_element_has_a_closed_form(generator):
         group = Shears(5, transposed)
         assert relative(group.exp(xi), torch.linalg.matrix_exp(group.algebra(xi))) < 1e-14
         assert float(group.norm(xi)) == pytest.approx(float(torch.linalg.matrix_norm(group.algebra(xi), 2)))
+        same = group.algebra(xi).diff(dim=int(not transposed))  # all columns, or all rows
+        assert not same.any() and torch.equal(group.algebra(xi).diagonal(), xi)
     moved = Shears(5).along(Shears(5).exp(xi), torch.tensor([1.0, -2.0, 1.0, 0.0, 0.0]).double(), 0)
     assert relative(moved, torch.tensor([1.0, -2.0, 1.0, 0.0, 0.0]).double()) < 1e-15
     with pytest.raises(TeleportError):

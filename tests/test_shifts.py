@@ -441,3 +441,17 @@ def test_the_group(generator):
     xi = group.sample(like, radius=3.0, generator=generator)
     assert torch.equal(group.along(group.compose(xi, group.inverse(xi)), torch.ones(5, 2), 0), torch.ones(5, 2))
     assert float(group.norm(group.clip(10 * xi, 0.5))) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("seed", [3, 4, 5])
+def test_a_bias_in_a_deep_network_is_not_free_because_all_inputs_turn_its_neurons_on(seed):
+    torch.manual_seed(seed)
+    widths = [nn.Linear(16, 16) for _ in range(32)]
+    model = nn.Sequential(*[layer for linear in widths for layer in (linear, nn.ReLU())], nn.Linear(16, 3)).double()
+    x = torch.randn(32, 16, dtype=torch.float64)
+    for linear in (*widths, model[-1]):
+        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+    params, generator = params_of(model), torch.Generator().manual_seed(1)
+    for factor in tl.find_symmetries(model, x):
+        moved = factor.act(params, factor.sample(params, generator=generator))
+        assert relative(functional_call(model, moved, (x,)), model(x)) < 1e-9, factor

@@ -745,3 +745,31 @@ def test_a_head_whose_output_is_dropped_shows_where_it_belongs():
     deep[2].a = nn.Linear(6, 6)
     found = tl.find_symmetries(deep, x)  # the first layer does not meet the head, though it is as wide
     assert found.dim == 6 and {*found[0].names} == {"0.weight", "0.bias", "2.a.weight"}
+
+
+def test_axes_are_cut_and_what_holds_on_short_ones_alone_is_not_claimed():
+    """The model does something else with long sequences, and reads the same parameters."""
+
+    def longer(s, z):
+        h = torch.relu(s.a(z))
+        return s.c(h.tanh() if z.shape[1] > 30 else h)
+
+    model = Model(longer, a=nn.Linear(4, 5), c=nn.Linear(5, 2))
+    assert found(tl.find_symmetries(model, x(2, 20, 4))) == ["(R>0)^5", "S(5)"]
+    assert found(tl.find_symmetries(model, x(2, 40, 4))) == ["S(5)"]
+    model = Model(lambda s, z: s.a(z) - (z.shape[1] < 31) * s.a(z).mean(-1, keepdim=True), a=nn.Linear(4, 3))
+    assert tl.find_symmetries(model, x(2, 20, 4)).continuous
+    assert not tl.find_symmetries(model, x(2, 40, 4)).continuous
+
+
+def test_what_a_loss_forgets_on_short_axes_alone_is_not_claimed():
+    model = Model(lambda s, z: s.a(z).relu() if z.shape[1] > 30 else s.a(z), a=nn.Linear(4, 3))
+    assert [f.of for f in tl.find_symmetries(model, x(2, 20, 4), of="loss").continuous] == ["loss"]
+    assert not tl.find_symmetries(model, x(2, 40, 4), of="loss").continuous
+
+
+def test_a_long_search_logs_its_steps(monkeypatch, caplog):
+    monkeypatch.setattr("teleport_lite.discovery.find.PATIENCE", 0.0)
+    with caplog.at_level("INFO", logger="teleport_lite"):
+        tl.find_symmetries(mlp(), x(3, 4))
+    assert "2 factors hold" in caplog.text

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ def negative(labels: Tensor) -> Tensor:
     return torch.where(labels < 2, labels, labels ^ 1)
 
 
+@lru_cache(4096)
 def rational(number: float) -> float:
     """The fraction with a small denominator that a computed number is, or else the number without its last digits.
 

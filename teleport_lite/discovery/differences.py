@@ -138,6 +138,16 @@ def rerun(
         return []
 
 
+def multiplied(call: Any, x: Tensor, t: Tensor) -> list[list[Tensor]]:
+    """What a product makes of the shift alone of its first factor, in one row where all rows have the same."""
+    func, args, _ = call
+    if func is torch.ops.aten.addmm.default:
+        func, args = torch.ops.aten.mm.default, args[1:]
+    args = (t.expand(len(t), *x.shape[1:]), args[1], *(None for _ in args[2:3]), *args[3:])
+    out = func(*args)
+    return [[torch.where(out.abs() <= EXACT * t.abs().max() * args[1].abs().max(), 0, out)]]
+
+
 def compared(results: list[Tensor], ends: list[list[Tensor]]) -> list[Tensor | None]:
     """The difference that a shift makes to each result; nothing, where an operator is not linear in it."""
     try:

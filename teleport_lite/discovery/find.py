@@ -8,8 +8,10 @@ reason.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import nn
@@ -33,6 +35,7 @@ from teleport_lite.symmetries.product import Product
 from teleport_lite.symmetries.rank import components, cost, rank
 from teleport_lite.symmetries.shifts import Shift
 
+PATIENCE = 3.0  # seconds after which steps are logged
 CHEAP = 1e8  # operations that the rank of the tangents may take
 
 RETURNED = "the model returns them"
@@ -55,7 +58,8 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
     mode. What these runs do not exercise stays, and so does what may share an axis with a parameter that they did not
     read. All that the model returns stays, but for an object that it returns under the name of one of its own
     arguments: the cache of a language model is a state that it hands on to itself. That is a test and no proof: a
-    branch that no run takes is not seen. See the chapter *Modern architectures*.
+    branch that no run takes is not seen. See the chapter *Modern architectures*. A search that takes more than a few
+    seconds logs its steps, as INFO of `logging.getLogger("teleport_lite")`.
 
     Args:
         model: the model, on any device, in any mode.
@@ -84,6 +88,7 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
     """
     if of not in ("outputs", "loss"):
         raise UnknownNameError("of", of, ("outputs", "loss"))
+    step = _steps()
     probe = Probe(model)
     if not probe.params:
         raise EmptyModelError(model)
@@ -102,12 +107,22 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
                 probe, dict.fromkeys([*trials, *training]), [n for n in probe.movable if n not in masks]
             )
             moving.fix_idle_matrices(check.matters)
-        factors, reasons = solve_and_verify(propagation, moving, check)
-        shifts = translations(probe, check, generator)
-        found: list[Symmetry] = [*factors, *shears(factors, shifts, propagation, check), *together(shifts)]
+        check.partly = propagation.partly | moving.partly
+        step("inputs are varied")
+        while True:
+            factors, reasons = solve_and_verify(propagation, moving, check)
+            step(f"{len(factors)} factors hold")
+            shifts = translations(probe, check, generator)
+            sheared = shears(factors, shifts, propagation, check)
+            step(f"{len(shifts) + len(sheared)} translations and shears hold")
+            if check.thorough or check.confirmed(factors, sheared, [*shifts]):
+                break
+        found: list[Symmetry] = [*factors, *sheared, *together(shifts)]
         if of == "loss":
             probe.of = of
-            seen = translations(probe, Verifier(probe, Arguments.of(example_inputs), generator), generator)
+            check_loss = Verifier(probe, Arguments.of(example_inputs), generator)
+            check_loss.thorough = True
+            seen = translations(probe, check_loss, generator)
             found += [Shift(s.dim, s.moves, of) for s in together({s: k for s, k in seen.items() if s not in shifts})]
         mixed = [f for part in components(found) if any(isinstance(f, Shift) for f in part) for f in part]
         overlap = sum(f.dim for f in mixed) - rank(mixed, check.params) if cost(mixed, check.params) < CHEAP else 0
@@ -115,9 +130,20 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
     return Product(found, reasons, overlap)
 
 
+def _steps() -> Callable[[str], None]:
+    """What logs a step, with the time, of a search that takes long."""
+    begun, log = time.monotonic(), logging.getLogger("teleport_lite")
+
+    def step(what: str) -> None:
+        if (seconds := time.monotonic() - begun) > PATIENCE:
+            log.info("find_symmetries: %s after %.0f s", what, seconds)
+
+    return step
+
+
 def propagated(probe: Probe, trials: Iterable[Trial], buffers: Collection[str] = ()) -> Propagation:
     """The constraints that all these runs put on the parameters together, and on these buffers."""
-    kernels = {id(m.weight) for m in probe.module.modules() if isinstance(m, (_ConvNd, nn.Bilinear))}
+    kernels = {id(p) for m in probe.module.modules() if isinstance(m, (_ConvNd, nn.Bilinear)) for p in m.parameters()}
     stacks = {n: len(p) for n, p in probe.params.items() if p.ndim == 3 and len(p) > 1 and id(p) not in kernels}
     trials, moving = list(trials), {n: probe.movable[n] for n in buffers}
     propagation = _followed(probe, trials, stacks, moving)

@@ -212,6 +212,11 @@ def sizes(call: Arguments) -> Iterator[tuple[int, int | None]]:
         yield from ((size, d) for s, d in sorted(found) if s == size)
 
 
+def has(call: Arguments, size: int, dim: int | None) -> bool:
+    """Whether a tensor is still as long as that, along one dimension or along any."""
+    return any(size in x.shape[slice(dim, None if dim is None else dim + 1)] for x in call.tensors())
+
+
 def longer(size: int, dim: int | None) -> list[int]:
     """Lengths to try in place of one, not all of which a model may take; of a batch, one example more."""
     few = [size + 1] if dim == 0 else [2 * size + 1, size + 1, 2 * size]

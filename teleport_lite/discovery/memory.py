@@ -95,13 +95,12 @@ class Memory:
             place = self._start[key] + tensor.storage_offset()
             torch.as_strided(self.exercised, sizes, tensor.stride(), place).fill_(True)
 
-    def exercised_along(self, param: Tensor, dim: int) -> Tensor:
-        """For each index along a dimension of a parameter, whether any entry there was read."""
+    def exercised_along(self, param: Tensor, dim: int, groups: int = 1) -> Tensor:
+        """For each group of rows and each index along a dimension of a parameter, whether any entry there was read."""
         start = self._start.get(storage_key(param), 0) + param.storage_offset()
         read = torch.as_strided(self.exercised, param.size(), param.stride(), start)
-        if bool(read.all()):
-            return torch.ones(param.shape[dim], dtype=torch.bool)
-        return read.movedim(dim, 0).flatten(1).any(1) if param.ndim > 1 else read
+        read = read.reshape(groups, -1, *param.shape[1:]).movedim(dim + 1, 1)
+        return read.flatten(2).any(2).flatten() if read.ndim > 2 else read.flatten()
 
     # -- where constants come from
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -31,6 +30,7 @@ class Probe:
     Attributes:
         params: the parameters themselves, by the names that they have in `model`.
         values: where they stand between two runs.
+        given: where they stood before all were moved off special values.
         movable: the buffers that may move along, by name.
         home: values of the parameters and of these buffers.
         of: what `outputs` gives: "outputs", or "loss" for their logarithmic softmax, which a cross-entropy sees.
@@ -59,11 +59,12 @@ class Probe:
             if isinstance(v, torch.Generator)
         ]
         self._settle_home()
+        self.given = self.values
 
     def _settle_home(self) -> None:
         self.values: Params = {name: p.detach().clone() for name, p in self.params.items()}
         self.home: Params = {**self.values, **{n: self.buffers[b] for n, b in self.movable.items()}}
-        self._here = self.home
+        self.here = self.home
 
     def perturb(self, generator: torch.Generator) -> None:
         """Move everything off special values: nothing must hold only because a number happens to be 0 or 1."""
@@ -151,14 +152,14 @@ class Probe:
     @contextmanager
     def at(self, params: Params) -> Iterator[None]:
         """A context in which the copy stands at `params`, and where it stood before in all others."""
-        here = self._here
+        here = self.here
         moved = {name: p for name, p in params.items() if p is not here[name]}
         try:
-            self._here = {**here, **moved}
+            self.here = {**here, **moved}
             self._write(moved)
             yield
         finally:
-            self._here = here
+            self.here = here
             self._write({name: here[name] for name in moved})
 
     def _write(self, params: Params) -> None:
@@ -180,7 +181,7 @@ def _movable(model: nn.Module) -> set[str]:
 
 
 def _kept(value: Any) -> Any:
-    return copy.copy(value) if type(value) in (list, dict, OrderedDict, set) else value
+    return value.copy() if type(value) in (list, dict, OrderedDict, set) else value
 
 
 def normal(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -195,10 +196,10 @@ def laboratory(module: nn.Module) -> Iterator[None]:
     No gradients, no compilation, no autocast, no fused kernels (each operation can be seen), float64 and the CPU by
     default; random states are kept.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, here = torch.backends.mha.get_fastpath_enabled(), torch.get_default_device().type == "cpu"
     with (
         torch.no_grad(), kept_random_state(module), eager_mode("cpu"), float64_default(),
-        sdpa_kernel(SDPBackend.MATH), torch.device("cpu"),
+        sdpa_kernel(SDPBackend.MATH), nullcontext() if here else torch.device("cpu"),
     ):  # fmt: skip
         torch.backends.mha.set_fastpath_enabled(False)
         try:

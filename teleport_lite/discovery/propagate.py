@@ -48,6 +48,7 @@ class Propagation(DispatchMode):
         unexercised: names of the parameters of which the run read nothing, or not all.
         memory: what is known of memory.
         answers: what elementwise functions were found to commute with.
+        partly: lengths of axes that move, of which some entries were not read: what else has such an axis may move too.
         cut: names of matrices whose rows were split into parts, and how many equal ones make these.
     """
 
@@ -65,6 +66,7 @@ class Propagation(DispatchMode):
         self.used: set[str] = set()
         self.unsupported_ops: dict[str, str] = {}
         self.unexercised: list[str] = []
+        self.partly: set[int] = set()
         self.memory = Memory(params)
         self.answers: dict[Any, Any] = {}
         self.cut: dict[str, int] = {}
@@ -131,13 +133,14 @@ class Propagation(DispatchMode):
             p = self._params[name]
             if name not in self.used:
                 continue
-            unread = ~self.memory.exercised_along(p, dim) if groups == 1 and p.numel() else torch.zeros(len(labels)) > 0
+            unread = ~self.memory.exercised_along(p, dim, groups) if p.numel() else torch.zeros(len(labels)) > 0
             if (_numbers_hidden(name), p.shape) in idle and re.search(r"\d", name):
                 unread = torch.ones(len(labels)) > 0
             unread &= ~fixed[labels]  # as the rows of a table, which inputs pick
             if bool(unread.any()):
                 self.constraints.fix(labels[unread], Operation.NOT_EXERCISED, SCALE | SIGN | PERM)
                 self.unexercised += [name] if name not in self.unexercised else []
+                self.partly |= {p.shape[dim]} if bool((~unread & ~fixed[labels]).any()) else set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         op = Operation(func, args, kwargs or {}, self)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +39,7 @@ from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 PIECES = 64  # an axis in more pieces than that is left out
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """Where a class shows up: the k-th axis, by a power, at these indices."""
 
     axis: int
@@ -66,13 +65,13 @@ def solve_and_verify(
     found: list[NeuronSymmetry] = []
     mixings: list[NeuronSymmetry] = []
     sums, scaled = bool(propagation.constraints.sums), _with_offsets(axes, propagation.constraints)
-    for term in (SECOND, PRODUCT) if sums else (SECOND,):
-        classes, factors = solve_scalings(propagation.constraints, term)
+    terms: tuple[int, ...] = (SECOND, PRODUCT) if sums else (SECOND,)
+    for classes, factors in _distinct(solve_scalings(propagation.constraints, term) for term in terms):
         entries = _entries(scaled, classes, factors)
         single = _proposals(
             scaled, entries, GeneralLinear, signatures(propagation.constraints, classes, MIX), classes, reasons
         )
-        mixed = [s for s in join_side_by_side([s for s in single if s.group.n > 1]) if s not in found]
+        mixed = [s for s in join_side_by_side(list(single)) if s not in found]
         kept = check.keep(mixed, lambda *_: None)
         kept += check.keep([part for s in mixed if s not in kept for part in split_blocks(s)], lambda *_: None)
         mixings += kept
@@ -82,11 +81,9 @@ def solve_and_verify(
         found += kept + check.keep(made, drop)
     constraints, axes = moving.constraints, [a for a in _axes(moving) if a[0] in moving.used]
     covered, orders = _covered(axes, mixings), solve_permutations(constraints)
+    terms = (SECOND, FIRST, PRODUCT) if constraints.sums else (SECOND,)
     kinds: list[tuple[type[Group], Tensor, Tensor | None]] = [
-        *(
-            (Signs, solve_signs(constraints, term), None)
-            for term in ((SECOND, FIRST, PRODUCT) if constraints.sums else (SECOND,))
-        ),
+        *((Signs, classes, None) for (classes,) in _distinct((solve_signs(constraints, term),) for term in terms)),
         (Permutation, orders, signatures(constraints, orders, PERM)),
     ]
     proposals: list[NeuronSymmetry] = []
@@ -94,7 +91,7 @@ def solve_and_verify(
         entries = _entries(axes, classes, torch.ones(len(classes)))
         rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.indices)}
         made = [s for s in _proposals(axes, rest, kind, signature, classes, reasons) if s not in found + proposals]
-        proposals += [s for s in made if kind is Signs or s.group.n > 1]
+        proposals += made
         if check.planned.trials != check.planned.even or kind is Permutation:  # else all in one go
             found, proposals = found + check.keep(proposals, drop), []
     found = [s for s in found if not _trivial(s, check)]
@@ -109,6 +106,15 @@ def solve_and_verify(
     found += permute_blocks([part for s in found for part in split_blocks(s)], check)
     found += permute_stacks(found, check) + turning
     return sorted(found, key=sort_key), reasons
+
+
+def _distinct(solutions: Iterable[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """Those that are not equal to one before."""
+    found: list[tuple[Tensor, ...]] = []
+    for s in solutions:
+        if not any(all(map(torch.equal, s, t)) for t in found):
+            found.append(s)
+    return found
 
 
 class Axis(NamedTuple):
@@ -148,16 +154,16 @@ def _with_offsets(axes: list[Axis], constraints: Constraints) -> list[Axis]:
 
 def _entries(axes: list[Axis], classes: Tensor, factors: Tensor) -> dict[int, list[_Entry]]:
     """For each class that moves, where it shows up; it moves the first rows directly."""
-    places: dict[int, dict[tuple[int, float], list[int]]] = defaultdict(lambda: defaultdict(list))
+    places: dict[int, dict[tuple[int, float], list[int]]] = {}
     for k, axis in enumerate(axes):
         variables = axis.labels >> 1
         powers = factors[variables] * (1 - 2 * (axis.labels & 1))
         for i, (c, power) in enumerate(zip(classes[variables].tolist(), powers.tolist(), strict=True)):
             if c:
-                places[c][k, power].append(i)
+                places.setdefault(c, {}).setdefault((k, power), []).append(i)
     found: dict[int, list[_Entry]] = {}
     for c, there in places.items():
-        unit = next((power for k, power in there if axes[k][1] == 0), next(iter(there))[1])
+        unit = next((power for k, power in there if axes[k].dim == 0), next(iter(there))[1])
         found[c] = [_Entry(k, rational(power / unit), tuple(where)) for (k, power), where in there.items()]
     return found
 
@@ -195,7 +201,10 @@ def _proposals(
         if kind is GeneralLinear and any(abs(power) != 1 for _, power, _ in shape):
             continue
         made: list[NeuronSymmetry] = []
-        for piece in _pieces(members):
+        pieces = list(_pieces(members))
+        for piece in pieces:
+            if len(piece) == 1 and kind in (GeneralLinear, Permutation) and len(pieces) <= PIECES:
+                continue  # a scaling, or nothing
             dual_sign = kind in (PositiveScaling, GeneralLinear)
             legs = []
             for entry in piece[0]:

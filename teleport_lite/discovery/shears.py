@@ -12,12 +12,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from teleport_lite.discovery.constraints import SCALE
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.rotations import multipliers
 from teleport_lite.discovery.solve import solve_scalings
 from teleport_lite.discovery.translate import to_first_order
 from teleport_lite.discovery.verify import Verifier
-from teleport_lite.functional import Params
+from teleport_lite.functional import Params, norm
 from teleport_lite.groups import Permutation, PositiveScaling, Shears
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 from teleport_lite.symmetries.gained import GainedSymmetry
@@ -32,8 +33,9 @@ def shears(
     params = check.params
     proposed = [s for s in _behind_norms(found, propagation, params) if not free & {*s.moved}]
     proposed += _of_means(found, propagation)
-    proposed = [s for s in proposed if to_first_order(s, params, check.gradients) and check.sees(s)]
-    return check.keep(proposed, lambda *_: None)
+    lengths = [float(norm(g)) for g in check.gradients]
+    proposed = [s for s in proposed if to_first_order(s, params, check.gradients, lengths) and check.sees(s)]
+    return check.at_given(check.keep(proposed, lambda *_: None))
 
 
 def _behind_norms(found: list[NeuronSymmetry], propagation: Propagation, params: Params) -> Iterator[NeuronSymmetry]:
@@ -55,7 +57,9 @@ def _of_means(found: list[NeuronSymmetry], propagation: Propagation) -> Iterator
     Which of both is which is tried out.
     """
     permuted = [s for s in found if isinstance(s.group, Permutation) and s.group.n > 1 and not s.buffers]
-    classes, factors = solve_scalings(replace(propagation.constraints, fixed=[], sums=[]))
+    equations = propagation.constraints
+    last = [(b, out, SCALE, 1.0) for _, b, out in equations.crossings]  # as in a table of positions
+    classes, factors = solve_scalings(replace(equations, equalities=equations.equalities + last, fixed=[], sums=[]))
     for s in permuted:
         parts: dict[int, list[tuple[Leg, bool]]] = defaultdict(list)
         for leg in s.legs:

@@ -23,6 +23,7 @@ from teleport_lite.discovery.differences import (
     clusters,
     compact,
     compared,
+    multiplied,
     rerun,
     summed,
     then,
@@ -38,6 +39,7 @@ BIASES = {  # where an operator has its bias, and along which dimension
     "addmm": (0, -1), "convolution": (2, 1), "native_layer_norm": (3, -1), "native_batch_norm": (2, 1),
     "native_group_norm": (2, 1),
 }  # fmt: skip
+ROWS = {"mm": 0, "addmm": 1, "convolution": 0}  # products row by row, and where what they are linear in stands
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"}
 
 
@@ -58,6 +60,7 @@ class Shifts(DispatchMode):
         self._found: dict[int, list[Difference]] = {}
         self._alive: list[Tensor] = []  # so that no `id` is used twice
         self._own: dict[str, list[Source]] = {}
+        self._vectors: dict[int, list[str]] = {}  # by their length
         self.sources: list[Source] = []
         self.products: dict[str, tuple[tuple[int, ...], int, str]] = {}
 
@@ -115,7 +118,13 @@ class Shifts(DispatchMode):
         alive = clusters([(x, d) for x in {id(x): x for x in given}.values() for d in self._found.get(id(x), [])])
         call, bias = (func, args, kwargs), args[BIASES[kind][0]] if kind in BIASES else None
         direct = [len(i) == 1 and i[0][0] is bias and bias.ndim == 1 for i in alive]
-        ends = [[] if known else rerun(call, i, moving, written) for known, i in zip(direct, alive, strict=True)]
+        rows = args[ROWS[kind]] if kind in ROWS and not kwargs and len({*map(id, given)}) == len(given) else None
+        ends = [
+            [] if known
+            else multiplied(call, rows, i[0][1].t) if len(i) == 1 and i[0][0] is rows
+            else rerun(call, i, moving, written)
+            for known, i in zip(direct, alive, strict=True)
+        ]  # fmt: skip
         out = func(*args, **kwargs)
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         for i in written:
@@ -256,20 +265,22 @@ class Shifts(DispatchMode):
             rows = (Step(tuple(places.tolist())),)
         else:
             return
-        vectors = {n: v for n, v in self._params.items() if v.shape == (d,) and d > 1}
-        if not vectors or not len(x):
+        if d not in self._vectors:
+            self._vectors[d] = [n for n, v in self._params.items() if v.shape == (d,) and d > 1]
+        if not (names := self._vectors[d]) or not len(x):
             return
-        inverse = torch.stack([v.to(x) for v in vectors.values()]).reciprocal()
+        vectors = torch.stack([self._params[n] for n in names]).to(x)
+        inverse = vectors.reciprocal()
         totals, sizes = x @ inverse.T, x.abs().amax(0) @ inverse.abs().T
         for k in ((totals - totals[:1]).abs().amax(0) <= EXACT * sizes).nonzero()[:, 0].tolist():
-            total, rounding, gain = totals[0, k], EXACT * sizes[k], ([*vectors][k], 0, d, -1)
-            shifts = [n for n, v in vectors.items() if (v.to(x) @ inverse[k] - total).abs() <= rounding]
+            total, rounding, gain = totals[0, k], EXACT * sizes[k], (names[k], 0, d, -1)
+            shifts = ((vectors @ inverse[k] - total).abs() <= rounding).nonzero()[:, 0].tolist()
             if shifts or total.abs() <= rounding:
                 own = Step((), f"i,o->{outer}", (m,), (gain,))
                 s = self._source(name, tuple(self._params[name].shape), m, (own, *rows))
                 s.settled |= bool(total.abs() <= rounding)
                 s.read |= True
             if shifts and total.abs() > rounding:
-                step = Step((), "i,i,o->o", (m,), ((shifts[0], 0, d, 1), gain))
+                step = Step((), "i,i,o->o", (m,), ((names[shifts[0]], 0, d, 1), gain))
                 t = (total.to(s.c) * s.c).to(out).expand(1, m)
                 self._put(out, Difference(s, t, ((step,),), s.read | True))

@@ -23,9 +23,12 @@ ROUNDING = 1e-8  # the cosine of what is orthogonal
 
 def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> dict[Shift, int]:
     """The translations that hold, each with the number of its family: those of one may be taken `together`."""
-    trial = check.planned.calm[min(1, len(check.planned.calm) - 1)]
-    params, mode = probe.params, Shifts(probe.params, generator)
-    outputs = probe.outputs(trial.call, trial.training, trial.seed, (*trial.modes(), mode))
+    calm, params = check.planned.calm, probe.params
+    for trial in dict.fromkeys([calm[min(1, len(calm) - 1)], *check.planned.whole[:1]]):
+        mode = Shifts(params, generator)
+        outputs = probe.outputs(trial.call, trial.training, trial.seed, (*trial.modes(), mode))
+        if all(bool(s.read.all()) for s in mode.sources):
+            break
     readers = {(s.name, s.own[0].operands[0][0]) for s in mode.sources if s.own}  # behind a norm with that gain
     unseen = dict(constants(params, check.gradients, generator))
     unseen = {s: k for s, k in unseen.items() if s.monomial or (s.moves[0].name, s.names[-1]) not in readers}
@@ -41,33 +44,35 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
         trial = next((t for t in check.planned.trials if t.training), trial)
         with probe.at(elsewhere):
             gradients = exercised(params, [trial.run])[2]
-        proposed = [s for s in proposed if to_first_order(s, elsewhere, gradients)]
+        lengths = [float(norm(g)) for g in gradients]
+        proposed = [s for s in proposed if to_first_order(s, elsewhere, gradients, lengths)]
     family = {**unseen, **{s: -k for k, s in enumerate(low_rank, 1)}}
-    return {s: family.get(s, 0) for s in check.keep(proposed, lambda *_: None)}
+    return {s: family.get(s, 0) for s in check.at_given(check.keep(proposed, lambda *_: None))}
 
 
 def together(found: dict[Shift, int]) -> list[Shift]:
     """Translations of one family that move a parameter in common, or are constant along the same axis, as one."""
-    parts: list[tuple[int, list[Shift]]] = []
+    parts: list[tuple[int, list[Shift], set[str], set[str]]] = []
     for shift, family in found.items():
-        for number, part in parts:
-            moved = {n for s in (*part, shift) for n in s.moved}
-            reads = {n for s in (*part, shift) for n in s.names if n not in s.moved}
-            near = family or any({*s.moved} & {*shift.moved} for s in part)
-            if number == family and near and not moved & reads:
+        own, own_reads = {*shift.moved}, {*shift.names} - {*shift.moved}
+        for number, part, moved, reads in parts:
+            near = number == family and (family or own & moved)
+            if near and not own & reads and not own_reads & moved:
                 part.append(shift)
+                moved |= own
+                reads |= own_reads
                 break
         else:
-            parts.append((family, [shift]))
-    return [joined(part) for _, part in parts]
+            parts.append((family, [shift], own, own_reads))
+    return [joined(part) for _, part, _, _ in parts]
 
 
-def to_first_order(symmetry: Symmetry, params: Params, gradients: list[Params]) -> bool:
-    """Whether gradients, finite ones, have no part along a symmetry there: then it holds to first order."""
+def to_first_order(symmetry: Symmetry, params: Params, gradients: list[Params], lengths: list[float]) -> bool:
+    """Whether gradients, finite ones of these lengths, have no part along a symmetry: then it holds to first order."""
     velocity = symmetry.velocity(params, symmetry.sample(params, generator=torch.Generator().manual_seed(0)))
     inner = [sum(float((g[n] * v).sum()) for n, v in velocity.items() if n in g) for g in gradients]
-    lengths = [float(norm(g)) * float(norm(velocity)) for g in gradients]
-    return any(lengths) and all(abs(a) <= ROUNDING * b for a, b in zip(inner, lengths, strict=True))
+    most = [length * float(norm(velocity)) for length in lengths]
+    return any(most) and all(abs(a) <= ROUNDING * b for a, b in zip(inner, most, strict=True))
 
 
 def constants(params: Params, gradients: list[Params], generator: torch.Generator) -> Iterator[tuple[Shift, int]]:
@@ -81,6 +86,7 @@ def constants(params: Params, gradients: list[Params], generator: torch.Generato
     for name, p in params.items():
         if p.ndim and p.numel() == max(p.shape):
             vectors[p.numel()].append(name)
+    stacks = {n: torch.stack([params[name].flatten() for name in names]) for n, names in vectors.items()}
     largest = max((float(g.abs().max()) for found in gradients for g in found.values() if g.numel()), default=0.0)
     for name, p in params.items():
         grads = [g[name] for g in gradients if name in g]
@@ -92,9 +98,11 @@ def constants(params: Params, gradients: list[Params], generator: torch.Generato
             if runs:
                 yield _constant(name, p.shape, dim, runs), p.shape[dim]
                 continue
-            for gain in vectors[p.shape[dim]] if p.shape[dim] > 1 else ():
-                parts = entries / params[gain].to(entries).flatten()
-                if gain != name and parts.sum().abs() <= EXACT * parts.abs().sum():
+            if p.shape[dim] == 1 or not (gains := vectors[p.shape[dim]]):
+                continue
+            parts = entries / stacks[p.shape[dim]].to(entries)
+            for k in (parts.sum(1).abs() <= EXACT * parts.abs().sum(1)).nonzero()[:, 0].tolist():
+                if (gain := gains[k]) != name:
                     yield _behind(gain, params[gain].shape, name, p.shape, dim), p.shape[dim]
 
 

@@ -15,6 +15,7 @@ from teleport_lite.functional import Params
 from teleport_lite.outputs import distance, gaps, numbers
 
 SLACK = 1e2  # times that rounding explains
+ROUNDING = 1e-15  # of parameters, relative
 CHAOS = 1e-9  # outputs that rounding changes by more cannot be compared
 NOTHING = 1e-12  # outputs that are zero but for rounding, as a difference of equal terms
 WILD = 1e8  # ratio of entries beyond which those that no parameter changes are looked for
@@ -69,11 +70,18 @@ class Trial:
         found = gaps(after, self.before, self.constant)
         if max(found, default=0.0) <= floor:
             return 0.0
-        allowed = [max(floor, SLACK * n) if n < CHAOS else floor for n in self.noise]
         nothing = [_is_nothing(a) and _is_nothing(b) for a, b in zip(after, self.before, strict=True)]
-        return max(
-            (g for g, most, zero in zip(found, allowed, nothing, strict=True) if g > most and not zero), default=0.0
-        )
+
+        def beyond(noise: list[float]) -> float:
+            allowed = [max(floor, SLACK * n) if n < CHAOS else floor for n in noise]
+            return max(
+                (g for g, most, no in zip(found, allowed, nothing, strict=True) if g > most and not no), default=0.0
+            )
+
+        gap = beyond(self.noise)
+        if 0 < gap < SLACK * CHAOS:  # parameters that were moved far are rounded more
+            gap = beyond(gaps(self._elsewhere(ROUNDING, after, self.probe.here), after, self.constant))
+        return gap
 
     @property
     def chaotic(self) -> bool:
@@ -86,7 +94,7 @@ class Trial:
         if self._constant is None:
             sizes = [s[s.isfinite() & (s > 0)] for s in (numbers(t).abs() for t in self.before)]
             if any(s.numel() and float(s.max()) > WILD * float(s.min()) for s in sizes):
-                found = self._elsewhere(0.5, self.before)
+                found = self._elsewhere(0.5, self.before, self.probe.home)
                 self._constant = [numbers(a) == numbers(b) for a, b in zip(found, self.before, strict=True)]
             else:
                 self._constant = []
@@ -96,17 +104,20 @@ class Trial:
     def noise(self) -> list[float]:
         """For each output how far rounding, of the parameters in their last digits, changes it."""
         if self._noise is None:
-            self._noise = gaps(self._elsewhere(1e-15, self.before), self.before, self.constant)
+            moved = self._elsewhere(ROUNDING, self.before, self.probe.home)
+            self._noise = gaps(moved, self.before, self.constant)
         return self._noise
 
-    def _elsewhere(self, spread: float, default: list[Tensor]) -> list[Tensor]:
-        """The outputs at other parameters, or `default` where they do not come out alike."""
+    def _elsewhere(self, spread: float, default: list[Tensor], point: Params) -> list[Tensor]:
+        """The outputs at other parameters, near `point`, or `default` where they do not come out alike."""
         draw = torch.Generator().manual_seed(0)
         moved = {
-            n: p * (1 + spread * normal(p, draw)) if p.is_floating_point() else p for n, p in self.probe.values.items()
+            n: p * (1 + spread * normal(p, draw)) if p.is_floating_point() else p
+            for n, p in point.items()
+            if n in self.probe.values
         }
         try:
-            with self.probe.at({**self.probe.home, **moved}):
+            with self.probe.at({**point, **moved}):
                 found = self.run()
         except Exception:
             return default

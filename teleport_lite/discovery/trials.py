@@ -24,6 +24,7 @@ SIZES = (30.0, 1 / 30, -1.0)  # times the inputs, for models that branch on what
 MANY = 16  # examples in a batch that is not run as a whole
 SEEDS, OUTSIDE = 3, 16  # for models that draw random numbers, in torch or outside
 PARTS = 8  # runs that leave something out
+SHORT = 8  # longer axes are cut, to at least that
 REPEATED = 1e-12  # two runs of the same agree up to that
 
 
@@ -33,12 +34,14 @@ class Trials:
     Attributes:
         trials: in evaluation mode, and in training mode with draws as they are.
         even: the same in training mode with draws that no permutation moves.
+        whole: of both, those with axes as long as given, where they are cut elsewhere.
         notes: what could not be done, in words.
     """
 
     def __init__(self, probe: Probe, example: Arguments, generator: torch.Generator) -> None:
         self.probe, self.generator = probe, generator
         self.notes: list[str] = []
+        self.whole: list[Trial] = []
         self.limit = 1.0
         self.calm = self._calls(example.map(on_host))
         self.trials = list(self.calm) if self._repeats(self.calm[0]) else []
@@ -61,6 +64,7 @@ class Trials:
             got = "no tensor in what it returns"
             raise TeleportError("a model that returns tensors", got, "return them, or wrap the model in one that does")
         self.limit = _lost(given.before)
+        whole, given = given, self._cut(given)
         found = self._varied(given)
         noisy = found[0] if found else None
         if noisy and self._has_real(noisy.call):
@@ -68,11 +72,22 @@ class Trials:
             found += self._all_accepted(inputs.times(one.call, size) for size in SIZES)
         base = noisy or given
         found += self._all_accepted(inputs.fewer(base.call))
-        longest = self._grown(base)
+        longest = self._grown(base, {size for size, _ in inputs.sizes(whole.call)})
         found += islice(self._all_accepted(inputs.other_numbers(base.call)), 8)
         if not found and not longest and self._has_real(example):
             self.notes.append("other inputs than those given: the model does not take them")
-        return [given, *found, *([longest] if longest else [])]
+        if given is not whole:
+            self.whole = self._varied(whole) or [whole]
+        return [given, *found, *([longest] if longest else []), *self.whole]
+
+    def _cut(self, trial: Trial) -> Trial:
+        """The trial with long axes cut, as far as it reads the same then: short ones tell as much, and cost less."""
+        for size, dim in list(inputs.sizes(trial.call)):
+            news = [size // k for k in (8, 4, 2) if size // k >= SHORT and dim != 0]
+            tried = (n for n in news if inputs.has(trial.call, size, dim))
+            shorter = self._all_accepted(inputs.resized(trial.call, size, new, dim) for new in tried)
+            trial = next((s for s in shorter if s.reads == trial.reads), trial)
+        return trial
 
     def _given(self, example: Arguments) -> Trial:
         """The example, cut to few rows or with its rows repeated where the model takes that."""
@@ -92,11 +107,11 @@ class Trials:
                 return found
         return []
 
-    def _grown(self, base: Trial) -> Trial | None:
-        """All axes longer that may be; None when none may."""
+    def _grown(self, base: Trial, lengths: set[int]) -> Trial | None:
+        """All axes of these lengths longer that may be; None when none may."""
         call, grown = base.call, False
         for size, dim in list(inputs.sizes(call)):
-            if any(size in x.shape[slice(dim, None if dim is None else dim + 1)] for x in call.tensors()):
+            if size in lengths and inputs.has(call, size, dim):
                 tried = (inputs.resized(call, size, new, dim) for new in inputs.longer(size, dim))
                 for longer in islice(self._all_accepted(tried), 1):
                     call, grown = longer.call, True
@@ -179,6 +194,7 @@ class Trials:
             return
         last = self.calm[-1].call
         same = [plain, *(self._try(last) if last is not first.call else [])]
+        self.whole += same[1:] if self.whole else []
         if not random:
             self.trials, self.even = [*self.trials, *same], [*self.even, *same]
             return

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from teleport_lite.discovery.elements import DRAWN, element
 from teleport_lite.discovery.exercised import exercised, without_effect
 from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.probe import Probe, normal
 from teleport_lite.discovery.trial import Trial
 from teleport_lite.discovery.trials import Trials
 from teleport_lite.functional import Params
-from teleport_lite.groups import Permutation, Signs, Translation
+from teleport_lite.groups import Permutation
 from teleport_lite.outputs import distance
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 from teleport_lite.symmetries.base import Symmetry
@@ -24,12 +24,11 @@ __all__ = ["TOLERANCE", "Verifier", "distance"]
 TOLERANCE = 1e-10  # relative change in float64 beyond which a proposed symmetry is dropped
 SEEN = 1e-6  # what another change of the same parameters has to make of the outputs at least, relative
 SMALL = 8  # a finite group on fewer axes has few elements
-DRAWN = 2  # random elements of small finite groups
-FAR = 3  # how far each coordinate of a translation goes, about
 WIDER = 3  # times that more inputs are tried where some, as experts that tokens pick, were not used
 
 Drop = Callable[[Any, float], None]
 S = TypeVar("S", bound=Symmetry)
+Turn = tuple[int, list[Trial]]  # its number, and what is run
 Failure = tuple[float, Trial, int]  # by how much, where, in which turn
 
 
@@ -42,7 +41,9 @@ class Verifier:
         gradients: of random sums of the outputs, in some of the trials.
         unread: those of them that no operator reads, or that reach the outputs times zero alone, so that nobody knows
             where they belong; what may share an axis with them stays as well.
+        partly: lengths of axes of which they read a part.
         withheld: the symmetries that were not tried for that reason, in words.
+        thorough: whether each is tried on whole trials, too, and not only all together at the end.
     """
 
     def __init__(self, probe: Probe, example: Arguments, generator: torch.Generator) -> None:
@@ -61,7 +62,9 @@ class Verifier:
                 break
         read = {name for trial in self.trials for _, *names, _ in trial.reads for name in names}
         self.unread = [name for name in self.untouched if name not in read or name in self.connected]
+        self.partly: set[int] = set()
         self.withheld: dict[str, None] = {}
+        self.thorough = False
         self.numbers: dict[Symmetry, int] = {}  # of finite symmetries
 
     def _unexercised(self) -> list[str]:
@@ -95,7 +98,7 @@ class Verifier:
     def allowed(self, symmetry: Symmetry) -> bool:
         """Whether all that it moves, and all that may have the same axis, was exercised."""
         legs = symmetry.legs if isinstance(symmetry, NeuronSymmetry) else ()
-        lengths = {n for name in self.unread for n in self.params[name].shape} - {1}
+        lengths = {n for name in self.unread for n in self.params[name].shape} - {1} | (self.partly if legs else set())
         own = {self.params[leg.name].shape[leg.dim] for leg in legs} | {symmetry.group.n}
         own |= set() if legs else {n for name in symmetry.moved for n in self.params[name].shape}
         shared = lengths & own or {*symmetry.names} & {*self.untouched}
@@ -121,6 +124,41 @@ class Verifier:
         with self.probe.at(moved):
             return any(SEEN < trial.gap(TOLERANCE) < float("inf") for trial in self.trials)
 
+    def at_given(self, symmetries: list[S]) -> list[S]:
+        """Those that hold, but for rounding, at the parameters of the model as it was given, too.
+
+        In deep networks a neuron may be on, or off, for all inputs, and its bias then moves as if it were linear; where
+        data are large at `params`, no shift is so far that this ends.
+        """
+        trial, given = self.planned.calm[min(1, len(self.planned.calm) - 1)], {**self.params, **self.probe.given}
+        draw = torch.Generator().manual_seed(0)
+
+        def gap(moved: Params) -> float:
+            if not all(bool(p.isfinite().all()) for n, p in moved.items() if p is not given[n]):
+                return 0.0
+            return distance(self._returned(trial, moved), before)
+
+        def alone(part: Sequence[S]) -> float:
+            moved = given
+            for s in part:
+                moved = s.act(moved, element(s, 0, self.params))
+            return gap(moved)
+
+        before = self._returned(trial, given)
+        if not symmetries or not before or alone(symmetries) <= SEEN:
+            return symmetries
+        rounded = {n: p + 1e-15 * p * normal(p, draw) if p.is_floating_point() else p for n, p in given.items()}
+        if gap(rounded) > SEEN:  # nothing can be compared here
+            return symmetries
+        return [s for s in symmetries if alone([s]) <= SEEN]
+
+    def _returned(self, trial: Trial, params: Params) -> list[Tensor]:
+        with self.probe.at(params):
+            try:
+                return trial.run()
+            except Exception:  # as when a shape depends on values
+                return []
+
     def notes(self) -> list[str]:
         """What was left out, and why."""
         names = ", ".join(self.untouched)
@@ -140,6 +178,16 @@ class Verifier:
         kinds = [[s for s in symmetries if s.dim], [s for s in symmetries if not s.dim]]
         return [s for kind in kinds for s in self.holding(kind, drop)]
 
+    def confirmed(self, *parts: Sequence[Symmetry]) -> bool:
+        """Whether all that was found, part by part, holds on whole trials; if not, each is tried on them afterwards."""
+        self.thorough = True
+        for finite, plan in ((False, self.planned.trials), (True, self.planned.even)):
+            whole = [t for t in self.planned.whole if t in plan]
+            for kind in ([s for s in part if finite == (not s.dim)] for part in parts):
+                if kind and whole and self._failure(kind, [(0, whole)]):
+                    return False
+        return True
+
     def holding(self, symmetries: list[S], drop: Drop) -> list[S]:
         """All at once; where that fails, by halves on the trial that shows it."""
         while symmetries and (failure := self._failure(symmetries)):
@@ -150,7 +198,7 @@ class Verifier:
         return symmetries
 
     def _culprits(self, symmetries: Sequence[Symmetry], error: float, trial: Trial, turn: int) -> dict[Symmetry, float]:
-        """Those among them that change one trial by themselves, where they do so together by `error`."""
+        """Those that change one trial by themselves; where none does, the first that does so beside those before it."""
         if len(symmetries) == 1:
             return {symmetries[0]: error}
         found: dict[Symmetry, float] = {}
@@ -160,13 +208,19 @@ class Verifier:
             found |= self._culprits(part, gap, trial, turn) if gap else {}
         if found:
             return found
-        return {s: e for s in symmetries if (e := self.error([s]))} or dict.fromkeys(symmetries, error)
+        if alone := {s: e for s in symmetries if (e := self.error([s]))}:
+            return alone
+        held, failing = 1, len(symmetries)  # how many of the first ones hold together, as where rounding adds up
+        while failing - held > 1:
+            middle = (held + failing) // 2
+            held, failing = (held, middle) if self._gap(symmetries[:middle], trial, turn) else (middle, failing)
+        return {symmetries[held]: error}
 
-    def _failure(self, symmetries: Sequence[Symmetry]) -> Failure | None:
-        """The first trial whose outputs change."""
+    def _failure(self, symmetries: Sequence[Symmetry], turns: Iterable[Turn] = ()) -> Failure | None:
+        """The first trial whose outputs change, of these `turns`, or of all."""
         if not self.planned.trials:
             return float("inf"), self.planned.calm[0], 0
-        for turn, trials in self._turns(symmetries):
+        for turn, trials in turns or self._turns(symmetries):
             moved = self._moved(symmetries, turn)
             with self.probe.at(moved):
                 for trial in trials:
@@ -200,7 +254,7 @@ class Verifier:
         moved = self._moved(symmetries, turn, trial.written) if names else {}
         return {n: moved[n] for n in names}
 
-    def _turns(self, symmetries: Sequence[Symmetry]) -> Iterator[tuple[int, list[Trial]]]:
+    def _turns(self, symmetries: Sequence[Symmetry]) -> Iterator[Turn]:
         """Which elements to try, by number, on which trials.
 
         Random elements of several symmetries undo each other with probability zero, but those of small finite groups
@@ -208,7 +262,8 @@ class Verifier:
         in a bit, stand apart once. One trial is enough for that.
         """
         shuffled = any(isinstance(s.group, Permutation) for s in symmetries)
-        trials = list(self.planned.even if shuffled else self.planned.trials)
+        later = [] if self.thorough else self.planned.whole
+        trials = [t for t in (self.planned.even if shuffled else self.planned.trials) if t not in later]
         yield 0, trials
         if all(not s.dim for s in symmetries):
             yield 1, trials[::2]
@@ -224,32 +279,8 @@ class Verifier:
         moved = {**self.params, **(written or {})}
         for s in symmetries:
             if turn < 2 + DRAWN or self.numbers.get(s, 0) >> (turn - 2 - DRAWN) & 1:
-                moved = s.act(moved, self._element(s, turn))
+                moved = s.act(moved, element(s, turn, self.params))
         return moved
-
-    def _element(self, symmetry: Symmetry, turn: int) -> Tensor:
-        """A random element; of a finite group, in two turns, elements that generate it or nearly so.
-
-        The same symmetry has the same element in a turn, whatever stands beside it.
-        """
-        n, like = symmetry.group.n, self.params[symmetry.names[0]]
-        two = turn if turn < 2 + DRAWN else 0
-        if isinstance(symmetry.group, Permutation) and two < 2:  # a cycle, then the exchange of two
-            order = torch.arange(n, device=like.device)
-            return order.roll(1) if two == 0 else torch.cat([order[:2].flip(0), order[2:]])
-        if not isinstance(symmetry, NeuronSymmetry):  # a translation so far that nothing saturates
-            radius = FAR * n**0.5 if isinstance(symmetry.group, Translation) else 1.0
-            return symmetry.sample(
-                self.params, generator=_seeded(f"{getattr(symmetry, 'moves', symmetry)} {turn}"), radius=radius
-            )
-        legs = f"{symmetry.legs} {symmetry.group}"
-        if isinstance(symmetry.group, Signs) and two < 2:  # the first and random ones but the last, then all the others
-            flipped = torch.rand(n, generator=_seeded(legs)) < 0.5
-            flipped[-1] = False
-            flipped[1:] ^= two == 1
-            flipped[0] = two == 0 or n == 1
-            return 1 - 2 * flipped.to(like)
-        return symmetry.sample(self.params, generator=_seeded(f"{legs} {turn}"))
 
 
 def told(error: float) -> str:
@@ -257,10 +288,6 @@ def told(error: float) -> str:
     if error == float("inf"):
         return "makes outputs not finite, or of another shape"
     return f"changes the outputs, by {error:.1e} relative"
-
-
-def _seeded(text: str) -> torch.Generator:
-    return torch.Generator().manual_seed(zlib.crc32(text.encode()))
 
 
 def _identical(trial: Trial) -> bool:

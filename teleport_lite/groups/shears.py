@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, wide
+from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, multiply_along, promoted, wide
 
 NEAR = 0.1  # where ten terms of a series are exact in float64
 
@@ -50,8 +50,8 @@ class Shears(Group):
         """The matrix M; a matrix, which `dual` gives, stands for itself."""
         if xi.ndim > 1:
             return xi
-        ones = torch.ones_like(xi)
-        return torch.outer(ones, xi) if self.transposed else torch.outer(xi, ones)
+        m = xi[:, None].expand(self.n, self.n)
+        return m.mT if self.transposed else m
 
     def exp(self, xi):
         m = self.algebra(xi)
@@ -61,14 +61,21 @@ class Shears(Group):
         return g @ h
 
     def along(self, g, tensor, dim):
-        return matmul_along(g, tensor, dim)
+        if 0 not in g.stride():
+            return matmul_along(g, tensor, dim)
+        g, x = promoted(g, tensor)  # of rank one, s 1^T or 1 s^T
+        if g.stride(1) == 0:
+            x = multiply_along(g[:, 0], x.sum(dim, keepdim=True).expand_as(x), dim)
+        else:
+            x = multiply_along(g[0], x, dim).sum(dim, keepdim=True).expand_as(x)
+        return x.to(tensor.dtype)
 
     def sample(self, like, *, radius=1.0, generator=None):
         drawn = draw(torch.randn, self.n, like=like, generator=generator)
         return in_ball(drawn, self.norm(drawn), self.n, radius, generator)
 
     def dual(self, xi):
-        return -self.algebra(xi).mT
+        return self.algebra(-xi).mT
 
     def norm(self, xi):
         return self.n**0.5 * torch.linalg.vector_norm(xi)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from teleport_lite.functional import Params
@@ -48,7 +49,16 @@ class GainedSymmetry(NeuronSymmetry):
             moved[leg.name] = self._turned(moved[leg.name], pair[leg.dual], leg, self._stretch(params, leg, gain))
         return moved
 
-    velocity = Symmetry.velocity
+    def velocity(self, params, xi):
+        pair = self.group.algebra(xi), self.group.algebra(self.group.dual(xi))
+        found = {name: torch.zeros_like(params[name]) for name in self.names}
+        for leg, gain in self._pairs:
+            stretch = self._stretch(params, leg, gain)
+            part = self.group.along(pair[leg.dual], self.axis(params[leg.name], leg) * stretch, 0) / stretch
+            part = self.axis(found[leg.name], leg) + part.to(found[leg.name].dtype)
+            found[leg.name] = self.put(found[leg.name], part, leg)
+        return found
+
     transport = Symmetry.transport
 
     def jet(self, params, xi):

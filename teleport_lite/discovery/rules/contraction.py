@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import negative
+from teleport_lite.discovery.constraints import PERM, negative
 from teleport_lite.discovery.labels import Labels, along_last, are_stacked, order_along
 from teleport_lite.discovery.operation import Operation, RuleMisfit
 from teleport_lite.discovery.registry import RULES, Rule
@@ -65,14 +65,18 @@ def contract(op: Operation, equation: str, a: Tensor, b: Tensor) -> Labels:
     shared = [letters.index(k) for k in letters if k in left and k in right and k in output]
     passing: Labels = []
     sides: list[Tensor | None] = []
-    for tensor, own, other in ((a, left, b), (b, right, a)):
+    for tensor, own, other, theirs in ((a, left, b, right), (b, right, a, left)):
         free = [letters.index(k) for k in own if letters.index(k) not in summed + shared]
         meeting: Labels = []
         single = all(sizes[letters[d]] == 1 for d in summed)
         scalars: Labels = []
+        fixed = not any(_over(x, theirs, letters).shape[d] > 1 for x in op.labels(other) for d in summed)
         for x in _factor_labels(op, tensor, other):
             spread = _over(x, own, letters)
             if are_stacked(spread, summed, free):
+                spread = op.constraints.tie_along(spread, summed)
+            elif fixed and any(spread.shape[d] > 1 for d in summed) and any(spread.shape[d] > 1 for d in free):
+                op.fix([spread], "rows of what is computed stay in their places", PERM)
                 spread = op.constraints.tie_along(spread, summed)
             if any(spread.shape[d] > 1 for d in summed):
                 meeting.append(spread)

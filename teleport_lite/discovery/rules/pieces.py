@@ -29,6 +29,12 @@ def _lerp(x: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
     return x + weight * (end - x)
 
 
+@decomposition_of("_weight_norm_interface")
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    norm = v.norm(2, [d for d in range(v.ndim) if d != dim % v.ndim], keepdim=True)
+    return g * (v / norm), norm
+
+
 @decomposition_of("_trilinear")
 def _trilinear(
     a: Tensor, b: Tensor, c: Tensor, expand1: list, expand2: list, expand3: list, sumdim: list, unroll_dim: int = 1
