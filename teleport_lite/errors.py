@@ -12,23 +12,6 @@ from difflib import get_close_matches
 MANY = 12  # names, of which a message lists the nearest
 
 
-def described(value: object) -> str:
-    """What a value is, in few words: arrays, containers and long texts are not printed.
-
-    >>> described("1"), described([1.0, 2.0]), described(TeleportError)
-    ("'1'", 'list of length 2', 'class TeleportError')
-    """
-    if isinstance(value, type):
-        return f"class {value.__name__}"
-    name, shape = type(value).__name__, getattr(value, "shape", None)
-    if isinstance(shape, tuple):
-        return f"{name} of shape {tuple(shape)}"
-    if isinstance(value, (tuple, list, dict, set)):
-        return f"{name} of length {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 40 and not text.startswith("<") else name
-
-
 class TeleportError(Exception):
     """Base of all errors of the package.
 

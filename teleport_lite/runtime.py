@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from teleport_lite.errors import TeleportError, described
+from teleport_lite.errors import TeleportError
 
 LossFn = Callable[[Any], Tensor]  # of the model
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -220,6 +220,23 @@ def unfused_attention() -> AbstractContextManager:
 def as_inputs(example_inputs: object) -> Inputs:
     """The positional arguments that `example_inputs` stands for: a tuple or list as it is, anything else alone."""
     return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+
+
+def described(value: object) -> str:
+    """What a value is, in few words: arrays, containers and long texts are not printed.
+
+    >>> described("1"), described([1.0, 2.0]), described(TeleportError)
+    ("'1'", 'list of length 2', 'class TeleportError')
+    """
+    if isinstance(value, type):
+        return f"class {value.__name__}"
+    name, shape = type(value).__name__, getattr(value, "shape", None)
+    if isinstance(shape, tuple):
+        return f"{name} of shape {tuple(shape)}"
+    if isinstance(value, (tuple, list, dict, set)):
+        return f"{name} of length {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 40 and not text.startswith("<") else name
 
 
 def check_model(model: object) -> None:

@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from teleport_lite.distributed import Ranks
-from teleport_lite.errors import ParameterError, TeleportError, UnknownNameError, described
+from teleport_lite.errors import ParameterError, TeleportError, UnknownNameError
 from teleport_lite.functional import Params
 from teleport_lite.objectives import Objective, as_objective
 from teleport_lite.optim.state_rules import STATES, move
 from teleport_lite.report import Report
-from teleport_lite.runtime import LossFn, check_generator, check_loss_fn, unwrap_compiled
+from teleport_lite.runtime import LossFn, check_generator, check_loss_fn, described, unwrap_compiled
 from teleport_lite.symmetries.base import Symmetry, check_radius
 from teleport_lite.symmetries.product import Product, check_symmetry
 from teleport_lite.teleport import carry_out, check_movable, symmetries_of

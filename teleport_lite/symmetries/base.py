@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from teleport_lite.errors import ParameterError, ShapeError, TeleportError, UnknownNameError, described
+from teleport_lite.errors import ParameterError, ShapeError, TeleportError, UnknownNameError
 from teleport_lite.functional import Params
 from teleport_lite.groups import Group
+from teleport_lite.runtime import described
 from teleport_lite.symmetries.rank import rank
 
 KINDS = ("scaling", "mixing", "rotation", "shear", "translation", "permutation", "sign")  # of groups

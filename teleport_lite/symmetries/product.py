@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from teleport_lite.errors import TeleportError, UnknownNameError, described
+from teleport_lite.errors import TeleportError, UnknownNameError
 from teleport_lite.functional import Params
 from teleport_lite.groups.base import pairs
+from teleport_lite.runtime import described
 from teleport_lite.symmetries.axes import NeuronSymmetry
 from teleport_lite.symmetries.base import KINDS, SAVED, Symmetry
 from teleport_lite.symmetries.rank import rank
