@@ -71,6 +71,7 @@ def contract(op: Operation, equation: str, a: Tensor, b: Tensor) -> Labels:
         single = all(sizes[letters[d]] == 1 for d in summed)
         scalars: Labels = []
         fixed = not any(_over(x, theirs, letters).shape[d] > 1 for x in op.labels(other) for d in summed)
+        fixed &= not op.memory.is_tracked(tensor)  # stacked weights have one axis for each matrix
         for x in _factor_labels(op, tensor, other):
             spread = _over(x, own, letters)
             if are_stacked(spread, summed, free):
