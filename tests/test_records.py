@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics as st
 from collections import Counter
@@ -192,3 +193,22 @@ def test_what_is_clear_over_all_rates(name, optimizer, arm):
     row = next(line for line in table.split("\n") if re.match(rf" +{label} +{arm} ", line))
     shown = f"{mean:+.3f} ± {half:.3f}".replace("-", "−")
     assert row.split("   ")[-1].startswith(shown), row
+
+
+def test_the_long_trainings():
+    """The ratio of Chapter 15, by Student's t test of the ratios' logarithms, from scipy."""
+    runs = record("learned_long")["runs"]
+    best = {}
+    for arm in ("update", "update, tele"):
+        first = [r for r in runs if r["arm"] == arm and r["seed"] == 0]
+        rate = sorted(first, key=lambda r: r["tuning"]["loss"][-1])[0]["rate"]
+        best[arm] = {r["seed"]: r["test"]["as trained"]["loss"] for r in runs if (r["arm"], r["rate"]) == (arm, rate)}
+    seeds = sorted(best["update"].keys() & best["update, tele"].keys())
+    text = printed(BOOK / "05-learning/learning-to-teleport.ipynb")
+    for step in (10, 30, 100):
+        logs = [math.log(best["update, tele"][s][step] / best["update"][s][step]) for s in seeds]
+        test = stats.ttest_1samp(logs, 0.0)
+        low, high = test.confidence_interval(0.95)
+        mean = st.fmean(logs)
+        expected = f"{math.exp(mean):5.2f} [{math.exp(low):.2f}, {math.exp(high):.2f}]"
+        assert f"update, tele / update after {step:3} steps: {expected}" in text

@@ -149,6 +149,21 @@ def learned_along(arm: str, base: str, step: int) -> tuple[float, float, float]:
     return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half))
 
 
+def long_runs(arm: str) -> dict[int, Any]:
+    """The trainings of an arm of `learned_long`, by seed, at the meta-rate that is best for its first seed."""
+    runs = [r for r in record("learned_long")["runs"] if r["arm"] == arm]
+    rate = min((r for r in runs if r["seed"] == 0), key=lambda r: r["tuning"]["loss"][-1] or np.inf)["rate"]
+    return {r["seed"]: r["test"]["as trained"]["loss"] for r in runs if r["rate"] == rate}
+
+
+def long_ratio(arm: str, step: int) -> tuple[float, float, float]:
+    """The loss of `learned_long` with a teleport over that without, after some steps, and its 95% interval."""
+    with_it, without = long_runs(arm), long_runs("update")
+    logs = [np.log(with_it[seed][step] / without[seed][step]) for seed in with_it.keys() & without.keys()]
+    mean, half = interval(np.array(logs))
+    return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half))
+
+
 def gain(network: str, radius: float = 1.0, key: str = "squared_gradient_gain") -> float:
     """What the steepest teleport of `mnist_teleport` multiplies, median over seeds."""
     moves = record("mnist_teleport")[network]["moves"]
@@ -242,6 +257,8 @@ for goal in ("flatter", "sharper", "more curved", "less curved"):
 for step in (10, 30, 100):
     for arm, base in LEARNED.items():
         NUMBERS[f"{arm} at {step}"] = partial(ratio, learned_along, arm, base, step)
+    NUMBERS[f"long tele at {step}"] = partial(ratio, long_ratio, "update, tele", step)
+NUMBERS["long seeds"] = lambda: str(len(long_runs("update, tele").keys() & long_runs("update").keys()))
 for family in ("scaling", "mixing"):
     for goal in GOALS:
         NUMBERS[f"minimum {family}, {goal}"] = partial(plus_minus, minimum, f"{family}, {goal}")
