@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 import teleport_lite as tl
 from teleport_lite.functional import Params
@@ -49,6 +50,19 @@ def relative(after: torch.Tensor, before: torch.Tensor) -> float:
 def largest_gap(a: Params, b: Params) -> float:
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def keep_the_outputs(model: nn.Module, symmetry, example) -> None:
+    """A hundred elements, on inputs of several sizes: no output moves, and each is undone by its inverse."""
+    params, generator = params_of(model), torch.Generator().manual_seed(0)
+    for k in range(100):
+        inputs = example([1, 2, 9, 30][k % 4], k + 10)
+        xi = symmetry.sample(params, radius=0.5, generator=generator)
+        moved = symmetry.act(params, xi)
+        assert relative(functional_call(model, moved, inputs), model(*inputs)) < 1e-11
+        back = symmetry.act(moved, symmetry.inverse(xi))
+        assert all(relative(back[n], params[n]) < 1e-12 for n in params)
+    assert max(relative(moved[n], params[n]) for n in symmetry.names) > 1e-2
 
 
 def tensors_in(output: object) -> list[torch.Tensor]:

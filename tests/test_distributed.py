@@ -152,16 +152,22 @@ def group(make, kind: str, dim: int, ascends: bool):
         teleporter = tl.Teleporter(
             model, optimizer, symmetry, every=1, radius=0.5, state="transport", search="random", generator=generator
         )
-        for _ in range(2):
-            optimizer.zero_grad()
-            world.loss_fn(model).backward()
-            optimizer.step()
-            reports.append(teleporter.step(world.loss_fn))
-        slots = {f"{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+        more, slots = steps(2, world, model, optimizer, teleporter)
         buffers = {n: b for n, b in inner.named_buffers() if b.is_floating_point()}
-        return found(model, *reports, **slots, **buffers)
+        return found(model, *reports, *more, **slots, **buffers)
 
     return case
+
+
+def steps(count: int, world: World, model, optimizer, teleporter):
+    """The reports of training with a teleport after each step, and the optimizer's state at the end."""
+    reports = []
+    for _ in range(count):
+        optimizer.zero_grad()
+        world.loss_fn(model).backward()
+        optimizer.step()
+        reports.append(teleporter.step(world.loss_fn))
+    return reports, {f"{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
 
 
 def trained(state: str, every: Any):
@@ -172,13 +178,7 @@ def trained(state: str, every: Any):
         teleporter = tl.Teleporter(
             model, optimizer, every=every, state=state, generator=generator, search="closed_form"
         )
-        reports = []
-        for _ in range(6):
-            optimizer.zero_grad()
-            world.loss_fn(model).backward()
-            optimizer.step()
-            reports.append(teleporter.step(world.loss_fn))
-        slots = {f"{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+        reports, slots = steps(6, world, model, optimizer, teleporter)
         return found(model, *filter(None, reports), **slots)
 
     return case
