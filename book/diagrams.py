@@ -517,6 +517,45 @@ def findings():
     return "".join(body), 690, 340
 
 
+@diagram(
+    "Three steps of a learned optimizer, side by side. In each a gradient goes into the network, which emits an update and a "
+    "group element; both move the weights to the next step. The memory goes from each network to the next. The losses "
+    "of all steps are added up"
+)
+def learned_optimizer():
+    top, middle, low, body = 60, 140, 225, []
+    for k, x in enumerate((70, 300, 530)):
+        body += [
+            label(x, top, f"w_{{{k}}}", "m"),
+            arrow((x, top + 20), (x, middle - 26)),
+            label(x + 8, top + 36, "gradient", "s l"),
+            box(x, middle, "LSTM", 84, 44),
+            arrow((x + 46, middle - 12), (x + 100, middle - 12), (x + 100, top + 26)),
+            label(x + 108, middle - 34, f"u_{{{k}}}, ξ_{{{k}}}", "m l"),
+            arrow((x + 20, top), (x + 76, top)),
+            element(x + 100, top, f"ξ_{{{k}}}", 22),
+            arrow((x + 126, top), (x + 208, top)),
+            arrow((x + 46, middle + 12), (x + 184, middle + 12), kind="thin"),
+            label(x + 100, middle + 26, "memory", "s"),
+        ]
+    body += [label(760, top, "w_{3}", "m"), label(762, middle + 12, "…")]
+    for k, x in enumerate((300, 530, 760), 1):
+        if k == 3:
+            body.append(
+                line([(x + 24, top), (x + 34, top), (x + 34, low)], "thin dash")
+            )
+        else:
+            body.append(
+                line(
+                    [(x - 24, top + 14), (x - 60, top + 30), (x - 60, low)], "thin dash"
+                )
+            )
+    ends = ((240, "L(w_{1})"), (470, "L(w_{2})"), (794, "L(w_{3})"))
+    body += [label(x, low + 16, text, "m") for x, text in ends]
+    body += [label(355, low + 16, "+", "m"), label(632, low + 16, "+", "m")]
+    return "".join(body), 850, 265
+
+
 def main() -> None:
     """Write all of them."""
     FOLDER.mkdir(exist_ok=True)
