@@ -518,42 +518,45 @@ def findings():
 
 
 @diagram(
-    "Three steps of a learned optimizer, side by side. In each a gradient goes into the network, which emits an update and a "
-    "group element; both move the weights to the next step. The memory goes from each network to the next. The losses "
-    "of all steps are added up"
+    "A learned optimizer, unrolled. From the weights the gradient goes up to the LSTM, which passes its memory on to "
+    "itself at the next step and sends down an update u, added to the weights, and coordinates xi, whose group element "
+    "acts on the sum; the logarithms of the losses at all weights are added up"
 )
 def learned_optimizer():
-    top, middle, low, body = 60, 140, 225, []
-    for k, x in enumerate((70, 300, 530)):
+    y, z, body = 58, 165, []
+    for t in range(3):
+        x = 50 + 245 * t
+        body += [label(x, z, f"w_{{{t}}}", "m"), arrow((x, z + 18), (x, z + 54))]
+        body.append(label(x, z + 70, f"log L(w_{{{t}}})", "m"))
+        if t == 2:
+            break
+        plus, turn, net = x + 95, x + 165, x + 130
+        body.append(
+            line([(x, z - 18), (x, y), (net - 48, y)])
+            + label(x + 8, 112, "gradient", "s l")
+        )
+        body += [arrow((net - 60, y), (net - 46, y)), box(net, y, "LSTM", 84, 48)]
         body += [
-            label(x, top, f"w_{{{k}}}", "m"),
-            arrow((x, top + 20), (x, middle - 26)),
-            label(x + 8, top + 36, "gradient", "s l"),
-            box(x, middle, "LSTM", 84, 44),
-            arrow((x + 46, middle - 12), (x + 100, middle - 12), (x + 100, top + 26)),
-            label(x + 108, middle - 34, f"u_{{{k}}}, ξ_{{{k}}}", "m l"),
-            arrow((x + 20, top), (x + 76, top)),
-            element(x + 100, top, f"ξ_{{{k}}}", 22),
-            arrow((x + 126, top), (x + 208, top)),
-            arrow((x + 46, middle + 12), (x + 184, middle + 12), kind="thin"),
-            label(x + 100, middle + 26, "memory", "s"),
+            arrow((x + 20, z), (plus - 15, z)),
+            dot(plus, z, "box", 13),
+            label(plus, z, "+"),
         ]
-    body += [label(760, top, "w_{3}", "m"), label(762, middle + 12, "…")]
-    for k, x in enumerate((300, 530, 760), 1):
-        if k == 3:
-            body.append(
-                line([(x + 24, top), (x + 34, top), (x + 34, low)], "thin dash")
-            )
-        else:
-            body.append(
-                line(
-                    [(x - 24, top + 14), (x - 60, top + 30), (x - 60, low)], "thin dash"
-                )
-            )
-    ends = ((240, "L(w_{1})"), (470, "L(w_{2})"), (794, "L(w_{3})"))
-    body += [label(x, low + 16, text, "m") for x, text in ends]
-    body += [label(355, low + 16, "+", "m"), label(632, low + 16, "+", "m")]
-    return "".join(body), 850, 265
+        body += [arrow((plus + 15, z), (turn - 23, z)), element(turn, z, "e^{ξ}")]
+        body.append(arrow((turn + 23, z), (x + 225, z)))
+        body += [
+            arrow((plus, y + 26), (plus, z - 16)),
+            label(plus + 14, 112, f"u_{{{t}}}", "m"),
+        ]
+        body += [
+            arrow((turn, y + 26), (turn, z - 24), kind="acc"),
+            label(turn + 16, 112, f"ξ_{{{t}}}", "m ga"),
+        ]
+    body.append(
+        arrow((222, y - 14), (376, y - 14), kind="blue")
+        + label(299, y - 28, "memory", "s")
+    )
+    body += [label(172, z + 70, "+", "m"), label(417, z + 70, "+", "m")]
+    return "".join(body), 600, 262
 
 
 def main() -> None:
