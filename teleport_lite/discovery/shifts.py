@@ -213,6 +213,8 @@ class Shifts(DispatchMode):
                 if r.shape != w.shape:
                     continue
                 scale = float(w @ r / (r @ r))
+                if m == 1 and abs(scale - 1) > EXACT:  # any two numbers are multiples of each other
+                    continue
                 if bool(((w - scale * r).abs() <= EXACT * w.abs().max()).all()):
                     return Step((), equation, (n,), (operand,), 1.0 if abs(scale - 1) < EXACT else scale)
         return None
