@@ -517,6 +517,48 @@ def findings():
     return "".join(body), 690, 340
 
 
+@diagram(
+    "A learned optimizer, unrolled. From the weights the gradient goes up to the LSTM, which passes its memory on to "
+    "itself at the next step and sends down an update u, added to the weights, and coordinates xi, whose group element "
+    "acts on the sum; the logarithms of the losses at all weights are added up"
+)
+def learned_optimizer():
+    y, z, body = 58, 165, []
+    for t in range(3):
+        x = 50 + 245 * t
+        body += [label(x, z, f"w_{{{t}}}", "m"), arrow((x, z + 18), (x, z + 54))]
+        body.append(label(x, z + 70, f"log L(w_{{{t}}})", "m"))
+        if t == 2:
+            break
+        plus, turn, net = x + 95, x + 165, x + 130
+        body.append(
+            line([(x, z - 18), (x, y), (net - 48, y)])
+            + label(x + 8, 112, "gradient", "s l")
+        )
+        body += [arrow((net - 60, y), (net - 46, y)), box(net, y, "LSTM", 84, 48)]
+        body += [
+            arrow((x + 20, z), (plus - 15, z)),
+            dot(plus, z, "box", 13),
+            label(plus, z, "+"),
+        ]
+        body += [arrow((plus + 15, z), (turn - 23, z)), element(turn, z, "e^{ξ}")]
+        body.append(arrow((turn + 23, z), (x + 225, z)))
+        body += [
+            arrow((plus, y + 26), (plus, z - 16)),
+            label(plus + 14, 112, f"u_{{{t}}}", "m"),
+        ]
+        body += [
+            arrow((turn, y + 26), (turn, z - 24), kind="acc"),
+            label(turn + 16, 112, f"ξ_{{{t}}}", "m ga"),
+        ]
+    body.append(
+        arrow((222, y - 14), (376, y - 14), kind="blue")
+        + label(299, y - 28, "memory", "s")
+    )
+    body += [label(172, z + 70, "+", "m"), label(417, z + 70, "+", "m")]
+    return "".join(body), 600, 262
+
+
 def main() -> None:
     """Write all of them."""
     FOLDER.mkdir(exist_ok=True)

@@ -4,10 +4,11 @@
 
 The problems are those of `learned.py`. An LSTM of 300 units emits the whole update; 640 batches of 4 problems and 100
 steps, with an update of the network every 10 steps: 6,400 updates, for every arm alike. The published runs have 5,400
-of one problem without a teleport, and 6,300 with one. Each arm is tuned alone: with the first seed it is trained at
-each meta-rate, at another one as long as the best is at an edge of the grid, and the meta-rate that ends lowest on
-problems to tune on is the arm's for the other seeds. Results go to book/results/learned_long.json, one training at a
-time; an interrupted one goes on from its last checkpoint.
+of one problem without a teleport, and 6,300 with one. Beside each kind of teleport, the mini-batch one of the paper and
+the exact one, stands a random one of the same group and radius. Each arm is tuned alone: with the first seed it is
+trained at each meta-rate, at another one as long as the best is at an edge of the grid, and the meta-rate that ends
+lowest on problems to tune on is the arm's for the other seeds. Results go to book/results/learned_long.json, one
+training at a time; an interrupted one goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from learned import EXACT, PAPER, RANDOM, STEPS, UNROLL, UNSEEN, UPDATE, WIDTH, 
 from mnist_teleport import command_line, provenance, resumed, save
 
 RESULTS = learned.RESULTS.with_name("learned_long.json")
-TELEPORTS = {"update": {}, "update, tele": PAPER, "update, random tele": RANDOM, "update, exact tele": EXACT}
+TELEPORTS = {
+    "update": {},
+    "update, tele": PAPER,
+    "update, random tele": PAPER | {"teleports": "random"},
+    "update, exact tele": EXACT,
+    "update, random exact tele": RANDOM,
+}
 RATES, WIDEST, SEEDS = (3e-4, 1e-3, 3e-3), 6, 5
 SIZE = {"hidden": 300, "problems": 4, "batches": 640}
 

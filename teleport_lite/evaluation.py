@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from teleport_lite.errors import TeleportError
-from teleport_lite.outputs import arguments_of, tensors_of
+from teleport_lite.outputs import arguments_of, tensors_of, traced
 from teleport_lite.runtime import (
     TOLERANCES,
     Call,
@@ -82,7 +82,7 @@ class Evaluation:
                 self._autocast = torch.get_autocast_dtype(self.device) if on else None
                 stack.enter_context(eager_mode(self.device))
                 note = lambda *call: self._note_call(*call)  # noqa: E731 - a bound method would be copied along with a model
-                stack.callback(self.model.register_forward_hook(note, with_kwargs=True).remove)
+                stack.enter_context(traced([self.model], note))
                 self._stack = stack.pop_all()
         self._depth += 1
         return self

@@ -11,7 +11,7 @@ import math
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from teleport_lite.errors import BatchError, NoSymmetryError, TeleportError
+from teleport_lite.outputs import traced
 from teleport_lite.runtime import LossFn
 from teleport_lite.walk import DONE, HALVINGS, SPENT, STUCK, LevelSetReport, Point, Walk, carry_out, dots, wider
 
@@ -155,24 +156,19 @@ def _inputs(walk: Walk) -> Iterator[dict[Slot, list[Tensor]]]:
     for module in walk.model.modules():  # what another layer uses too must stay as it is
         for p in () if isinstance(module, LAYERS) else module.parameters(recurse=False):
             names.pop(id(p), None)
+    slots = {m: _slots(m, names) for m in walk.model.modules() if isinstance(m, LAYERS)}
     inputs: dict[Slot, list[Tensor]] = defaultdict(list)
-    busy: list[nn.Module] = []
+    busy: list[nn.Module] = []  # `_features` may call its module
 
-    def watch(module: nn.Module, slots: list[Slot | None]):
-        def hook(_, args, kwargs):
-            if module not in busy:
-                busy.append(module)
-                for slot, x in zip(slots, _features(module, args, kwargs), strict=True):
-                    if slot is not None:
-                        inputs[slot].append(x.detach())
-                busy.pop()
+    def note(module: Any, args: tuple, kwargs: dict, output: object) -> None:
+        if module not in busy:
+            busy.append(module)
+            for slot, x in zip(slots[module], _features(module, args, kwargs), strict=True):
+                if slot is not None:
+                    inputs[slot].append(x.detach())
+            busy.pop()
 
-        return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-    with ExitStack() as stack:
-        for module in walk.model.modules():
-            if isinstance(module, LAYERS) and (slots := _slots(module, names)) != [None] * len(slots):
-                stack.callback(watch(module, slots).remove)
+    with traced([module for module, found in slots.items() if any(found)], note):
         yield inputs
     uses = Counter(part for slot in inputs for part in (slot[:2], slot[2:4]) if part[0])
     for slot in [s for s in inputs if max(uses[s[:2]], uses[s[2:4]]) > 1]:  # shared in two roles

@@ -1,14 +1,24 @@
-"""What a model returns, as tensors, and how far two returns are apart."""
+"""What a model and its layers return, as tensors, and how far two returns are apart."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+@contextmanager
+def traced(modules: Iterable[nn.Module], note: Callable[[Any, tuple, dict, Any], Any]) -> Iterator[None]:
+    """Inside: `note(module, args, kwargs, output)` after each call of these modules; its answer replaces the output."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(module.register_forward_hook(note, with_kwargs=True))
+        yield
 
 
 def tensors_of(output: object, arguments: Collection[str] = ()) -> list[Tensor]:

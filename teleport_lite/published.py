@@ -23,6 +23,7 @@ from teleport_lite.errors import LossError, NoSymmetryError, TeleportError, Unkn
 from teleport_lite.functional import Loss, Params, loss_of, norm, trainable, value_and_grad
 from teleport_lite.groups import GeneralLinear
 from teleport_lite.host import copy_of, on_host
+from teleport_lite.outputs import traced
 from teleport_lite.report import Report
 from teleport_lite.runtime import TOLERANCES, LossFn, unwrap_compiled
 from teleport_lite.symmetries.hidden import Hidden, hidden_layers
@@ -193,17 +194,13 @@ def by_outputs(
     """
     seen: list[Tensor] = []
 
-    def tap(module, args, output):
+    def cut(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         seen.append(output.detach().requires_grad_())
         return seen[-1]
 
     layers = [*(factor.layer for factor in factors), factors[-1].above]
-    handles = [model.get_submodule(layer).register_forward_hook(tap) for layer in layers]
-    try:
+    with traced(map(model.get_submodule, layers), cut):
         (top,) = torch.autograd.grad(loss(params), seen[-1:])
-    finally:
-        for handle in handles:
-            handle.remove()
     x, top = factors[0].features(params), top.flatten(0, -2)
     k, width = len(x), factors[0].group.n
     frozen = model.get_submodule(layers[-1]).bias is not None and f"{layers[-1]}.bias" not in params

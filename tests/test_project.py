@@ -136,6 +136,12 @@ print(*sorted(roots - {"torch", "numpy"}))
     assert (done.returncode, done.stdout, done.stderr) == (0, "teleport_lite\n", "")
 
 
+def test_files_are_short():
+    lines = sorted(len(p.read_text("utf8").splitlines()) for p in (ROOT / "teleport_lite").rglob("*.py"))
+    assert lines[-1] <= 300
+    assert lines[len(lines) // 2] <= 150
+
+
 def test_everything_public_is_documented():
     modules = [teleport_lite] + [
         importlib.import_module(m.name) for m in pkgutil.walk_packages(teleport_lite.__path__, "teleport_lite.")

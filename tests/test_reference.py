@@ -20,7 +20,7 @@ reference = importlib.import_module("reference")
 recorded = importlib.import_module("recorded")
 
 FOLDER = BOOK / "reference"
-OPEN = ("groups", "errors", "book.data", "book.plot")  # modules all of whose names are public
+OPEN = ("groups", "errors", "book.data", "book.plot", "book.explorer")  # modules all of whose names are public
 
 
 def text(name):

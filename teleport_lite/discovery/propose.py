@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import MIX, PERM, Constraints, rational
+from teleport_lite.discovery.constraints import MIX, PERM, Constraints
 from teleport_lite.discovery.heads import join_side_by_side, permute_blocks, permute_stacks, split_blocks
 from teleport_lite.discovery.operation import Operation
+from teleport_lite.discovery.places import Axis, Places, covered_places, families, places_of
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.rotations import rotations
 from teleport_lite.discovery.solve import (
@@ -39,14 +39,6 @@ from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 PIECES = 64  # an axis in more pieces than that is left out
 
 
-class _Entry(NamedTuple):
-    """Where a class shows up: the k-th axis, by a power, at these indices."""
-
-    axis: int
-    power: float
-    indices: tuple[int, ...]
-
-
 def solve_and_verify(
     propagation: Propagation, moving: Propagation, check: Verifier
 ) -> tuple[list[NeuronSymmetry], list[str]]:
@@ -67,20 +59,17 @@ def solve_and_verify(
     sums, scaled = bool(propagation.constraints.sums), _with_offsets(axes, propagation.constraints)
     terms: tuple[int, ...] = (SECOND, PRODUCT) if sums else (SECOND,)
     for classes, factors in _distinct(solve_scalings(propagation.constraints, term) for term in terms):
-        entries = _entries(scaled, classes, factors)
-        single = _proposals(
-            scaled, entries, GeneralLinear, signatures(propagation.constraints, classes, MIX), classes, reasons
-        )
+        places = places_of(scaled, classes, factors)
+        single = _proposals(scaled, places, GeneralLinear, signatures(propagation.constraints, classes, MIX), reasons)
         mixed = [s for s in join_side_by_side(list(single)) if s not in found]
         kept = check.keep(mixed, lambda *_: None)
         kept += check.keep([part for s in mixed if s not in kept for part in split_blocks(s)], lambda *_: None)
         mixings += kept
-        covered = _covered(axes, mixings)
-        rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.indices)}
-        made = [s for s in _proposals(scaled, rest, PositiveScaling, None, classes, reasons) if s not in found]
+        rest = places.outside(covered_places(axes, mixings))
+        made = [s for s in _proposals(scaled, rest, PositiveScaling, None, reasons) if s not in found]
         found += kept + check.keep(made, drop)
     constraints, axes = moving.constraints, [a for a in _axes(moving) if a[0] in moving.used]
-    covered, orders = _covered(axes, mixings), solve_permutations(constraints)
+    covered, orders = covered_places(axes, mixings), solve_permutations(constraints)
     terms = (SECOND, FIRST, PRODUCT) if constraints.sums else (SECOND,)
     kinds: list[tuple[type[Group], Tensor, Tensor | None]] = [
         *((Signs, classes, None) for (classes,) in _distinct((solve_signs(constraints, term),) for term in terms)),
@@ -88,9 +77,8 @@ def solve_and_verify(
     ]
     proposals: list[NeuronSymmetry] = []
     for kind, classes, signature in kinds:
-        entries = _entries(axes, classes, torch.ones(len(classes)))
-        rest = {c: e for c, e in entries.items() if not all((x.axis, p) in covered for x in e for p in x.indices)}
-        made = [s for s in _proposals(axes, rest, kind, signature, classes, reasons) if s not in found + proposals]
+        rest = places_of(axes, classes, torch.ones(len(classes))).outside(covered)
+        made = [s for s in _proposals(axes, rest, kind, signature, reasons) if s not in found + proposals]
         proposals += made
         if check.planned.trials != check.planned.even or kind is Permutation:  # else all in one go
             found, proposals = found + check.keep(proposals, drop), []
@@ -117,17 +105,6 @@ def _distinct(solutions: Iterable[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...
     return found
 
 
-class Axis(NamedTuple):
-    """An axis of a parameter; scalings act on it with `offset` added, as on the gain 1 + w of a norm."""
-
-    name: str
-    dim: int
-    groups: int
-    labels: Tensor
-    offset: float = 0.0
-    buffer: bool = False
-
-
 def _axes(propagation: Propagation) -> list[Axis]:
     """All axes of all parameters, in order; that of a depthwise convolution's inputs lies along dimension 0."""
     axes: list[Axis] = []
@@ -152,71 +129,28 @@ def _with_offsets(axes: list[Axis], constraints: Constraints) -> list[Axis]:
     ]
 
 
-def _entries(axes: list[Axis], classes: Tensor, factors: Tensor) -> dict[int, list[_Entry]]:
-    """For each class that moves, where it shows up; it moves the first rows directly."""
-    places: dict[int, dict[tuple[int, float], list[int]]] = {}
-    for k, axis in enumerate(axes):
-        variables = axis.labels >> 1
-        powers = factors[variables] * (1 - 2 * (axis.labels & 1))
-        for i, (c, power) in enumerate(zip(classes[variables].tolist(), powers.tolist(), strict=True)):
-            if c:
-                places.setdefault(c, {}).setdefault((k, power), []).append(i)
-    found: dict[int, list[_Entry]] = {}
-    for c, there in places.items():
-        unit = next((power for k, power in there if axes[k].dim == 0), next(iter(there))[1])
-        found[c] = [_Entry(k, rational(power / unit), tuple(where)) for (k, power), where in there.items()]
-    return found
-
-
-def _covered(axes: list[Axis], symmetries: list[NeuronSymmetry]) -> set[tuple[int, int]]:
-    """The places, by axis, that symmetries move."""
-    where = {axis[:3]: k for k, axis in reversed(list(enumerate(axes)))}
-    return {
-        (where[leg.name, leg.dim, leg.groups], leg.start + i)
-        for s in symmetries
-        for leg in s.legs
-        for i in range(s.group.n * leg.each)
-    }
-
-
 def _proposals(
-    axes: list[Axis],
-    entries: dict[int, list[_Entry]],
-    kind: type[Group],
-    signature: Tensor | None,
-    classes: Tensor,
-    reasons: list[str],
+    axes: list[Axis], places: Places, kind: type[Group], signature: Tensor | None, reasons: list[str]
 ) -> Iterator[NeuronSymmetry]:
     """Classes that show up on the same axes and that nothing tells apart, taken together."""
-    families: dict[Any, list[list[_Entry]]] = defaultdict(list)
-    of_class: dict[int, int] = {}
-    if signature is not None:
-        of_class = dict(zip(classes.tolist(), signature.tolist(), strict=True))
-    for c, there in entries.items():
-        shape = tuple(
-            (e.axis, e.power if kind in (PositiveScaling, GeneralLinear) else 1.0, len(e.indices)) for e in there
-        )
-        families[shape, of_class.get(c, 0)].append(there)
-    for (shape, _), members in families.items():
-        if kind is GeneralLinear and any(abs(power) != 1 for _, power, _ in shape):
+    by_powers, fewest = kind in (PositiveScaling, GeneralLinear), 1 + (kind in (GeneralLinear, Permutation))
+    for runs in families(places, signature, by_powers, fewest):
+        if kind is GeneralLinear and any(abs(entry.power) != 1 for entry in runs[0][1]):
             continue
         made: list[NeuronSymmetry] = []
-        pieces = list(_pieces(members))
-        for piece in pieces:
-            if len(piece) == 1 and kind in (GeneralLinear, Permutation) and len(pieces) <= PIECES:
+        for count, entries in runs:
+            if count < fewest and len(runs) <= PIECES:
                 continue  # a scaling, or nothing
-            dual_sign = kind in (PositiveScaling, GeneralLinear)
             legs = []
-            for entry in piece[0]:
+            for entry in entries:
                 name, dim, groups, _, offset, buffer = axes[entry.axis]
-                each = _block(entry.indices)
-                dual, power = (entry.power < 0, abs(entry.power)) if dual_sign else (dim == 1, 1.0)
-                own = Leg(name, dim, dual, 0, each, groups, 0, power, offset, buffer)
-                legs += [replace(own, start=start) for start in entry.indices[::each]]
+                dual, power = (entry.power < 0, abs(entry.power)) if by_powers else (dim == 1, 1.0)
+                own = Leg(name, dim, dual, 0, entry.each, groups, 0, power, offset, buffer)
+                legs += [replace(own, start=start) for start in entry.indices[:: entry.each]]
             if kind is Permutation:  # in and out of a depthwise convolution: one place, moved once
                 legs = list(dict.fromkeys(legs))
             if not all(leg.buffer for leg in legs):
-                made.append(NeuronSymmetry(kind(len(piece)), legs))
+                made.append(NeuronSymmetry(kind(count), legs))
         if made and kind in (PositiveScaling, Signs):
             made = _whole_stack(made, {a[:3]: len(a[3]) // a[2] for a in axes})
         if len(made) > PIECES:
@@ -250,29 +184,3 @@ def _trivial(symmetry: NeuronSymmetry, check: Verifier) -> bool:
     new = symmetry.act(old, symmetry.sample(old, generator=check.generator))
     names = (*symmetry.names, *symmetry.buffers)
     return distance([new[n] for n in names], [old[n] for n in names]) < TOLERANCE
-
-
-def _block(indices: tuple[int, ...]) -> int:
-    """How many indices stand side by side, if all such blocks are equally long; else 1."""
-    if len(indices) == 1:
-        return 1
-    length = next((i for i in range(1, len(indices)) if indices[i] != indices[i - 1] + 1), len(indices))
-    blocks = [indices[i : i + length] for i in range(0, len(indices), length)]
-    regular = all(b == tuple(range(b[0], b[0] + length)) for b in blocks)
-    return length if regular else 1
-
-
-def _pieces(members: list[list[_Entry]]) -> Iterator[list[list[_Entry]]]:
-    """Runs of classes, each of which stands right behind the one before it on every axis."""
-    members = sorted(members, key=lambda there: there[0].indices)
-    piece = [members[0]]
-    for there in members[1:]:
-        follows = all(
-            tuple(p + _block(a.indices) for p in a.indices) == b.indices for a, b in zip(piece[-1], there, strict=True)
-        )
-        if follows:
-            piece.append(there)
-        else:
-            yield piece
-            piece = [there]
-    yield piece

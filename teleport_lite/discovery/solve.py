@@ -118,7 +118,7 @@ def signatures(constraints: Constraints, classes: Tensor, system: int) -> Tensor
     found = torch.zeros(2 * constraints.count, dtype=torch.int64)
     for step, (labels, colors, systems) in enumerate(constraints.colors):
         if systems & system:
-            found.index_add_(0, classes[labels >> 1], _hash(_hash(colors) + step))
+            found.index_add_(0, classes[labels >> 1], scatter_bits(scatter_bits(colors) + step))
     return found[classes]
 
 
@@ -181,7 +181,7 @@ def join(classes: Tensor, factors: Tensor, x: Tensor, y: Tensor, ratios: Tensor)
             parent, weights = square, weights * weights[parent]
 
 
-def _hash(numbers: Tensor) -> Tensor:
+def scatter_bits(numbers: Tensor) -> Tensor:
     """Scattered over all 64-bit integers, by steps of SplitMix64."""
     numbers = (numbers + 1) * -7046029254386353131
     numbers = (numbers ^ (numbers >> 30)) * -4658895280553007687

@@ -7,7 +7,7 @@ import math
 import torch
 
 from teleport_lite.errors import TeleportError
-from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, matrix_exp, promoted, spectral_norm, wide
+from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, matrix_exp, promoted, spectral_norm
 
 
 class SpecialOrthogonal(Group):
@@ -33,15 +33,12 @@ class SpecialOrthogonal(Group):
         self.centered, self.m = centered, n - centered
 
     @property
-    def dim(self) -> int:
-        return self.m * (self.m - 1) // 2
+    def shape(self) -> tuple[int, ...]:
+        return (self.m * (self.m - 1) // 2,)
 
     @property
     def symbol(self) -> str:
         return f"SO({self.m})"
-
-    def zeros(self, like):
-        return like.new_zeros(self.dim, dtype=wide(like.dtype))
 
     def algebra(self, xi):
         i, j = torch.tril_indices(self.m, self.m, -1, device=xi.device)
@@ -96,15 +93,12 @@ class PairRotations(Group):
         self.halves = halves
 
     @property
-    def dim(self) -> int:
-        return self.n // 2
+    def shape(self) -> tuple[int, ...]:
+        return (self.n // 2,)
 
     @property
     def symbol(self) -> str:
         return f"SO(2)^{self.dim}"
-
-    def zeros(self, like):
-        return like.new_zeros(self.dim, dtype=wide(like.dtype))
 
     def algebra(self, xi):
         return torch.stack([0 * xi, -xi, xi, 0 * xi]).view(2, 2, -1)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, multiply_along, promoted, wide
+from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, multiply_along, promoted
 
 NEAR = 0.1  # where ten terms of a series are exact in float64
 
@@ -36,15 +36,8 @@ class Shears(Group):
         self.transposed = transposed
 
     @property
-    def dim(self) -> int:
-        return self.n
-
-    @property
     def symbol(self) -> str:
         return f"Sh({self.n})"
-
-    def zeros(self, like):
-        return like.new_zeros(self.n, dtype=wide(like.dtype))
 
     def algebra(self, xi):
         """The matrix M; a matrix, which `dual` gives, stands for itself."""

@@ -31,7 +31,7 @@ to a square. See the chapter *Momentum, AdaGrad, RMSProp, Adam*.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -105,8 +105,7 @@ def _inverse_curvature(carrier: Carrier, slots: Slots, entry: str) -> Params:
     return {"": dot(y, s) / dot(y, y)}
 
 
-Kind = Callable[[Carrier, Slots, str], Params]
-KINDS: dict[str, Kind] = {  # but for "fixed"
+KINDS: dict[str, Callable[[Carrier, Slots, str], Params]] = {  # but for "fixed"
     "gradient": lambda carrier, slots, entry: carrier.gradients(slots[entry]),
     "squared gradient": _squares,
     "factored square": _factors,
@@ -122,32 +121,30 @@ ENTANGLED = ("grad_avg", "row_var")  # entries that others are computed from
 MONOMIAL_ONLY = ("step bound", "direction")
 
 
-def _kinds(table: dict[str, str]) -> dict[str, str]:
-    return {entry: kind for kind, entries in table.items() for entry in entries.split()}
-
-
-_ADAM = _kinds({"fixed": "step", "gradient": "exp_avg", "squared gradient": "exp_avg_sq max_exp_avg_sq"})
-RULES: dict[str, dict[str, str]] = {  # by the name of the class of the optimizer, or of a base of it
-    **dict.fromkeys(("SGD", "Muon"), _kinds({"gradient": "momentum_buffer"})),
+_ADAM = {"fixed": "step", "gradient": "exp_avg", "squared gradient": "exp_avg_sq max_exp_avg_sq"}
+_MOMENTUM = {"gradient": "momentum_buffer"}
+_SQUARES = {"fixed": "step", "squared gradient": "square_avg"}
+_ENTRIES: dict[str, dict[str, str]] = {  # by the name of the class of the optimizer, or of a base of it
+    **dict.fromkeys(("SGD", "Muon"), _MOMENTUM),
     **dict.fromkeys(("Adam", "AdamW", "SparseAdam", "RAdam"), _ADAM),
-    "NAdam": {**_ADAM, "mu_product": "fixed"},
-    "Adamax": _kinds({"fixed": "step", "gradient": "exp_avg", "gradient bound": "exp_inf"}),
-    "Adagrad": _kinds({"fixed": "step", "squared gradient": "sum"}),
-    "Adadelta": _kinds({"fixed": "step", "squared gradient": "square_avg", "squared step": "acc_delta"}),
-    "RMSprop": _kinds(
-        {"fixed": "step", "squared gradient": "square_avg", "gradient": "grad_avg", "direction": "momentum_buffer"}
-    ),
-    "Rprop": _kinds({"fixed": "step", "gradient": "prev", "step bound": "step_size"}),
-    "ASGD": _kinds({"fixed": "step eta mu", "point": "ax"}),
-    "Adafactor": _kinds({"fixed": "step", "factored square": "row_var col_var", "squared gradient": "variance"}),
-    "LBFGS": _kinds(
-        {
-            "fixed": "n_iter func_evals t ro al prev_loss",
-            "gradient": "old_dirs prev_flat_grad",
-            "step": "old_stps d",
-            "inverse curvature": "H_diag",
-        }
-    ),
+    "NAdam": {**_ADAM, "fixed": "step mu_product"},
+    "Adamax": {"fixed": "step", "gradient": "exp_avg", "gradient bound": "exp_inf"},
+    "Adagrad": {"fixed": "step", "squared gradient": "sum"},
+    "Adadelta": {**_SQUARES, "squared step": "acc_delta"},
+    "RMSprop": {**_SQUARES, "gradient": "grad_avg", "direction": "momentum_buffer"},
+    "Rprop": {"fixed": "step", "gradient": "prev", "step bound": "step_size"},
+    "ASGD": {"fixed": "step eta mu", "point": "ax"},
+    "Adafactor": {"fixed": "step", "factored square": "row_var col_var", "squared gradient": "variance"},
+    "LBFGS": {
+        "fixed": "n_iter func_evals t ro al prev_loss",
+        "gradient": "old_dirs prev_flat_grad",
+        "step": "old_stps d",
+        "inverse curvature": "H_diag",
+    },
+}
+RULES: dict[str, dict[str, str]] = {  # the kind of each entry
+    optimizer: {entry: kind for kind, entries in table.items() for entry in entries.split()}
+    for optimizer, table in _ENTRIES.items()
 }
 
 
@@ -245,13 +242,8 @@ def _carried(
     def moved(entry: str) -> Iterator[tuple[Tensor, Tensor]]:
         found = KINDS[kinds[entry]](carrier, slots, entry)
         targets = {n: t for n, t in slots[entry].items() if n in carrier.params or not n}
-        infinite[label, entry] = (
-            ~stacked(
-                [torch.linalg.vector_norm(found[name], torch.inf) for name in targets]  # takes no memory
-            )
-            .isfinite()
-            .all()
-        )
+        largest = stacked([torch.linalg.vector_norm(found[name], torch.inf) for name in targets])  # takes no memory
+        infinite[label, entry] = ~largest.isfinite().all()
         return consumed(targets, {name: found[name] for name in targets})
 
     parts = map(moved, kinds)
@@ -273,8 +265,8 @@ def _flat_slots(optimizer: LBFGS, names: dict[int, str]) -> Slots:
     sizes = [p.numel() for p in params]
     slots: Slots = {}
     for entry, value in optimizer.state.get(params[0], {}).items() if any(id(p) in names for p in params) else ():
-        listed = isinstance(value, list)
-        for key, v in [(f"{entry}.{i}", v) for i, v in enumerate(value)] if listed else [(entry, value)]:
+        numbered = [(f"{entry}.{i}", v) for i, v in enumerate(value)] if isinstance(value, list) else [(entry, value)]
+        for key, v in numbered:
             parts = zip(params, v.split(sizes), strict=True) if isinstance(v, Tensor) and v.ndim else ()
             slots[key] = {names.get(id(p), f"#{i}"): part.view_as(p) for i, (p, part) in enumerate(parts)}
             if isinstance(v, Tensor) and not v.ndim:
@@ -289,19 +281,20 @@ def _forget(optimizers: list[Optimizer]) -> None:
     """
     backup = [dict(optimizer.state) for optimizer in optimizers]
     try:
-        for optimizer in optimizers:
-            fresh: Any = {}
-            if isinstance(optimizer, Adagrad):
-                start = optimizer.defaults["initial_accumulator_value"]
-                groups = [dict(group) for group in optimizer.param_groups]
-                fresh = Adagrad(groups, initial_accumulator_value=start).state
-            _replace(optimizer, fresh)
+        _replace_states(optimizers, map(_initial_state, optimizers))
     except BaseException:
-        for optimizer, state in zip(optimizers, backup, strict=True):
-            _replace(optimizer, state)
+        _replace_states(optimizers, backup)
         raise
 
 
-def _replace(optimizer: Optimizer, state: Any) -> None:
-    optimizer.state.clear()
-    optimizer.state.update(state)
+def _initial_state(optimizer: Optimizer) -> Mapping:
+    if not isinstance(optimizer, Adagrad):
+        return {}
+    groups = [dict(group) for group in optimizer.param_groups]
+    return Adagrad(groups, initial_accumulator_value=optimizer.defaults["initial_accumulator_value"]).state
+
+
+def _replace_states(optimizers: list[Optimizer], states: Iterable[Mapping]) -> None:
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.state.clear()
+        optimizer.state.update(state)

@@ -211,9 +211,8 @@ class Symmetry(ABC):
             raise TeleportError("params, because the action is nonlinear", None, remedy)
 
     def _check_coordinates(self, params: Params, xi: Any) -> None:
-        expected = self.group.zeros(torch.empty(0, dtype=self._like(params).dtype, device="meta"))  # no operator runs
-        if not isinstance(xi, Tensor) or xi.shape != expected.shape:
-            raise ShapeError("xi", tuple(expected.shape), described(xi), "take xi from sample or zeros")
+        if not isinstance(xi, Tensor) or xi.shape != self.group.shape:
+            raise ShapeError("xi", self.group.shape, described(xi), "take xi from sample or zeros")
 
     def _like(self, params: Params) -> Tensor:
         """The moved parameter of the widest type: in that one `xi` lives."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from teleport_lite.evaluation import Evaluation
 from teleport_lite.functional import Params
-from teleport_lite.outputs import distance, tensors_of
+from teleport_lite.outputs import distance, tensors_of, traced
 from teleport_lite.runtime import Inputs, kept_random_state
 
 
@@ -48,17 +47,13 @@ def hidden_layers(probe: nn.Module, inputs: Inputs) -> tuple[list[Hidden], list[
     """
     calls: list[tuple[str, nn.Module, Tensor, Tensor, Tensor]] = []
 
-    def record(name: str):
-        def hook(module, args, output):
-            if len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                calls.append((name, module, args[0], output, output.detach().clone()))
+    names = {module: name for name, module in probe.named_modules() if not list(module.children())}
 
-        return hook
+    def note(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            calls.append((names[module], module, args[0], output, output.detach().clone()))
 
-    with ExitStack() as stack, torch.no_grad(), kept_random_state(probe):
-        for name, module in probe.named_modules():
-            if not list(module.children()):
-                stack.callback(module.register_forward_hook(record(name)).remove)
+    with traced(names, note), torch.no_grad(), kept_random_state(probe):
         probe(*inputs)
 
     hidden: list[Hidden] = []
@@ -96,17 +91,18 @@ def other_effect(probe: nn.Module, inputs: Inputs, hidden: Hidden) -> str:
         given: list[Tensor] = []
         outside: list[Tensor] = []
 
-        def hold(module, args, output):
-            given.append(output)
-            return held if len(given) == 1 else None
+        def note(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            if module is first:
+                inside.append(args[0])
+            if module is second:
+                given.append(output)
+            return held if module is second and len(given) == 1 else None
 
-        def run(net):
+        def run(net: nn.Module) -> Tensor:
             outside.extend(tensors_of(net(*inputs)))
             return torch.zeros(())
 
-        with ExitStack() as stack, torch.no_grad():
-            stack.callback(first.register_forward_pre_hook(lambda module, args: inside.append(args[0])).remove)
-            stack.callback(second.register_forward_hook(hold).remove)
+        with torch.no_grad(), traced({first, second}, note):
             Evaluation(probe, run)(params)
         return inside, given, outside
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -80,13 +81,8 @@ class MiniBatchMixing(Symmetry):
             seen.append(args[0])
             raise _Stop
 
-        handle = self.model.get_submodule(self.layer).register_forward_pre_hook(stop)
-        try:
+        with suppress(_Stop), self.model.get_submodule(self.layer).register_forward_pre_hook(stop):
             Evaluation(self.model, lambda net: net(*self.inputs))(params)
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
         return self.widened(seen[0].flatten(0, -2))
 
     def widened(self, x: Tensor) -> Tensor:
