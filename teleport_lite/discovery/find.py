@@ -117,7 +117,8 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
             step(f"{len(shifts) + len(sheared)} translations and shears hold")
             if check.thorough or check.confirmed(factors, sheared, [*shifts]):
                 break
-        found: list[Symmetry] = [*factors, *sheared, *together(shifts)]
+        found: list[Symmetry] = [*factors, *sheared]
+        found += [s for s in together(shifts) if _adds(s, found, check.params)]
         if of == "loss":
             probe.of = of
             check_loss = Verifier(probe, Arguments.of(example_inputs), generator)
@@ -128,6 +129,14 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
         overlap = sum(f.dim for f in mixed) - rank(mixed, check.params) if cost(mixed, check.params) < CHEAP else 0
         reasons = [*reasons, *check.notes(), *_unmoved(propagation, probe.params, factors)]
     return Product(found, reasons, overlap)
+
+
+def _adds(shift: Shift, found: list[Symmetry], params: Params) -> bool:
+    """Whether a translation in a kernel has more directions than what was found: mixings of narrow layers make them."""
+    near = [f for f in found if f.dim and {*f.moved} & {*shift.moved}]
+    if not near or not shift.in_kernel or cost([*near, shift], params) >= CHEAP:
+        return True
+    return rank([*near, shift], params) > rank(near, params)
 
 
 def _steps() -> Callable[[str], None]:

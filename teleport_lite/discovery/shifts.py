@@ -80,7 +80,8 @@ class Shifts(DispatchMode):
             alike = (1,) * p.ndim
             shapes = [alike, (*alike[1:], p.shape[-1]), tuple(p.shape)][: 2 + (p.numel() <= WHOLE)]
             self._own[name] = [self._source(name, s, torch.Size(s).numel()) for s in dict.fromkeys(shapes)]
-        for s in self._own[name]:
+        part = x.numel() < p.numel()  # whose other entries may go elsewhere: then those of a source that moves it alone
+        for s in reversed(self._own[name]) if part else self._own[name]:
             t = s.c.view(s.shape)
             if x is not p:
                 laid = torch.empty_strided(p.size(), p.stride(), dtype=p.dtype, device=p.device).copy_(t)
@@ -213,6 +214,8 @@ class Shifts(DispatchMode):
                 if r.shape != w.shape:
                     continue
                 scale = float(w @ r / (r @ r))
+                if m == 1 and abs(scale - 1) > EXACT:  # any two numbers are multiples of each other
+                    continue
                 if bool(((w - scale * r).abs() <= EXACT * w.abs().max()).all()):
                     return Step((), equation, (n,), (operand,), 1.0 if abs(scale - 1) < EXACT else scale)
         return None

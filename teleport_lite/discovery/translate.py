@@ -11,6 +11,7 @@ import torch
 
 from teleport_lite.discovery.differences import EXACT
 from teleport_lite.discovery.exercised import exercised
+from teleport_lite.discovery.kernels import kernel_shifts
 from teleport_lite.discovery.probe import Probe, normal
 from teleport_lite.discovery.shifts import Shifts
 from teleport_lite.discovery.verify import Verifier
@@ -33,9 +34,10 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
     unseen = dict(constants(params, check.gradients, generator))
     unseen = {s: k for s, k in unseen.items() if s.monomial or (s.moves[0].name, s.names[-1]) not in readers}
     low_rank = list(absorbed(params, check.gradients, mode.products))
+    in_kernels = dict(kernel_shifts(params, check.gradients, mode.products, generator))
     alike = {s.moves[0].name: Move(s.moves[0].name, (1,) * len(s.moves[0].shape), 0, 1) for s in unseen if s.monomial}
     followed = [s for s in mode.finish(outputs) if alike.get(s.moves[0].name) != s.moves[0]]
-    proposed = [*followed, *low_rank, *unseen]
+    proposed = [*followed, *low_rank, *unseen, *in_kernels]
     proposed = [s for s in proposed if all(params[n].requires_grad for n in s.names)]
     if proposed:
         elsewhere = {
@@ -47,6 +49,8 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
         lengths = [float(norm(g)) for g in gradients]
         proposed = [s for s in proposed if to_first_order(s, elsewhere, gradients, lengths)]
     family = {**unseen, **{s: -k for k, s in enumerate(low_rank, 1)}}
+    kinds = list(dict.fromkeys(in_kernels.values()))
+    family |= {s: -len(low_rank) - 1 - kinds.index(k) for s, k in in_kernels.items()}
     return {s: family.get(s, 0) for s in check.at_given(check.keep(proposed, lambda *_: None))}
 
 

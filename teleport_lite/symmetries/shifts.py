@@ -21,8 +21,10 @@ from teleport_lite.errors import ShapeError, TeleportError
 from teleport_lite.functional import Params
 from teleport_lite.groups import Translation
 from teleport_lite.symmetries.base import SAVED, Symmetry
+from teleport_lite.symmetries.kernels import Kernel
 
-Operand = tuple[str, int, int, int]  # a parameter, its first row, the number of rows, and the power, 1 or -1
+Rows = tuple[str, int, int, int]  # of a parameter: its name, the first row, the number of rows, and the power, 1 or -1
+Operand = Rows | Kernel
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Step:
         indices: without an `equation`, which entries to take; -1 is zero.
         equation: of einsum; its last operand is v in this `shape`.
         shape: the shape in which the equation takes v.
-        operands: rows of parameters.
+        operands: rows of parameters, or what they send to zero.
         scale: the number s.
     """
 
@@ -74,6 +76,9 @@ class Shift(Symmetry):
         moves: what they move.
         of: what it keeps.
 
+    Attributes:
+        in_kernel: whether some move is by what other parameters send to zero.
+
     Raises:
         TeleportError: when a move reads what another one moves.
 
@@ -85,14 +90,15 @@ class Shift(Symmetry):
     def __init__(self, n: int, moves: Iterable[Move], of: str = "outputs") -> None:
         self.group, self.moves, self.of = Translation(n), tuple(moves), of
         self._operands = dict.fromkeys(o for m in self.moves for step in m.steps for o in step.operands)
-        self.names = tuple(dict.fromkeys((*self.moved, *(name for name, *_ in self._operands))))
-        if both := {*self.moved} & {name for name, *_ in self._operands}:
+        read = [name for o in self._operands for name, *_ in (o.parts if isinstance(o, Kernel) else (o,))]
+        self.names = tuple(dict.fromkeys((*self.moved, *read)))
+        if both := {*self.moved} & {*read}:
             raise TeleportError(
                 "moves that read what stays", f"{', '.join(sorted(both))} read and moved", "make them two"
             )
-        self.monomial = not self._operands
+        self.monomial, self.in_kernel = not self._operands, any(isinstance(o, Kernel) for o in self._operands)
         factors = [[o for step in m.steps for o in step.operands] for m in self.moves]
-        self.linear = all(len(f) < 2 and all(power == 1 for *_, power in f) for f in factors)
+        self.linear = all(len(f) < 2 and all(not isinstance(o, Kernel) and o[3] == 1 for o in f) for f in factors)
 
     @property
     def moved(self) -> tuple[str, ...]:
@@ -123,7 +129,10 @@ class Shift(Symmetry):
 
     def _rows(self, params: Params, xi: Tensor) -> dict[Operand, Tensor]:
         """What the einsums take."""
-        return {o: params[o[0]].narrow(0, o[1], o[2]).to(xi) ** o[3] for o in self._operands}
+        return {
+            o: o.basis(params, xi) if isinstance(o, Kernel) else params[o[0]].narrow(0, o[1], o[2]).to(xi) ** o[3]
+            for o in self._operands
+        }
 
     def _values(self, rows: dict[Operand, Tensor], xi: Tensor, like: Params, entry: Any = None) -> Params:
         """What is added to each parameter that moves; with the `entry` of each scale in its place."""
@@ -154,19 +163,32 @@ class Shift(Symmetry):
         self.check(tensors)
         if self.monomial:
             return {**tensors}
-        rows = self._rows(tensors if params is None else params, xi)
-        slopes = {o: entry(torch.ones_like(r) if o[3] == 1 else -r.square()) for o, r in rows.items()}
+        point, like = tensors if params is None else params, xi
+        rows = self._rows(point, xi)
+        slopes = {
+            o: entry(torch.ones_like(r) if o[3] == 1 else -r.square())
+            for o, r in rows.items()
+            if not isinstance(o, Kernel)
+        }
         rows, xi = {o: entry(r) for o, r in rows.items()}, entry(xi)
         values = partial(self._values, xi=xi, like=tensors, entry=entry)
         if not dual:
-            tangents = {o: slopes[o] * tensors[o[0]].narrow(0, o[1], o[2]).to(rows[o]) for o in rows}
+            tangents = {
+                o: o.tangent(point, tensors, entry, like)
+                if isinstance(o, Kernel)
+                else slopes[o] * tensors[o[0]].narrow(0, o[1], o[2]).to(rows[o])
+                for o in rows
+            }
             return {**tensors, **self._add(tensors, torch.func.jvp(values, (rows,), (tangents,))[1])}
         like, pull = torch.func.vjp(values, rows)[:2]
         found = {name: tensors[name].clone() for name in self.names}
         for o, part in pull({name: tensors[name].to(v) for name, v in like.items()})[0].items():
-            found[o[0]].narrow(0, o[1], o[2]).add_(
-                (entry(part.new_full((), -1.0)) * slopes[o] * part).to(tensors[o[0]])
-            )
+            if isinstance(o, Kernel):
+                for name, moved in o.cotangent(point, part, entry).items():
+                    found[name] += moved
+            else:
+                sign = entry(part.new_full((), -1.0))
+                found[o[0]].narrow(0, o[1], o[2]).add_((sign * slopes[o] * part).to(tensors[o[0]]))
         return {**tensors, **found}
 
     def check(self, params: Params) -> None:
@@ -177,9 +199,16 @@ class Shift(Symmetry):
             wanted = shapes.get(name, shape)
             if len(wanted) != len(shape) or any(a not in (1, b) for a, b in zip(wanted, shape, strict=True)):
                 raise ShapeError(name, f"what {wanted} broadcasts to", shape, remedy)
-            stop = max((first + rows for n, first, rows, _ in self._operands if n == name), default=0)
-            if stop and (not shape or shape[0] < stop):
-                raise ShapeError(name, f"at least {stop} rows", shape, remedy)
+            for dim, stop in [
+                (dim, first + length)
+                for o in self._operands
+                for n, dim, first, length in (
+                    [(*part, o.length) for part in o.parts] if isinstance(o, Kernel) else [(o[0], 0, *o[1:3])]
+                )
+                if n == name
+            ]:
+                if len(shape) <= dim or shape[dim] < stop:
+                    raise ShapeError(name, f"at least {stop} along dimension {dim}", shape, remedy)
 
     def to_dict(self) -> dict[str, Any]:
         return {"symmetry": "shift", "n": self.group.n, "of": self.of, "moves": [asdict(m) for m in self.moves]}
@@ -187,7 +216,7 @@ class Shift(Symmetry):
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Shift:
         """What `to_dict` gave."""
-        moves = [Move(**{**m, "steps": tuple(Step(**step) for step in m["steps"])}) for m in _fixed(saved["moves"])]
+        moves = [Move(**{**m, "steps": tuple(map(_step, m["steps"]))}) for m in _fixed(saved["moves"])]
         return cls(saved["n"], moves, saved["of"])
 
     def __eq__(self, other: object) -> bool:
@@ -203,6 +232,12 @@ class Shift(Symmetry):
 
 
 SAVED["shift"] = Shift
+
+
+def _step(saved: dict[str, Any]) -> Step:
+    """What `asdict` gave."""
+    operands = tuple(Kernel(**o) if isinstance(o, dict) else o for o in saved["operands"])
+    return Step(**{**saved, "operands": operands})
 
 
 def _fixed(saved: Any) -> Any:
