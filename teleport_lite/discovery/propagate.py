@@ -236,6 +236,7 @@ class Propagation(DispatchMode):
         sources = op.moved_tensors() if kind in VIEWS else op.tensors
         uniform = bool(sources) and all(self.memory.origin(t) == "uniform" for t in sources)
         uniform &= kind in MOVING or torch.Tag.pointwise in op.func.tags
+        uniform |= kind in ("mul", "mm", "bmm") and any(map(self.memory.is_zero, op.tensors))
         origin = "empty" if made and "empty" in kind else "uniform" if made or uniform else "computed"
         here = {storage_key(t) for t in op.tensors}
         written = {id(t) for t in op.written}

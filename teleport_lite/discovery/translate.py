@@ -12,7 +12,7 @@ import torch
 from teleport_lite.discovery.differences import EXACT
 from teleport_lite.discovery.exercised import exercised
 from teleport_lite.discovery.kernels import kernel_shifts
-from teleport_lite.discovery.probe import Probe, normal
+from teleport_lite.discovery.probe import Probe, normal, scattered
 from teleport_lite.discovery.shifts import Shifts
 from teleport_lite.discovery.verify import Verifier
 from teleport_lite.functional import Params, norm
@@ -40,9 +40,7 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
     proposed = [*followed, *low_rank, *unseen, *in_kernels]
     proposed = [s for s in proposed if all(params[n].requires_grad for n in s.names)]
     if proposed:
-        elsewhere = {
-            n: p + p * normal(p, generator) / 2 if p.is_floating_point() else p for n, p in probe.values.items()
-        }
+        elsewhere = scattered(probe.values, 0.5, generator)
         trial = next((t for t in check.planned.trials if t.training), trial)
         with probe.at(elsewhere):
             gradients = exercised(params, [trial.run])[2]
@@ -94,6 +92,7 @@ def constants(params: Params, gradients: list[Params], generator: torch.Generato
     largest = max((float(g.abs().max()) for found in gradients for g in found.values() if g.numel()), default=0.0)
     for name, p in params.items():
         grads = [g[name] for g in gradients if name in g]
+        within = False
         for dim in range(p.ndim) if grads and p.requires_grad and p.is_floating_point() else ():
             rest = [d for d in range(p.ndim) if d != dim]
             weights = normal(p.select(dim, 0), generator)
@@ -101,6 +100,7 @@ def constants(params: Params, gradients: list[Params], generator: torch.Generato
             runs = _runs(entries, EXACT * (largest + 10 * float(entries.abs().sum())))
             if runs:
                 yield _constant(name, p.shape, dim, runs), p.shape[dim]
+                within |= dim > 0
                 continue
             if p.shape[dim] == 1 or not (gains := vectors[p.shape[dim]]):
                 continue
@@ -108,6 +108,9 @@ def constants(params: Params, gradients: list[Params], generator: torch.Generato
             for k in (parts.sum(1).abs() <= EXACT * parts.abs().sum(1)).nonzero()[:, 0].tolist():
                 if (gain := gains[k]) != name:
                     yield _behind(gain, params[gain].shape, name, p.shape, dim), p.shape[dim]
+        if p.ndim > 2 and not within and (some := [g.flatten(1) for g in grads if g.any()]):  # of a filter as a whole
+            if all(bool((g.sum(1).abs() <= EXACT * g.abs().sum()).all()) for g in some):
+                yield Shift(len(p), [Move(name, (len(p), *[1] * (p.ndim - 1)), 0, len(p))]), p[0].numel()
 
 
 def _runs(entries: torch.Tensor, rounding: float) -> list[tuple[int, int]]:

@@ -88,7 +88,10 @@ def multiply_labels(op: Operation) -> list[Labels]:
     found = operands_of(op)
     if len(found.bearers) == 1 and any(map(op.is_zero, found.constants)):
         op.unexercised.update(id(found.leaves[i]) for i in found.bearers)
-        return [[_free_product(op, a) for a in found.labels[found.bearers[0]]]]
+        labels = found.labels[found.bearers[0]]
+        axes = op.constraints.fresh_axes(op.out.shape)
+        unlabelled = [a for d, a in enumerate(axes) if a.numel() > 1 and all(b.shape[d] == 1 for b in labels)]
+        return [[_free_product(op, a) for a in labels] + unlabelled]
     if op.kwargs or len(found.bearers) < 2:
         return pointwise(op)
     out: Labels = []
