@@ -45,7 +45,8 @@ def kernel_shifts(
     """The translations that gradients propose, with the kernel that each is in: of each slice that with fewest rows."""
     after = dict(zip(params, [*list(params)[1:], ""], strict=True))
     slices = _slices(params, gradients, after, generator)
-    kernels = [(k, len(k.rows(params))) for k in dict.fromkeys(_kernels(params, products, after, slices))]
+    found = dict.fromkeys(_kernels(params, products, after, slices))
+    kernels = [(k, sum(params[n].numel() // params[n].shape[d] for n, d, _ in k.parts)) for k in found]
     kernels = [(k, n) for k, n in kernels if n < k.length and n**2 * k.length <= CHEAP]
     done: set[tuple] = set()
     for kernel, _ in sorted(kernels, key=lambda pair: pair[1]):

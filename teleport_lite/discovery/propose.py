@@ -24,7 +24,7 @@ from teleport_lite.discovery.solve import (
     solve_scalings,
     solve_signs,
 )
-from teleport_lite.discovery.verify import TOLERANCE, Verifier, distance, told
+from teleport_lite.discovery.verify import TOLERANCE, Verifier, told
 from teleport_lite.groups import (
     GeneralLinear,
     Group,
@@ -34,6 +34,7 @@ from teleport_lite.groups import (
     Signs,
     SpecialOrthogonal,
 )
+from teleport_lite.outputs import distance
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 
 PIECES = 64  # an axis in more pieces than that is left out
