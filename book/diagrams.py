@@ -498,7 +498,14 @@ def findings():
                 values = sorted(
                     math.inf if r[k][epoch] is None else r[k][epoch] for r in runs
                 )
-                points.append((x(rate), y(values[len(values) // 2])))
+                middle, place = values[len(values) // 2], x(rate)
+                if middle > top:
+                    ends = [
+                        (place + d, y(top) + s * d) for s in (1, -1) for d in (-5, 5)
+                    ]
+                    body += [line(ends[:2], kind), line(ends[2:], kind)]
+                else:
+                    points.append((place, y(middle)))
             body += [line(points, kind)] + [
                 dot(*p, kind=f"{kind[0]}f", radius=4) for p in points
             ]

@@ -48,6 +48,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 print(f"teleport_lite {tl.__version__}, torch {torch.__version__}, {device}")
 """
 STUB = "# your turn"
+SOLUTION = "# Solution"
 SECTIONS = [
     "What you will learn",
     "When it does not help",
@@ -368,12 +369,11 @@ def keeps_the_template(nb: Notebook) -> Iterator[str]:
     solved = len(re.findall(r"<summary>[^<]*[Ss]olution", text))
     if asked < 3 or solved < asked:
         yield f"{asked} exercises ('**Exercise 1') and {solved} solutions, expected at least 3, and a solution for each"
-    stubs = solutions = 0
+    stubs = 0
     for cell in exercises:
         if cell["cell_type"] != "code":
             continue
-        if source(cell).startswith("# Solution"):
-            solutions += 1
+        if source(cell).startswith(SOLUTION):
             if "hide-cell" not in cell["metadata"].get("tags", []):
                 yield f"{where(cell)} shows the solution: tag it hide-cell"
         elif STUB in source(cell) and "assert " in source(cell):
@@ -381,13 +381,51 @@ def keeps_the_template(nb: Notebook) -> Iterator[str]:
         else:
             yield (
                 f"{where(cell)} is neither a stub, with '{STUB}' and asserts that run once it is written, "
-                "nor a '# Solution'"
+                f"nor a '{SOLUTION}'"
             )
-    if not stubs or not solutions:
-        yield f"the exercises have {stubs} stubs to fill in and {solutions} cells with solutions"
+    if not stubs:
+        yield "the exercises have no stub to fill in"
     wanted = len(re.findall(r"^(?:#+ |\*\*)Exercise \d[^.\n]*\bcode\b", text, re.M))
     if stubs < wanted:
         yield f"{wanted} exercises ask for code, {stubs} have a stub"
+
+
+def checks(stub: ast.Module) -> Iterator[str]:
+    """What a stub asserts once it is written, and the answer that it looks at."""
+    for node in ast.walk(stub):
+        match node:
+            case ast.NamedExpr(target=name, value=value):
+                yield f"{name.id} = {ast.unparse(value)}"
+            case ast.Assert():
+                yield ast.unparse(node)
+
+
+@rule
+def solutions_pass_their_stubs(nb: Notebook) -> Iterator[str]:
+    """The next cell with a solution defines what a stub leaves open, and runs its checks."""
+    cells = [c for c in nb.section("Exercises") if c["cell_type"] == "code"]
+    for k, cell in enumerate(cells):
+        if STUB not in source(cell):
+            continue
+        later = (c for c in cells[k:] if source(c).startswith(SOLUTION))
+        if (solution := next(later, None)) is None:
+            yield f"{where(cell)} is a stub that no '{SOLUTION}' follows"
+            continue
+        stub, solved = ast.parse(source(cell)), ast.parse(source(solution)).body
+        lines = source(cell).split("\n")
+        wanted = {
+            part.name
+            for part in stub.body
+            if isinstance(part, ast.FunctionDef)
+            and any(STUB in line for line in lines[part.lineno : part.end_lineno])
+        }
+        given = {part.name for part in solved if isinstance(part, ast.FunctionDef)}
+        run = {ast.unparse(part) for part in solved}
+        for name in sorted(wanted - given):
+            yield f"{where(solution)} does not define {name}, which its stub asks for"
+        for check in checks(stub):
+            if check not in run:
+                yield f"{where(solution)} does not run what its stub does: {check[:60]}"
 
 
 QUESTION = re.compile(r"(?<!\*)\*(?![*\s])[^*]+(?<!\*)\*(?!\*)")

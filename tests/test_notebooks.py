@@ -22,7 +22,20 @@ parts:
 NAME = "book/01-one/second.ipynb"
 FIGURE = {"mystnb": {"figure": {"name": "fig-rise"}, "image": {"alt": "a line that rises"}}}
 DIAGRAM = "https://teleport-lite.github.io/teleport-lite/_static/diagrams/two-layers.svg"
-STUB = "def answer():\n    return None  # your turn\n\n\nif answer() is not None:\n    assert answer() == 2"
+STUB = """def answer():
+    return None  # your turn
+
+
+if (found := answer()) is not None:
+    assert found == 2"""
+SOLVED = """# Solution
+def answer():
+    return 2
+
+
+found = answer()
+assert found == 2
+print(found)"""
 SOLUTION = "<details>\n<summary>Solution</summary>\n\n```python\n# code\n## more\n```\n\nBecause $1 = 1$.\n\n</details>"
 STATEMENTS = r"""
 By `{a}` and `b`, $\lbrace x \rbrace$, \$5, as in [Theorem 1.1](first.ipynb#theorem-1-1):
@@ -84,7 +97,7 @@ def good():
             f"**Exercise 3.** Who knows?\n\n{SOLUTION}"
         ),
         code(STUB),
-        code("# Solution\nprint(2)", v4.new_output("stream", name="stdout", text="2\n"), tags=["hide-cell"]),
+        code(SOLVED, v4.new_output("stream", name="stdout", text="2\n"), tags=["hide-cell"]),
         markdown("## Summary\n\nSo it is.\n\n## What to read next\n\n[A paper](https://arxiv.org/abs/2305.13404)."),
     ]
     notebook = v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
@@ -259,11 +272,24 @@ FAULTS = [
     ("keeps_the_template", "measures nothing", without("round(0.123")),
     ("keeps_the_template", "2 exercises", replaced("**Exercise 3.**", "And:")),
     ("keeps_the_template", "4 exercises", replaced("**Exercise 3.**", "**Exercise 3.** What?\n\n**Exercise 4.**")),
-    ("keeps_the_template", "0 stubs", without("# your turn")),
-    ("keeps_the_template", "0 cells with solutions", without("# Solution")),
+    ("keeps_the_template", "no stub", without("# your turn")),
     ("keeps_the_template", "neither a stub", replaced("return None  # your turn", "return 2")),
     ("keeps_the_template", "shows the solution", cell_with("# Solution", metadata={})),
     ("keeps_the_template", "2 exercises ask for code", both("Exercise 1.**", "Exercise 2.**", " (code).**")),
+    ("solutions_pass_their_stubs", "that no '# Solution'", without("# Solution")),
+    ("solutions_pass_their_stubs", "not define answer", replaced("def answer():\n    return 2", "answer = lambda: 2")),
+    ("solutions_pass_their_stubs", "assert found == 2", replaced("assert found == 2\nprint", "print")),
+    (
+        "solutions_pass_their_stubs",
+        "assert found == 2",
+        replaced("assert found == 2\nprint", "assert found > 1\nprint"),
+    ),
+    (
+        "solutions_pass_their_stubs",
+        "assert found == 2",
+        replaced("assert found == 2\nprint", "if 0:\n    assert found == 2\nprint"),
+    ),
+    ("solutions_pass_their_stubs", "found = answer()", replaced("found = answer()", "found = 2")),
     ("solutions_open", "not closed", says("<details>\n<summary>Hint</summary>\n\nLook.")),
     ("solutions_open", "no blank line", says("<details>\n<summary>Hint</summary>\nLook.\n\n</details>")),
     ("solutions_open", "no blank line", says("<details>\n<summary>Hint</summary>\n\nLook.\n</details>")),

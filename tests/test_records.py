@@ -199,16 +199,97 @@ def test_the_long_trainings():
     """The ratio of Chapter 15, by Student's t test of the ratios' logarithms, from scipy."""
     runs = record("learned_long")["runs"]
     best = {}
-    for arm in ("update", "update, tele"):
+    for arm in ("update", "update, tele", "update, random tele"):
         first = [r for r in runs if r["arm"] == arm and r["seed"] == 0]
         rate = sorted(first, key=lambda r: r["tuning"]["loss"][-1])[0]["rate"]
         best[arm] = {r["seed"]: r["test"]["as trained"]["loss"] for r in runs if (r["arm"], r["rate"]) == (arm, rate)}
-    seeds = sorted(best["update"].keys() & best["update, tele"].keys())
+    seeds = sorted(set.intersection(*(set(found) for found in best.values())))
     text = printed(BOOK / "05-learning/learning-to-teleport.ipynb")
-    for step in (10, 30, 100):
-        logs = [math.log(best["update, tele"][s][step] / best["update"][s][step]) for s in seeds]
-        test = stats.ttest_1samp(logs, 0.0)
-        low, high = test.confidence_interval(0.95)
-        mean = st.fmean(logs)
-        expected = f"{math.exp(mean):5.2f} [{math.exp(low):.2f}, {math.exp(high):.2f}]"
-        assert f"update, tele / update after {step:3} steps: {expected}" in text
+    for arm, base in (
+        ("update, tele", "update"),
+        ("update, random tele", "update"),
+        ("update, tele", "update, random tele"),
+    ):
+        for step in (10, 30, 100):
+            logs = [math.log(best[arm][s][step] / best[base][s][step]) for s in seeds]
+            test = stats.ttest_1samp(logs, 0.0)
+            low, high = test.confidence_interval(0.95)
+            mean = st.fmean(logs)
+            expected = f"{math.exp(mean):5.2f} [{math.exp(low):.2f}, {math.exp(high):.2f}]"
+            assert f"{arm} / {base} after {step:3} steps: {expected}" in text
+
+
+def step_down(p):
+    """By name: the smallest corrected level at which Holm's procedure, walked through from the smallest, rejects."""
+    left, level, found = sorted(p, key=p.__getitem__), 0.0, {}
+    for k, name in enumerate(left):
+        level = found[name] = min(1.0, max(level, (len(left) - k) * p[name]))
+    return found
+
+
+def number(values):
+    return [math.inf if v is None else v for v in values]
+
+
+def test_one_teleport_of_two_networks():
+    """Each row of Chapter 5: the difference at the best rates, and its p-value after the correction of all twelve."""
+    gaps = {}
+    for name, entry in record("mnist_teleport").items():
+        arms, rates = list(entry["config"]["arms"]), entry["config"]["rates"]
+        for epoch in (1, 10):
+            ends = {}
+            for a, arm in enumerate(arms):
+                by_rate = [[run["validation_loss"][a][j][epoch] for run in entry["runs"]] for j in range(len(rates))]
+                best = min(range(len(rates)), key=lambda j: sum(number(by_rate[j])))
+                ends[arm] = [run["test_loss"][a][best][epoch] for run in entry["runs"]]
+            gaps |= {
+                (name, epoch, arm): [x - y for x, y in zip(ends[arm], ends["plain"], strict=True)] for arm in arms[1:]
+            }
+    p = step_down({key: stats.ttest_1samp(d, 0.0).pvalue for key, d in gaps.items()})
+    text = printed(BOOK / "02-teleportation" / "teleporting-a-network.ipynb")
+    for (name, epoch, arm), d in gaps.items():
+        mean, half = t_interval(d)
+        row = re.search(rf"^{name} *, epoch +{epoch}  {arm} .*$", text, re.M)[0]
+        assert row.endswith(f"minus plain {mean:+.3f} +- {half:.3f}  Holm p {p[name, epoch, arm]:.3f}")
+
+
+def test_the_race_under_sgd():
+    """Epochs until an arm has the test loss that plain training ends at, seed by seed."""
+    runs = record("optimizers")["runs"]
+    grid = sorted({rate for r in runs if (r["optimizer"], r["arm"]) == ("sgd", "plain") for rate in r["rates"]})
+
+    def curves(arm, key, rate):
+        return {r["seed"]: r[key][r["rates"].index(rate)] for r in runs if (r["optimizer"], r["arm"]) == ("sgd", arm)}
+
+    def arrival(arm, key, rate, target):
+        found = curves(arm, key, rate)
+        return [next((k for k, v in enumerate(number(found[s])) if v <= target[s]), 41) for s in range(5)]
+
+    slow = min(grid, key=lambda rate: sum(c[-1] for c in curves("plain", "validation_loss", rate).values()))
+    aims = {key: {s: c[-1] for s, c in curves("plain", key, slow).items()} for key in ("validation_loss", "test_loss")}
+    text, epochs = printed(FIVE_OPTIMIZERS).split("epochs to plain's final test loss")[1], {}
+    for arm in ("plain", "random", "teleport", "paper"):
+        fast = min(grid, key=lambda rate: sum(arrival(arm, "validation_loss", rate, aims["validation_loss"])))
+        epochs[arm] = arrival(arm, "test_loss", fast, aims["test_loss"])
+        row = re.search(rf"^(?:SGD)? +{arm}  +rate {fast} .*$", text, re.M)[0]
+        assert f" {st.median(epochs[arm]):2.0f}  ({min(epochs[arm])} to {max(epochs[arm])})" in row
+        if arm != "plain":
+            mean, half = t_interval([a - b for a, b in zip(epochs[arm], epochs["plain"], strict=True)])
+            assert f"{mean:+5.1f} ± {half:4.1f}" in row
+
+
+def test_a_convnet_and_a_transformer():
+    runs = record("architectures")["runs"]
+    text = printed(BOOK / "06-beyond" / "what-teleports-are-good-for.ipynb").replace("−", "-")
+    for network, rule in (("convnet", "momentum"), ("transformer", "Adam")):
+        ends = {}
+        for arm in ("plain", "teleport", "random"):
+            by_rate = {}
+            for r in (r for r in runs if (r["network"], r["arm"]) == (network, arm)):
+                by_rate.setdefault(r["rate"], {})[r["seed"]] = r
+            best = min(by_rate.values(), key=lambda d: sum(number(r["validation_loss"][-1] for r in d.values())))
+            ends[arm] = {seed: r["test_loss"][-1] for seed, r in best.items()}
+        shown = [
+            "{:+.3f} ± {:.3f}".format(*t_interval(minus(ends[arm], ends["plain"]))) for arm in ("teleport", "random")
+        ]
+        assert re.search(rf"^{rule}, {network} +\d\.\d+ +{re.escape(shown[0])} +{re.escape(shown[1])} ", text, re.M)

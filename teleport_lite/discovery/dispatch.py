@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class DispatchMode(TorchDispatchMode):
@@ -18,9 +17,26 @@ class DispatchMode(TorchDispatchMode):
         return False
 
 
+def leaves_of(*values: Any) -> list[Any]:
+    """All that stands in the lists, tuples and dictionaries that an operator takes or gives, in order.
+
+    >>> leaves_of([1, (2, None)], {"a": 3})
+    [1, 2, None, 3]
+    """
+    found: list[Any] = []
+    for x in values:
+        if isinstance(x, (tuple, list)):
+            found += leaves_of(*x)
+        elif isinstance(x, dict):
+            found += leaves_of(*x.values())
+        else:
+            found.append(x)
+    return found
+
+
 def written(func: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
     """The tensors among its arguments that an operator writes to."""
     for i, spec in enumerate(func._schema.arguments):
         if spec.alias_info is not None and spec.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(spec.name)
-            yield from (x for x in tree_leaves(value) if isinstance(x, Tensor))
+            yield from (x for x in leaves_of(value) if isinstance(x, Tensor))

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from teleport_lite.discovery.dispatch import DispatchMode, written
+from teleport_lite.discovery.dispatch import DispatchMode, leaves_of, written
 from teleport_lite.host import on_host
 
 WIDER = {
@@ -41,7 +41,7 @@ class Float64(DispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
+        leaves = leaves_of(args, kwargs)
         coarse = any(map(_is_foreign, leaves))
         if func in WITHOUT_FLOAT64:
             self.needed = True

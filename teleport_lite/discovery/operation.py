@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from teleport_lite.discovery.constraints import ALL, MIX, SCALE, SIGN
-from teleport_lite.discovery.dispatch import written
+from teleport_lite.discovery.dispatch import leaves_of, written
 from teleport_lite.discovery.labels import Labels, cluster_by_dims, varying_dims
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Operation:
         self.out: Any = None
         self.unexercised: set[int] = set()
         self._labels_of = propagation.labels_of
-        self.tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self.tensors = [t for t in leaves_of(args, kwargs) if isinstance(t, Tensor)]
         self.shapes = {id(t): t.shape for t in self.tensors}
         self.written = list(written(func, args, kwargs))
         busy = any(map(self._labels_of, self.tensors))
@@ -74,7 +74,7 @@ class Operation:
 
     def results(self) -> list[Tensor]:
         """The tensors that came out."""
-        return [t for t in tree_leaves(self.out) if isinstance(t, Tensor)]
+        return [t for t in leaves_of(self.out) if isinstance(t, Tensor)]
 
     def labels(self, tensor: Any) -> Labels:
         """The labels of an argument; none for a constant."""
@@ -131,7 +131,7 @@ class Operation:
             moved = self.func(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
             raise RuleMisfit(f"{self.func} cannot move labels: {error}") from error
-        return [t for t in tree_leaves(moved) if isinstance(t, Tensor)]
+        return [t for t in leaves_of(moved) if isinstance(t, Tensor)]
 
     def color_by_values(self, constant: Tensor, labels: Tensor) -> None:
         """Tell apart the entries that a constant multiplies or shifts differently.

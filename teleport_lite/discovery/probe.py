@@ -23,6 +23,8 @@ from teleport_lite.host import copy_of, innermost
 from teleport_lite.outputs import arguments_of, tensors_of
 from teleport_lite.runtime import eager_mode, kept_random_state
 
+REPEATED = 65537  # random numbers, of which no row of a matrix has the same as another one
+
 
 class Probe:
     """A copy of `model`, with parameters that may be written to.
@@ -187,6 +189,21 @@ def _kept(value: Any) -> Any:
 def normal(like: Tensor, generator: torch.Generator) -> Tensor:
     """Normal random numbers of the shape, type and device of `like`."""
     return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+
+
+def scattered(params: Params, spread: float, generator: torch.Generator) -> Params:
+    """Each real entry times one plus `spread` times a normal number; those for large tensors repeat, which is cheap."""
+    count = min(REPEATED, max((p.numel() for p in params.values()), default=0))
+    factors = (1 + spread * torch.randn(count, generator=generator, dtype=torch.float64)).repeat(2)
+    found = dict(params)
+    for name, p in params.items():
+        if p.is_floating_point() and (n := p.numel()):
+            start, whole = int(torch.randint(count, (), generator=generator)), n // count * count
+            own, flat, moved = factors[start : start + count].to(p.dtype), p.detach().reshape(-1), p.new_empty(n)
+            torch.mul(flat[:whole].view(-1, count), own, out=moved[:whole].view(-1, count))
+            torch.mul(flat[whole:], own[: n - whole], out=moved[whole:])
+            found[name] = moved.view(p.shape)
+    return found
 
 
 @contextmanager

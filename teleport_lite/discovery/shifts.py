@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from teleport_lite.discovery.differences import (
     EXACT,
@@ -28,7 +27,7 @@ from teleport_lite.discovery.differences import (
     summed,
     then,
 )
-from teleport_lite.discovery.dispatch import DispatchMode
+from teleport_lite.discovery.dispatch import DispatchMode, leaves_of
 from teleport_lite.discovery.memory import storage_key
 from teleport_lite.discovery.propagate import MOVING
 from teleport_lite.functional import Params
@@ -106,7 +105,7 @@ class Shifts(DispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         kind = func._schema.name.removeprefix("aten::").rstrip("_")
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = [x for x in leaves_of(args, kwargs) if isinstance(x, Tensor)]
         written = {
             id(x) for a, x in zip(func._schema.arguments, args, strict=False) if a.alias_info and a.alias_info.is_write
         }
@@ -127,7 +126,7 @@ class Shifts(DispatchMode):
             for known, i in zip(direct, alive, strict=True)
         ]  # fmt: skip
         out = func(*args, **kwargs)
-        results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        results = [x for x in leaves_of(out) if isinstance(x, Tensor)]
         for i in written:
             self._found.pop(i, None)
         ndim = results[0].ndim if results else 0

@@ -12,7 +12,7 @@ import torch
 from teleport_lite.discovery.differences import EXACT
 from teleport_lite.discovery.exercised import exercised
 from teleport_lite.discovery.kernels import kernel_shifts
-from teleport_lite.discovery.probe import Probe, normal
+from teleport_lite.discovery.probe import Probe, normal, scattered
 from teleport_lite.discovery.shifts import Shifts
 from teleport_lite.discovery.verify import Verifier
 from teleport_lite.functional import Params, norm
@@ -40,9 +40,7 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
     proposed = [*followed, *low_rank, *unseen, *in_kernels]
     proposed = [s for s in proposed if all(params[n].requires_grad for n in s.names)]
     if proposed:
-        elsewhere = {
-            n: p + p * normal(p, generator) / 2 if p.is_floating_point() else p for n, p in probe.values.items()
-        }
+        elsewhere = scattered(probe.values, 0.5, generator)
         trial = next((t for t in check.planned.trials if t.training), trial)
         with probe.at(elsewhere):
             gradients = exercised(params, [trial.run])[2]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from teleport_lite.discovery.draws import Draws
 from teleport_lite.discovery.inputs import Arguments
-from teleport_lite.discovery.probe import Probe, normal
+from teleport_lite.discovery.probe import Probe, scattered
 from teleport_lite.functional import Params
 from teleport_lite.outputs import distance, gaps, numbers
 
@@ -110,12 +110,8 @@ class Trial:
 
     def _elsewhere(self, spread: float, default: list[Tensor], point: Params) -> list[Tensor]:
         """The outputs at other parameters, near `point`, or `default` where they do not come out alike."""
-        draw = torch.Generator().manual_seed(0)
-        moved = {
-            n: p * (1 + spread * normal(p, draw)) if p.is_floating_point() else p
-            for n, p in point.items()
-            if n in self.probe.values
-        }
+        at = {n: point[n] for n in self.probe.values}
+        moved = scattered(at, spread, torch.Generator().manual_seed(0))
         try:
             with self.probe.at({**point, **moved}):
                 found = self.run()

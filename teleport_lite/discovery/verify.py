@@ -11,7 +11,7 @@ from torch import Tensor
 from teleport_lite.discovery.elements import DRAWN, element
 from teleport_lite.discovery.exercised import exercised, without_effect
 from teleport_lite.discovery.inputs import Arguments
-from teleport_lite.discovery.probe import Probe, normal
+from teleport_lite.discovery.probe import Probe, normal, scattered
 from teleport_lite.discovery.trial import Trial
 from teleport_lite.discovery.trials import Trials
 from teleport_lite.functional import Params
@@ -119,9 +119,8 @@ class Verifier:
 
         As in deep networks whose signal has died, or where outputs are not numbers.
         """
-        draw = torch.Generator().manual_seed(0)
-        moved = {n: (p := self.params[n]) * (1 + normal(p, draw) / 2) for n in symmetry.moved}
-        with self.probe.at(moved):
+        moved = {n: self.params[n] for n in symmetry.moved}
+        with self.probe.at(scattered(moved, 0.5, torch.Generator().manual_seed(0))):
             return any(SEEN < trial.gap(TOLERANCE) < float("inf") for trial in self.trials)
 
     def at_given(self, symmetries: list[S]) -> list[S]:
@@ -131,7 +130,6 @@ class Verifier:
         data are large at `params`, no shift is so far that this ends.
         """
         trial, given = self.planned.calm[min(1, len(self.planned.calm) - 1)], {**self.params, **self.probe.given}
-        draw = torch.Generator().manual_seed(0)
 
         def gap(moved: Params) -> float:
             if not all(bool(p.isfinite().all()) for n, p in moved.items() if p is not given[n]):
@@ -147,8 +145,7 @@ class Verifier:
         before = self._returned(trial, given)
         if not symmetries or not before or alone(symmetries) <= SEEN:
             return symmetries
-        rounded = {n: p + 1e-15 * p * normal(p, draw) if p.is_floating_point() else p for n, p in given.items()}
-        if gap(rounded) > SEEN:  # nothing can be compared here
+        if gap(scattered(given, 1e-15, torch.Generator().manual_seed(0))) > SEEN:  # nothing can be compared here
             return symmetries
         return [s for s in symmetries if alone([s]) <= SEEN]
 

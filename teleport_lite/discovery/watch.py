@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from teleport_lite.discovery.dispatch import DispatchMode
+from teleport_lite.discovery.dispatch import DispatchMode, leaves_of
 
 INDEXED = {  # by operator, at which place its indices stand, and that of the dimension, or the dimension
     **dict.fromkeys(("embedding", "embedding_bag", "_embedding_bag"), (1, None, 0)),
@@ -42,7 +41,7 @@ class Watch(DispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
+        leaves = leaves_of(args, kwargs)
         names = [self._names[id(x)] for x in leaves if id(x) in self._names]
         if names and all(x.numel() for x in leaves if isinstance(x, Tensor)):
             beside = tuple(x for x in leaves if isinstance(x, int) and not isinstance(x, bool))
