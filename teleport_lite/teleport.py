@@ -70,8 +70,8 @@ def teleport(
             when teleporting often).
         objective: "gradient_norm", "weight_norm", "one_step_loss", "sharpness", "curvature", "hessian_trace", an
             `Objective`, or any callable on params.
-        maximize: the direction; by default the natural one of the objective: up for "gradient_norm", "curvature" and
-            callables, down for the others.
+        maximize: True for up, False for down; by default the natural direction of the objective: up for
+            "gradient_norm", "curvature" and callables, down for the others.
         radius: bound on the operator norm of the coordinates of each group element, which stretches nothing by more
             than e^radius; a weight between two layers that are both scaled can change by e^(2 radius).
         tol: relative tolerance for the loss, and ten times that for the largest change of an output; by default 1e-10
@@ -91,7 +91,7 @@ def teleport(
         ParameterError: when the symmetry moves a frozen parameter, or a parameter is not finite, or sharded (FSDP).
         RankError: when another rank fails, or the ranks do not hold the same parameters, symmetry, generator, ...
         UnknownNameError: when the objective, the search or a parameter of the symmetry is not known.
-        TeleportError: when the radius or tol is not positive, or model and loss_fn are not what they should be.
+        TeleportError: when the radius or tol is not positive, or model, loss_fn, maximize are not what they should be.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
@@ -138,7 +138,7 @@ def carry_out(
     """
     start = time.perf_counter()
     goal = as_objective(objective)
-    maximize = goal.maximize if maximize is None else maximize
+    maximize = goal.goes_up(maximize)
     check_radius(radius)
     check_generator(generator)
     if tol is not None and not (isinstance(tol, (int, float)) and tol > 0):

@@ -479,6 +479,18 @@ def test_bad_losses(model):
     assert report.accepted and report.objective_before == pytest.approx(before.item())
 
 
+@pytest.mark.parametrize("wrong", ["down", 0, 1.0, torch.tensor(True)])
+def test_a_direction_that_is_no_bool_is_refused(model, wrong):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for call in (
+        lambda: tl.teleport(model, loss_fn, maximize=wrong),
+        lambda: tl.Teleporter(model, optimizer, maximize=wrong),
+        lambda: tl.level_set_teleport(model, loss_fn, sublevel=wrong),
+    ):
+        with pytest.raises(TeleportError, match=r"True.* as (maximize|sublevel), got .*; pass \1=True"):
+            call()
+
+
 NO_LOSS = {  # not functions of the net alone
     "Tensor of shape": torch.ones(()),
     r"CrossEntropyLoss, which takes \(input, target\)": nn.CrossEntropyLoss(),
