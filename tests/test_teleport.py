@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 
 import pytest
 import torch
@@ -163,6 +164,22 @@ def test_float16_is_no_licence():
     false = hidden_product(scaling, model)  # a tanh commutes with no scaling
     report = tl.teleport(model, lambda net: net(X.half()).square().mean(), false, radius=0.6)
     assert 0.02 < report.invariance_error < 0.9 and report.reason.startswith("the loss moved")
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU()])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_half_precision_outputs_change_as_rounding_explains(activation, dtype, autocast):
+    """The loss, which is a mean, moves too little to tell: the scalings of a ReLU network are wrong by 5% or more."""
+    torch.manual_seed(0)
+    model, x = mlp([6, 32, 3], activation), X.float() if autocast else X.to(dtype)
+    model = model.float() if autocast else model.to(dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        for radius in (0.3, 1.0):
+            symmetry = hidden_product(scaling, model)
+            report = tl.teleport(model, lambda net: net(x).float().mean() + 5, symmetry, "weight_norm", True, radius)
+            assert report.accepted == isinstance(activation, nn.ReLU), report
+            assert report.accepted or re.search("beyond the .* that rounding explains", report.reason), report.reason
 
 
 # Atomicity ---------------------------------------------------------------------------------------------------------
