@@ -53,7 +53,8 @@ def kernel_shifts(
         own = {name for name, *_ in kernel.parts}
         part = any(params[name].shape[dim] > kernel.length for name, dim, _ in kernel.parts)
         bias = after[kernel.parts[0][0]] if len(kernel.parts) == 1 and not part else ""
-        near = [s for s in slices[kernel.length] if s.name not in own and {s[:4], (*s[:3], None)}.isdisjoint(done)]
+        near = [s for s in slices[kernel.length] if s.name not in own]
+        near = [s for s in near if {s[:4], (*s[:3], None)}.isdisjoint(done)] if done else near
         near = [s for s in near if not part or (s.tap is None and params[s.name].shape[s.dim] == kernel.length)]
         if not near:
             continue
