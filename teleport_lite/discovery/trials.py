@@ -165,7 +165,7 @@ class Trials:
             trials.pop()
 
     def informative(self) -> list[Trial]:
-        """The longest of those that were cut, then those that read something new, and parts that training leaves out."""
+        """The longest of those that were cut, those that read something new, and parts that training leaves out."""
         longest = next(t for t in reversed(self.calm) if t not in self.whole)
         calm = [t for t in reversed(self.calm) if t is not longest]
         found, seen = [longest], {*longest.reads}
