@@ -51,7 +51,7 @@ def level_set_teleport(
         EmptyModelError: when nothing is trainable.
         LossError: when the loss is no scalar, ignores the net, or changes from call to call.
         ParameterError: when a parameter is complex or not finite.
-        TeleportError: when steps, radius, tol or kkt_tol is not positive.
+        TeleportError: when steps, radius, tol or kkt_tol is not positive, or sublevel no bool.
 
     >>> import torch
     >>> model = nn.Linear(2, 1, bias=False, dtype=torch.float64)
@@ -63,6 +63,8 @@ def level_set_teleport(
     """
     if not (radius is None or radius > 0):
         raise TeleportError("a positive radius", radius, "leave it out to move as far as the steps go")
+    if not isinstance(sublevel, bool):
+        raise TeleportError("True or False as sublevel", repr(sublevel), "pass sublevel=True to allow smaller losses")
 
     def conditions(walk: Walk, p: Point, c: float, near: float) -> tuple[Tensor, Tensor, float, float]:
         """Hg / |g|^2, its tangential part, the multiplier and the KKT residual."""

@@ -65,6 +65,20 @@ class Objective:
             return problem.along(self, symmetry)(symmetry.zeros(problem.params)).detach()
         return norm(problem.gradient if self.quadratic == "gradient" else problem.params)
 
+    def goes_up(self, maximize: bool | None) -> bool:
+        """The direction that `maximize` asks for; None is the natural one.
+
+        Raises:
+            TeleportError: when it is neither a bool nor None.
+
+        >>> OBJECTIVES["weight_norm"].goes_up(None)
+        False
+        """
+        if maximize is not None and not isinstance(maximize, bool):
+            remedy = "pass maximize=True to go up, maximize=False to go down"
+            raise TeleportError("True, False or None as maximize", repr(maximize), remedy)
+        return self.maximize if maximize is None else maximize
+
     def __repr__(self) -> str:
         return f"Objective({self.name})"
 

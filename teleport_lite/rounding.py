@@ -28,8 +28,10 @@ def relative_gap(found: Tensor, expected: Tensor) -> Tensor:
     return torch.where(size > 0, (found - expected).norm() / size, 0.0)
 
 
-def rounded(params: Params, sign: int, seed: int = 0) -> Params:
+def rounded(params: Params, sign: int, seed: int = 0, share: float | None = None) -> Params:
     """`params` with each entry moved by `ULPS` units in its last place, up or down at random, or the other way.
+
+    Or by a `share` of itself, where that is given.
 
     >>> w = {"w": torch.ones(100)}
     >>> float((rounded(w, 1)["w"] - 1).abs().max()) < 1e-6
@@ -39,7 +41,7 @@ def rounded(params: Params, sign: int, seed: int = 0) -> Params:
 
     def move(p: Tensor) -> Tensor:
         signs = torch.randint(0, 2, p.shape, generator=draw).to(p.device) * 2 - 1
-        return p * (1 + sign * ULPS * torch.finfo(p.dtype).eps * signs.to(p.dtype))
+        return p * (1 + sign * (share or ULPS * torch.finfo(p.dtype).eps) * signs.to(p.dtype))
 
     return {name: move(p) if p.is_floating_point() else p for name, p in params.items()}
 

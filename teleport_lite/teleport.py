@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from teleport_lite.discovery import find_symmetries
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import LossError, NoSymmetryError, ParameterError, TeleportError, UnknownNameError
-from teleport_lite.exactness import MOVED, RefusedError, check_deterministic, largest_change, why_refused
+from teleport_lite.exactness import (
+    LARGEST,
+    MOVED,
+    RefusedError,
+    change_by_rounding,
+    check_deterministic,
+    largest_change,
+    why_refused,
+)
 from teleport_lite.functional import Evaluation, Params, norms, stacked, trainable
 from teleport_lite.objectives import Objective, as_objective
 from teleport_lite.problem import Problem
@@ -70,14 +78,16 @@ def teleport(
             when teleporting often).
         objective: "gradient_norm", "weight_norm", "one_step_loss", "sharpness", "curvature", "hessian_trace", an
             `Objective`, or any callable on params.
-        maximize: the direction; by default the natural one of the objective: up for "gradient_norm", "curvature" and
-            callables, down for the others.
+        maximize: True for up, False for down; by default the natural direction of the objective: up for
+            "gradient_norm", "curvature" and callables, down for the others.
         radius: bound on the operator norm of the coordinates of each group element, which stretches nothing by more
             than e^radius; a weight between two layers that are both scaled can change by e^(2 radius).
         tol: relative tolerance for the loss, and ten times that for the largest change of an output; by default 1e-10
             in float64, 1e-5 in float32, by dtype. The dtype is the coarsest of the parameters, the outputs of the net,
-            the loss, and of autocast where it is on when loss_fn calls the net. A loss that is small beside its terms
-            may move as far as rounding moves it, if the outputs agree, and it itself does in float64.
+            the loss, and of autocast where it is on when loss_fn calls the net. In 16 bits 1e-2 (float16) or 5e-2, and
+            outputs change by no more than twice what a unit in the last place of the weights makes of them. A loss that
+            is small beside its terms may move as far as rounding moves it, if the outputs agree, and it itself does in
+            float64.
         generator: for random choices; needed by search="random".
         search: "closed_form", "ascent" or "random"; by default the closed form where there is one, ascent elsewhere.
             Factors without a closed form stay as long as others have one; `report.symmetry` are those that moved.
@@ -91,7 +101,7 @@ def teleport(
         ParameterError: when the symmetry moves a frozen parameter, or a parameter is not finite, or sharded (FSDP).
         RankError: when another rank fails, or the ranks do not hold the same parameters, symmetry, generator, ...
         UnknownNameError: when the objective, the search or a parameter of the symmetry is not known.
-        TeleportError: when the radius or tol is not positive, or model and loss_fn are not what they should be.
+        TeleportError: when the radius or tol is not positive, or model, loss_fn, maximize are not what they should be.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
@@ -138,7 +148,7 @@ def carry_out(
     """
     start = time.perf_counter()
     goal = as_objective(objective)
-    maximize = goal.maximize if maximize is None else maximize
+    maximize = goal.goes_up(maximize)
     check_radius(radius)
     check_generator(generator)
     if tol is not None and not (isinstance(tol, (int, float)) and tol > 0):
@@ -209,13 +219,17 @@ def carry_out(
             gap = largest_change(outputs, new_outputs) if same else zero
             false = relative_gap(found, foretold) if measured and product.exact else zero
             now.forget()
+            dtype = _coarsest_of(loss, product, params)
+            allowed = tol or TOLERANCES[dtype]
+            ranks.check_same(tolerance=allowed)
+            most = zero + LARGEST * allowed
+            if same and not tol and torch.finfo(dtype).bits < 32:
+                most = torch.minimum(most, change_by_rounding(now, loss, new_outputs, dtype))
             loss.rest()
-            table = (loss_before, loss_after, *scores, gap, false)
+            table = (loss_before, loss_after, *scores, gap, most, false)
             numbers[:] = stacked([*table, *more]).tolist()  # the one time that the host waits
             check(numbers[len(table) :])
             del numbers[len(table) :]
-            allowed = _tolerance(tol, loss, product, params)
-            ranks.check_same(tolerance=allowed)
             reason = why_refused(numbers, now, product, xi, allowed, bool(new_outputs), maximize, search)
             if refused := ranks.ask(bool(reason)):
                 raise RefusedError(reason or f"refused on rank {refused[0]}", moved=reason.startswith(MOVED))
@@ -228,7 +242,7 @@ def carry_out(
         except RefusedError as refusal:
             reason = refusal.reason
             if refusal.moved:
-                check_deterministic(problem, numbers[0], _tolerance(tol, loss, product, params))
+                check_deterministic(problem, numbers[0], tol or TOLERANCES[_coarsest_of(loss, product, params)])
         if first and measured and not reason:
             checked.add(model)
     before, after, old, new = numbers[:4]
@@ -278,6 +292,5 @@ def check_movable(model: nn.Module, symmetry: Symmetry) -> None:
             raise ParameterError(name, "trainable", "requires_grad=False", remedy)
 
 
-def _tolerance(tol: float | None, loss: Evaluation, product: Product, params: Params) -> float:
-    dtype = coarsest([loss.dtype, *(params[name].dtype for name in product.names)])
-    return TOLERANCES[dtype] if tol is None else tol
+def _coarsest_of(loss: Evaluation, product: Product, params: Params) -> torch.dtype:
+    return coarsest([loss.dtype, *(params[name].dtype for name in product.names)])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from completeness import Family, _x
 from torch import nn
+from unseen_families import ONE_SIDED
 
 
 class StandardisedConv(nn.Conv2d):
@@ -160,10 +161,10 @@ class Recommender(nn.Module):
 
     def __init__(self, d=3):
         super().__init__()
-        self.user, self.item = nn.Embedding(5, d), nn.Embedding(6, d)
-        self.ub, self.ib = nn.Embedding(5, 1), nn.Embedding(6, 1)
+        self.user, self.item = nn.Embedding(30, d), nn.Embedding(20, d)
+        self.ub, self.ib = nn.Embedding(30, 1), nn.Embedding(20, 1)
         self.mean = nn.Parameter(torch.zeros(1))
-        self.u2, self.i2 = nn.Embedding(5, 2), nn.Embedding(6, 2)
+        self.u2, self.i2 = nn.Embedding(30, 2), nn.Embedding(20, 2)
         self.tower = nn.Sequential(nn.Linear(4, 5), nn.LeakyReLU(), nn.Linear(5, 1))
 
     def forward(self, u, i):
@@ -255,19 +256,24 @@ class Universal(nn.Module):
         return self.head(self.norm(x))
 
 
-INDICES = torch.arange(7)
+TOLERATED = "lengths of filters that are standardised, but for the number under the root"
+PIECES = "what is added alike to all that a maximum is taken of"
+EXPONENT = "a shift under an exponential gate, which queries take back"
+COUNTED = "a shift that is added once a node, so that it depends on their number"
+FACTORS = "a shift of the factors of a product of two tables, which biases of the other side take back"
+INDICES = torch.arange(60)  # of all users, and of all items
 
 FURTHER: dict[str, Family] = {
-    "weight-standardised ResNet": Family(BigTransfer, (_x(2, 2, 5, 5),)),
-    "maxout": Family(Maxout, (_x(7, 4),)),
+    "weight-standardised ResNet": Family(BigTransfer, (_x(2, 2, 5, 5),), rest=5, why=TOLERATED),
+    "maxout": Family(Maxout, (_x(7, 4),), rest=22, why=PIECES),
     "super-resolution": Family(SuperResolution, (_x(2, 1, 5, 5),)),
     "residual gated layers": Family(ResidualGLU, (_x(7, 8),)),
-    "mLSTM": Family(MatrixMemory, (_x(2, 5, 4),)),
-    "E(n)-equivariant network": Family(Equivariant, (_x(2, 4, 2), _x(2, 4, 3))),
+    "mLSTM": Family(MatrixMemory, (_x(2, 5, 4),), rest=1, why=EXPONENT),
+    "E(n)-equivariant network": Family(Equivariant, (_x(2, 4, 2), _x(2, 4, 3)), rest=2, why=COUNTED),
     "DeepONet": Family(DeepONet, (_x(7, 6), _x(7, 2))),
-    "recommender": Family(Recommender, (INDICES % 5, INDICES % 6)),
+    "recommender": Family(Recommender, (INDICES % 30, INDICES % 20), rest=7, why=FACTORS),
     "seq2seq, additive attention": Family(Listener, (_x(2, 5, 3), _x(2, 4, 2))),
-    "ConvLSTM": Family(ConvLSTM, (_x(2, 3, 1, 6, 6),)),
-    "mixture of experts in a list": Family(Sparse, (_x(9, 5),)),
+    "ConvLSTM": Family(ConvLSTM, (_x(2, 3, 1, 6, 6),), rest=14, why=ONE_SIDED),
+    "mixture of experts in a list": Family(Sparse, (_x(9, 5),), rest=4, why=ONE_SIDED),
     "universal transformer": Family(Universal, (_x(2, 5, 5),)),
 }

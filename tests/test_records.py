@@ -199,19 +199,24 @@ def test_the_long_trainings():
     """The ratio of Chapter 15, by Student's t test of the ratios' logarithms, from scipy."""
     runs = record("learned_long")["runs"]
     best = {}
-    for arm in ("update", "update, tele"):
+    for arm in ("update", "update, tele", "update, random tele"):
         first = [r for r in runs if r["arm"] == arm and r["seed"] == 0]
         rate = sorted(first, key=lambda r: r["tuning"]["loss"][-1])[0]["rate"]
         best[arm] = {r["seed"]: r["test"]["as trained"]["loss"] for r in runs if (r["arm"], r["rate"]) == (arm, rate)}
-    seeds = sorted(best["update"].keys() & best["update, tele"].keys())
+    seeds = sorted(set.intersection(*(set(found) for found in best.values())))
     text = printed(BOOK / "05-learning/learning-to-teleport.ipynb")
-    for step in (10, 30, 100):
-        logs = [math.log(best["update, tele"][s][step] / best["update"][s][step]) for s in seeds]
-        test = stats.ttest_1samp(logs, 0.0)
-        low, high = test.confidence_interval(0.95)
-        mean = st.fmean(logs)
-        expected = f"{math.exp(mean):5.2f} [{math.exp(low):.2f}, {math.exp(high):.2f}]"
-        assert f"update, tele / update after {step:3} steps: {expected}" in text
+    for arm, base in (
+        ("update, tele", "update"),
+        ("update, random tele", "update"),
+        ("update, tele", "update, random tele"),
+    ):
+        for step in (10, 30, 100):
+            logs = [math.log(best[arm][s][step] / best[base][s][step]) for s in seeds]
+            test = stats.ttest_1samp(logs, 0.0)
+            low, high = test.confidence_interval(0.95)
+            mean = st.fmean(logs)
+            expected = f"{math.exp(mean):5.2f} [{math.exp(low):.2f}, {math.exp(high):.2f}]"
+            assert f"{arm} / {base} after {step:3} steps: {expected}" in text
 
 
 def step_down(p):

@@ -56,7 +56,7 @@ def partial(a, b, c) -> float:
 ROWS = {
     "sharpness, isotropic": "sharpness_isotropic",
     "sharpness, positive": "sharpness_positive",
-    "trace of the Hessian": "hessian_trace",
+    "trace, 20 probes": "hessian_trace",
     "curvature, scaling": "curvature_scaling",
     "curvature, mixing": "curvature_mixing",
     "weight norm": "weight_norm",

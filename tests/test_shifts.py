@@ -106,6 +106,19 @@ class ByHand(nn.Module):
         return torch.tanh(self.reader(x.transpose(0, 1).contiguous()))
 
 
+class WideStream(nn.Module):
+    """A residual layer on a stream that is wider than what comes in and than what is read in the end."""
+
+    def __init__(self, end=lambda net, x: net.head(x)):
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(2, IN), nn.Linear(IN, FF), nn.Linear(FF, IN)
+        self.head, self.other, self.end = nn.Linear(IN, OUT), nn.Linear(IN, 1), end
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.end(self, x + self.down(torch.tanh(self.up(x))))
+
+
 def transformer():
     block = nn.TransformerEncoderLayer(D, H, FF, 0.0, "gelu", batch_first=True, norm_first=True)
     return nn.Sequential(nn.Linear(IN, D), block, nn.LayerNorm(D), nn.Linear(D, OUT))
@@ -149,6 +162,11 @@ CASES = {  # model, inputs, dimension of the translations, and of all symmetries
     "a GroupNorm": (lambda: normed(nn.GroupNorm(2, D)), real(2, 6, 6), 2, None),  # and a scale, up to eps
     "an InstanceNorm": (lambda: normed(nn.InstanceNorm2d(D, affine=True)), real(2, 6, 6), D, None),
     "patches, class and places": (Vision, real(1, 4, 4), D + D, D + D),
+    "a wide stream": (
+        WideStream, real(2),
+        3 * IN + FF + (IN - OUT) * FF + (IN - 2) * FF,  # biases; what writes last; what reads first
+        None,  # mixings of the stream come on top, and translations overlap
+    ),
     "a low-rank term": (LowRank, real(IN), OUT * 2 + 2 * IN, OUT * 2 + 2 * IN),
 }  # fmt: skip
 LENGTHS = {"two tables": None, "patches, class and places": None, "convolutions": None, "a GroupNorm": None}
@@ -250,7 +268,10 @@ def test_entrywise_transport_is_that_of_the_dense_matrix(name, entry, dual):
         xi = shift.sample(params, generator=torch.Generator().manual_seed(1))
         found = shift.spread(tensors, xi, entry, dual=dual, params=params)
         dense = Symmetry.spread(shift, tensors, xi, entry, dual=dual, params=params)
-        if entry is torch.abs:  # a bound
+        if entry is torch.square and shift.in_kernel:  # of sums of products, each taken as if they were uncorrelated
+            terms = 2 * max(n for p in params.values() for n in p.shape)
+            assert all(bool((dense[n] <= terms * found[n] + 1e-9).all()) for n in params)
+        elif entry is torch.abs:  # a bound
             assert all(bool((found[n] >= dense[n] - 1e-9).all()) for n in params)
         else:
             assert all(torch.allclose(found[n], dense[n], 1e-9, 1e-9) for n in params)
@@ -261,6 +282,43 @@ def test_what_breaks_a_shift_is_noticed(name):
     torch.manual_seed(0)
     model = FALSE[name]()
     assert not shifts_of(model, torch.randn(3, 2, 5, 5)).dim
+
+
+@pytest.mark.parametrize(
+    ("end", "free"),
+    {
+        "two readers": (lambda net, x: torch.cat([net.head(x), net.other(x)], -1), IN - OUT - 1),
+        "a second reader in training": (lambda net, x: net.head(x) + (net.other(x) if net.training else 0), IN - OUT - 1),
+        "a function between": (lambda net, x: net.head(torch.tanh(x)), 0),
+        "all is read": (lambda net, x: net.head(x) + x.square().sum(-1, keepdim=True), 0),
+    }.values(),
+    ids=["two readers", "a second reader in training", "a function between", "all is read"],
+)
+def test_what_writes_last_is_free_in_the_kernel_of_all_that_reads_it(end, free):
+    torch.manual_seed(0)
+    model = WideStream(end).double()
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    params, x, generator = params_of(model), torch.randn(9, 2).double(), torch.Generator().manual_seed(1)
+    found = [s for s in shifts_of(model, x) if s.in_kernel and "down.weight" in s.moved]
+    assert sum(m.count for s in found for m in s.moves if m.name == "down.weight") == free * FF
+    for s in found:
+        moved = s.act(params, s.sample(params, generator=generator))
+        for mode in (model.eval(), model.train()):
+            assert relative(functional_call(mode, moved, 3 * x), mode(3 * x)) < 1e-11
+        saved = tl.Product.from_dict(json.loads(json.dumps(tl.Product([s]).to_dict())))
+        assert saved[0] == s
+
+
+def test_a_reader_of_zeros_gives_finite_gradients():
+    torch.manual_seed(0)
+    model, x = WideStream().double(), torch.randn(9, 2).double()
+    symmetry = shifts_of(model, x)
+    nn.init.zeros_(model.head.weight)
+    params = params_of(model)
+    grads = value_and_grad(loss_of(model, lambda net: net(x).square().sum()), params)[1]
+    carried = symmetry.transport(grads, symmetry.zeros(params), params)
+    assert all(torch.equal(carried[n], grads[n]) for n in grads)
 
 
 @pytest.mark.parametrize("tied", [False, True])

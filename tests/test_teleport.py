@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 
 import pytest
 import torch
@@ -163,6 +164,22 @@ def test_float16_is_no_licence():
     false = hidden_product(scaling, model)  # a tanh commutes with no scaling
     report = tl.teleport(model, lambda net: net(X.half()).square().mean(), false, radius=0.6)
     assert 0.02 < report.invariance_error < 0.9 and report.reason.startswith("the loss moved")
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU()])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_half_precision_outputs_change_as_rounding_explains(activation, dtype, autocast):
+    """The loss, which is a mean, moves too little to tell: the scalings of a ReLU network are wrong by 5% or more."""
+    torch.manual_seed(0)
+    model, x = mlp([6, 32, 3], activation), X.float() if autocast else X.to(dtype)
+    model = model.float() if autocast else model.to(dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        for radius in (0.3, 1.0):
+            symmetry = hidden_product(scaling, model)
+            report = tl.teleport(model, lambda net: net(x).float().mean() + 5, symmetry, "weight_norm", True, radius)
+            assert report.accepted == isinstance(activation, nn.ReLU), report
+            assert report.accepted or re.search("beyond the .* that rounding explains", report.reason), report.reason
 
 
 # Atomicity ---------------------------------------------------------------------------------------------------------
@@ -477,6 +494,18 @@ def test_bad_losses(model):
         model, loss_fn, symmetry, lambda p: torch.func.functional_call(model, p, X).sum() + p["0.bias"].sum()
     )
     assert report.accepted and report.objective_before == pytest.approx(before.item())
+
+
+@pytest.mark.parametrize("wrong", ["down", 0, 1.0, torch.tensor(True)])
+def test_a_direction_that_is_no_bool_is_refused(model, wrong):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for call in (
+        lambda: tl.teleport(model, loss_fn, maximize=wrong),
+        lambda: tl.Teleporter(model, optimizer, maximize=wrong),
+        lambda: tl.level_set_teleport(model, loss_fn, sublevel=wrong),
+    ):
+        with pytest.raises(TeleportError, match=r"True.* as (maximize|sublevel), got .*; pass \1=True"):
+            call()
 
 
 NO_LOSS = {  # not functions of the net alone

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import teleport_lite as tl
 from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.probe import Probe
-from teleport_lite.discovery.verify import told
+from teleport_lite.discovery.verify import Verifier, told
 from teleport_lite.errors import ParameterError, TeleportError
 from teleport_lite.outputs import distance, gaps, tensors_of
 
@@ -760,6 +760,25 @@ def test_axes_are_cut_and_what_holds_on_short_ones_alone_is_not_claimed():
     model = Model(lambda s, z: s.a(z) - (z.shape[1] < 31) * s.a(z).mean(-1, keepdim=True), a=nn.Linear(4, 3))
     assert tl.find_symmetries(model, x(2, 20, 4)).continuous
     assert not tl.find_symmetries(model, x(2, 40, 4)).continuous
+
+
+def test_a_table_of_positions_does_not_keep_axes_from_being_cut():
+    lengths = set()
+
+    def learned(s, z):
+        lengths.add(z.shape[1])
+        h = torch.relu(s.a(z) + s.table[: z.shape[1]])
+        return s.c(h.tanh() if z.shape[1] > 30 else h)
+
+    model = Model(learned, a=nn.Linear(4, 5), c=nn.Linear(5, 2), table=x(40, 5))
+    symmetry = tl.find_symmetries(model, x(2, 40, 4))
+    assert min(lengths) == 10 and "(R>0)^5" not in found(symmetry) and "S(5)" in found(symmetry)
+
+
+@pytest.mark.parametrize(("gap", "most", "holds"), [(1e-9, 2, True), (1e-9, 0, False), (1e-3, 2, False)])
+def test_what_rounding_adds_up_is_confirmed_by_halves_and_nothing_else_is(monkeypatch, gap, most, holds):
+    monkeypatch.setattr(Verifier, "_failure", lambda self, s, _: (gap, None, 0) if len(s) > most else None)
+    assert object.__new__(Verifier)._hold_in_parts(list("abcde"), []) == holds
 
 
 def test_what_a_loss_forgets_on_short_axes_alone_is_not_claimed():

@@ -279,7 +279,7 @@ class DeepAR(nn.Module):
         return torch.stack(out, 1)
 
 
-OVERCOMPLETE = "what writes to a stream that is wider than what is read of it"
+FORGOTTEN = "what the next matrix carries to the vector of ones, which a norm forgets"
 ONE_SIDED = "neurons that are never off"
 STEP = "a step in time, taken back by rates under an exponential"
 WRITTEN = "a matrix that the network writes, and to which the identity is added"
@@ -290,14 +290,14 @@ MEANS = "the mean of what is added to a stream that is read before and after"
 INDICES = torch.arange(2).remainder(5) + 3
 
 UNSEEN: dict[str, Family] = {
-    "Performer": Family(Performer, (_x(2, 5, 5),), rest=21, why=OVERCOMPLETE),
+    "Performer": Family(Performer, (_x(2, 5, 5),)),
     "S4D": Family(S4D, (_x(2, 6, 4),), rest=3, why=STEP),
     "PointNet": Family(PointNet, (_x(3, 7, 3),), rest=9 + 5, why=f"{WRITTEN}; {ONE_SIDED}"),
     "hypernetwork": Family(Hyper, (_x(7, 4), _x(7, 3) + 1)),
     "capsules": Family(Capsules, (_x(7, 6),), rest=12, why=EACH),
-    "WaveNet": Family(WaveNet, (_x(2, 2, 7),), rest=35, why=DROPPED),
+    "WaveNet": Family(WaveNet, (_x(2, 2, 7),), rest=29, why=DROPPED),
     "TCN": Family(TCN, (_x(2, 2, 7),), rest=3, why=LENGTHS),
-    "U-ViT": Family(UViT, (_x(2, 1, 6, 6), _x(2, 2)), rest=6 + 4, why=f"{OVERCOMPLETE}; {MEANS}"),
+    "U-ViT": Family(UViT, (_x(2, 1, 6, 6), _x(2, 2)), rest=6 + 4, why=f"{FORGOTTEN}; {MEANS}"),
     "GATv2": Family(GATv2, (_x(2, 5, 3), _x(2, 5, 5, 2))),
     "DeepSets": Family(DeepSets, (_x(3, 6, 3),), rest=2, why=ONE_SIDED),
     "RealNVP": Family(RealNVP, (_x(7, 4),), rest=2, why=ONE_SIDED),

@@ -257,7 +257,8 @@ for goal in ("flatter", "sharper", "more curved", "less curved"):
 for step in (10, 30, 100):
     for arm, base in LEARNED.items():
         NUMBERS[f"{arm} at {step}"] = partial(ratio, learned_along, arm, base, step)
-    NUMBERS[f"long tele at {step}"] = partial(ratio, long_ratio, "update, tele", step)
+    for kind in ("tele", "random tele"):
+        NUMBERS[f"long {kind} at {step}"] = partial(ratio, long_ratio, f"update, {kind}", step)
 NUMBERS["long seeds"] = lambda: str(len(long_runs("update, tele").keys() & long_runs("update").keys()))
 for family in ("scaling", "mixing"):
     for goal in GOALS:

@@ -118,7 +118,8 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
             if check.thorough or check.confirmed(factors, sheared, [*shifts]):
                 break
         found: list[Symmetry] = [*factors, *sheared]
-        found += [s for s in together(shifts) if _adds(s, found, check.params)]
+        for shift in together(shifts):
+            found += [shift] if _adds(shift, found, check.params) else []
         if of == "loss":
             probe.of = of
             check_loss = Verifier(probe, Arguments.of(example_inputs), generator)

@@ -45,14 +45,16 @@ def kernel_shifts(
     """The translations that gradients propose, with the kernel that each is in: of each slice that with fewest rows."""
     after = dict(zip(params, [*list(params)[1:], ""], strict=True))
     slices = _slices(params, gradients, after, generator)
-    kernels = [(k, len(k.rows(params))) for k in dict.fromkeys(_kernels(params, products, after, slices))]
+    found = dict.fromkeys(_kernels(params, products, after, slices))
+    kernels = [(k, sum(params[n].numel() // params[n].shape[d] for n, d, _ in k.parts)) for k in found]
     kernels = [(k, n) for k, n in kernels if n < k.length and n**2 * k.length <= CHEAP]
     done: set[tuple] = set()
     for kernel, _ in sorted(kernels, key=lambda pair: pair[1]):
         own = {name for name, *_ in kernel.parts}
         part = any(params[name].shape[dim] > kernel.length for name, dim, _ in kernel.parts)
         bias = after[kernel.parts[0][0]] if len(kernel.parts) == 1 and not part else ""
-        near = [s for s in slices[kernel.length] if s.name not in own and {s[:4], (*s[:3], None)}.isdisjoint(done)]
+        near = [s for s in slices[kernel.length] if s.name not in own]
+        near = [s for s in near if {s[:4], (*s[:3], None)}.isdisjoint(done)] if done else near
         near = [s for s in near if not part or (s.tap is None and params[s.name].shape[s.dim] == kernel.length)]
         if not near:
             continue

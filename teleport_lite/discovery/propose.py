@@ -14,7 +14,7 @@ from teleport_lite.discovery.heads import join_side_by_side, permute_blocks, per
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.places import Axis, Places, covered_places, families, places_of
 from teleport_lite.discovery.propagate import Propagation
-from teleport_lite.discovery.rotations import rotations
+from teleport_lite.discovery.rotations import join_into_mixings, rotations
 from teleport_lite.discovery.solve import (
     FIRST,
     PRODUCT,
@@ -24,7 +24,7 @@ from teleport_lite.discovery.solve import (
     solve_scalings,
     solve_signs,
 )
-from teleport_lite.discovery.verify import TOLERANCE, Verifier, distance, told
+from teleport_lite.discovery.verify import TOLERANCE, Verifier, told
 from teleport_lite.groups import (
     GeneralLinear,
     Group,
@@ -34,6 +34,7 @@ from teleport_lite.groups import (
     Signs,
     SpecialOrthogonal,
 )
+from teleport_lite.outputs import distance
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 
 PIECES = 64  # an axis in more pieces than that is left out
@@ -92,7 +93,7 @@ def solve_and_verify(
     found.sort(key=sort_key)
     turning = rotations(found, propagation.constraints, {a[:2]: a[3] for a in still}, check)
     found += permute_blocks([part for s in found for part in split_blocks(s)], check)
-    found += permute_stacks(found, check) + turning
+    found = join_into_mixings(found + permute_stacks(found, check) + turning, check)
     return sorted(found, key=sort_key), reasons
 
 

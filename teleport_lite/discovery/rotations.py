@@ -13,7 +13,7 @@ from teleport_lite.discovery.constraints import TURN, Constraints
 from teleport_lite.discovery.solve import signatures, solve_permutations, solve_scalings
 from teleport_lite.discovery.verify import Verifier
 from teleport_lite.functional import Params
-from teleport_lite.groups import PairRotations, Permutation, PositiveScaling, SpecialOrthogonal
+from teleport_lite.groups import GeneralLinear, PairRotations, Permutation, PositiveScaling, SpecialOrthogonal
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 from teleport_lite.symmetries.gained import GainedSymmetry
 
@@ -43,6 +43,22 @@ def rotations(
         turning += [rotate(n, centered) for n, rotate in map(tried.__getitem__, held)]
         streams = [pair for s, pair in tried.items() if s not in held]
     return turning
+
+
+def join_into_mixings(found: list[NeuronSymmetry], check: Verifier) -> list[NeuronSymmetry]:
+    """Mixings in place of a scaling and a rotation of the same places, which generate them, where they hold."""
+    parts: dict[NeuronSymmetry, tuple[NeuronSymmetry, ...]] = {}
+    turning = {frozenset(_places(s)): s for s in found if type(s.group) is SpecialOrthogonal and not s.gains}
+    for s in (s for s in found if isinstance(s.group, PositiveScaling)):
+        rotation = turning.get(frozenset(_places(s)))
+        if rotation and not rotation.group.centered and all(leg.power == 1 and not leg.offset for leg in s.legs):
+            parts[NeuronSymmetry(GeneralLinear(s.group.n), s.legs)] = s, rotation
+    joined = check.keep(list(parts), lambda *_: None)
+    return [s for s in found if all(s not in parts[m] for m in joined)] + joined
+
+
+def _places(symmetry: NeuronSymmetry) -> list[Leg]:
+    return [replace(leg, dual=False, power=1.0) for leg in symmetry.legs]
 
 
 def _of_pairs(scaling: NeuronSymmetry) -> NeuronSymmetry | None:

@@ -19,7 +19,7 @@ from teleport_lite.discovery.solve import solve_scalings
 from teleport_lite.discovery.translate import to_first_order
 from teleport_lite.discovery.verify import Verifier
 from teleport_lite.functional import Params, norm
-from teleport_lite.groups import Permutation, PositiveScaling, Shears
+from teleport_lite.groups import GeneralLinear, Permutation, PositiveScaling, Shears
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 from teleport_lite.symmetries.gained import GainedSymmetry
 from teleport_lite.symmetries.shifts import Shift
@@ -32,7 +32,8 @@ def shears(
     free = {m.name for s in shifts for m in s.moves if not m.steps and m.count == check.params[m.name].numel()}
     params = check.params
     proposed = [s for s in _behind_norms(found, propagation, params) if not free & {*s.moved}]
-    proposed += _of_means(found, propagation)
+    mixed = [{(leg.name, leg.dim) for leg in s.legs} for s in found if isinstance(s.group, GeneralLinear)]
+    proposed += [s for s in _of_means(found, propagation) if {(leg.name, leg.dim) for leg in s.legs} not in mixed]
     lengths = [float(norm(g)) for g in check.gradients]
     proposed = [s for s in proposed if to_first_order(s, params, check.gradients, lengths) and check.sees(s)]
     return check.at_given(check.keep(proposed, lambda *_: None))

@@ -44,6 +44,11 @@ class Trial:
     _constant: list[Tensor] | None = None
     _noise: list[float] | None = None
 
+    @property
+    def operators(self) -> set[tuple]:
+        """Which operators read which parameters: `reads` but for the integers beside them, as the ends of a slice."""
+        return {read[:-1] for read in self.reads}
+
     def run(self) -> list[Tensor]:
         """What the copy returns now."""
         return self.probe.outputs(self.call, self.training, self.seed, self.modes())

@@ -86,7 +86,7 @@ class Trials:
             news = [size // k for k in (8, 4, 2) if size // k >= SHORT and dim != 0]
             tried = (n for n in news if inputs.has(trial.call, size, dim))
             shorter = self._all_accepted(inputs.resized(trial.call, size, new, dim) for new in tried)
-            trial = next((s for s in shorter if s.reads == trial.reads), trial)
+            trial = next((s for s in shorter if s.operators == trial.operators), trial)
         return trial
 
     def _given(self, example: Arguments) -> Trial:
@@ -165,9 +165,10 @@ class Trials:
             trials.pop()
 
     def informative(self) -> list[Trial]:
-        """The longest trial, then those that read what none before has read, and parts that training may leave out."""
-        calm = [t for t in self.calm if t is not self.calm[-1]]
-        found, seen = [self.calm[-1]], {*self.calm[-1].reads}
+        """The longest of those that were cut, those that read something new, and parts that training leaves out."""
+        longest = next(t for t in reversed(self.calm) if t not in self.whole)
+        calm = [t for t in reversed(self.calm) if t is not longest]
+        found, seen = [longest], {*longest.reads}
         for trial in dict.fromkeys([*calm, *self.even, *self.trials]):
             partial = trial.training and all(trial.reads != t.reads for t in found) and len(found) < PARTS
             found += [trial] if partial or not trial.reads <= seen else []

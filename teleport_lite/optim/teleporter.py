@@ -106,7 +106,7 @@ class Teleporter:
         self.model, self.every, self.generator = model, every, check_generator(generator)
         self.optimizers = _optimizers(optimizer)
         self.objective, self.radius = as_objective(objective), check_radius(radius)
-        self.maximize = self.objective.maximize if maximize is None else maximize
+        self.maximize = self.objective.goes_up(maximize)
         self.state, self.search, self.tol = state, search, tol
         self.steps, self.spent, self._ranks = 0, 0.0, Ranks(model)
         self.report: Report | None = None
