@@ -223,9 +223,7 @@ class Sparse(nn.Module):
         self.first = nn.Linear(5, d)
         self.norm = nn.LayerNorm(d)
         self.router = nn.Linear(d, e)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(d, 5), nn.LeakyReLU(), nn.Linear(5, d)) for _ in range(e)
-        )
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(d, 5), nn.LeakyReLU(), nn.Linear(5, d)) for _ in range(e))
         self.head = nn.Linear(d, 3)
 
     def forward(self, x):

@@ -109,10 +109,11 @@ class ByHand(nn.Module):
 class WideStream(nn.Module):
     """A residual layer on a stream that is wider than what comes in and than what is read in the end."""
 
-    def __init__(self, end=lambda net, x: net.head(x)):
+    def __init__(self, end=lambda net, x: net.head(x), readers=1):
         super().__init__()
         self.first, self.up, self.down = nn.Linear(2, IN), nn.Linear(IN, FF), nn.Linear(FF, IN)
-        self.head, self.other, self.end = nn.Linear(IN, OUT), nn.Linear(IN, 1), end
+        self.head, self.end = nn.Linear(IN, OUT), end
+        self.other = nn.Linear(IN, 1) if readers > 1 else None
 
     def forward(self, x):
         x = self.first(x)
@@ -164,8 +165,8 @@ CASES = {  # model, inputs, dimension of the translations, and of all symmetries
     "patches, class and places": (Vision, real(1, 4, 4), D + D, D + D),
     "a wide stream": (
         WideStream, real(2),
-        3 * IN + FF + (IN - OUT) * FF + (IN - 2) * FF,  # biases; what writes last; what reads first
-        None,  # mixings of the stream come on top, and translations overlap
+        2 * IN + (IN - 2) * FF + (IN - OUT) * (FF + 1),  # biases; what reads first; what writes last
+        3 * IN + (IN + 1) * (FF + OUT) + (FF + 1) * IN - FF * (3 + OUT) - 3 * OUT,  # all weights, but for those of f
     ),
     "a low-rank term": (LowRank, real(IN), OUT * 2 + 2 * IN, OUT * 2 + 2 * IN),
 }  # fmt: skip
@@ -285,18 +286,18 @@ def test_what_breaks_a_shift_is_noticed(name):
 
 
 @pytest.mark.parametrize(
-    ("end", "free"),
+    ("end", "readers", "free"),
     {
-        "two readers": (lambda net, x: torch.cat([net.head(x), net.other(x)], -1), IN - OUT - 1),
-        "a second reader in training": (lambda net, x: net.head(x) + (net.other(x) if net.training else 0), IN - OUT - 1),
-        "a function between": (lambda net, x: net.head(torch.tanh(x)), 0),
-        "all is read": (lambda net, x: net.head(x) + x.square().sum(-1, keepdim=True), 0),
+        "two readers": (lambda net, x: torch.cat([net.head(x), net.other(x)], -1), 2, IN - OUT - 1),
+        "a second reader in training": (lambda net, x: net.head(x) + (net.other(x) if net.training else 0), 2, 0),
+        "a function between": (lambda net, x: net.head(torch.tanh(x)), 1, 0),
+        "all is read": (lambda net, x: net.head(x) + x.square().sum(-1, keepdim=True), 1, 0),
     }.values(),
     ids=["two readers", "a second reader in training", "a function between", "all is read"],
 )
-def test_what_writes_last_is_free_in_the_kernel_of_all_that_reads_it(end, free):
+def test_what_writes_last_is_free_in_the_kernel_of_all_that_reads_it(end, readers, free):
     torch.manual_seed(0)
-    model = WideStream(end).double()
+    model = WideStream(end, readers).double()
     for p in model.parameters():
         p.data += 0.3 * torch.randn_like(p)
     params, x, generator = params_of(model), torch.randn(9, 2).double(), torch.Generator().manual_seed(1)

@@ -65,10 +65,10 @@ def kernel_shifts(
             taken = [s.of_bias * params[bias] if s.of_bias is not None else 0 * params[bias] for s in near]
             inside.append(_inside(plain - torch.stack(taken, 1), span))
         for s, *how in zip(near, *inside, strict=True):
-            if any(how) and {s[:4], (*s[:3], None)}.isdisjoint(done) and (how[0] or s.name != bias):
-                if shift := _moved(params, s, kernel, () if how[0] else (after[s.name], bias)):
-                    done.add(s[:4])
-                    yield shift, kernel
+            fits = any(how) and {s[:4], (*s[:3], None)}.isdisjoint(done) and (how[0] or s.name != bias)
+            if fits and (shift := _moved(params, s, kernel, () if how[0] else (after[s.name], bias))):
+                done.add(s[:4])
+                yield shift, kernel
 
 
 def _inside(vectors: Tensor, span: Tensor) -> list[bool]:
@@ -80,8 +80,9 @@ def _slices(
     params: Params, gradients: list[Params], after: dict[str, str], generator: torch.Generator
 ) -> dict[int, list[_Slice]]:
     """Those that have the length of a whole axis, by that."""
-    total = {n: torch.stack([g[n] for g in gradients if n in g]).sum(0) for n in params if any(n in g for g in gradients)}
-    total = {n: g for n, g in total.items() if params[n].requires_grad and g.is_floating_point() and bool(g.any())}
+    found = {n: [g[n] for g in gradients if n in g] for n, p in params.items() if p.requires_grad}
+    total = {n: torch.stack(some).sum(0) for n, some in found.items() if some}
+    total = {n: g for n, g in total.items() if bool(g.any())}
     whole: list[_Slice] = []
     for name, g in total.items():
         for dim in (d for d in range(g.ndim) if g.shape[d] > 1):
@@ -90,19 +91,18 @@ def _slices(
             weights = normal(along[0], generator)
             beside = total.get(after[name])
             beside = beside if g.ndim > 1 and beside is not None and beside.shape == along.shape[1:2] else None
-            whole.append(
-                _Slice(name, dim, 0, None, (along * weights).sum((1, 2)), None if beside is None else weights.sum(1) @ beside)
-            )
+            of_bias = None if beside is None else weights.sum(1) @ beside
+            whole.append(_Slice(name, dim, 0, None, (along * weights).sum((1, 2)), of_bias))
             if dim and 1 < along.shape[2] <= PIECES + 1:
                 each = (along * weights).sum(1).T, [None if beside is None else w @ beside for w in weights.T]
                 whole += [_Slice(name, dim, 0, k, *pair) for k, pair in enumerate(zip(*each, strict=True))]
-    found: dict[int, list[_Slice]] = defaultdict(list)
+    parts: dict[int, list[_Slice]] = defaultdict(list)
     for n in {len(s.gradient) for s in whole if s.tap is None}:
         for s in whole:
-            found[n] += [
+            parts[n] += [
                 s._replace(first=first, gradient=s.gradient[first : first + n]) for first in _starts(len(s.gradient), n)
             ]
-    return {n: [s for s in near if bool(s.gradient.any())] for n, near in found.items()}
+    return {n: [s for s in near if bool(s.gradient.any())] for n, near in parts.items()}
 
 
 def _starts(length: int, n: int) -> list[int]:

@@ -48,10 +48,14 @@ def rotations(
 def join_into_mixings(found: list[NeuronSymmetry], check: Verifier) -> list[NeuronSymmetry]:
     """Mixings in place of a scaling and a rotation of the same places, which generate them, where they hold."""
     parts: dict[NeuronSymmetry, tuple[NeuronSymmetry, ...]] = {}
-    turning = {frozenset(_places(s)): s for s in found if type(s.group) is SpecialOrthogonal and not s.gains}
+    turning = {
+        frozenset(_places(s)): s
+        for s in found
+        if isinstance(s.group, SpecialOrthogonal) and not (s.group.centered or s.gains)
+    }
     for s in (s for s in found if isinstance(s.group, PositiveScaling)):
         rotation = turning.get(frozenset(_places(s)))
-        if rotation and not rotation.group.centered and all(leg.power == 1 and not leg.offset for leg in s.legs):
+        if rotation and all(leg.power == 1 and not leg.offset for leg in s.legs):
             parts[NeuronSymmetry(GeneralLinear(s.group.n), s.legs)] = s, rotation
     joined = check.keep(list(parts), lambda *_: None)
     return [s for s in found if all(s not in parts[m] for m in joined)] + joined

@@ -30,7 +30,9 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
         outputs = probe.outputs(trial.call, trial.training, trial.seed, (*trial.modes(), mode))
         if all(bool(s.read.all()) for s in mode.sources):
             break
-    readers = {(s.name, s.own[0].operands[0][0]) for s in mode.sources if s.own}  # behind a norm with that gain
+    readers = {  # behind a norm with that gain
+        (s.name, o[0]) for s in mode.sources if s.own for o in s.own[0].operands[:1] if isinstance(o, tuple)
+    }
     unseen = dict(constants(params, check.gradients, generator))
     unseen = {s: k for s, k in unseen.items() if s.monomial or (s.moves[0].name, s.names[-1]) not in readers}
     low_rank = list(absorbed(params, check.gradients, mode.products))
@@ -108,9 +110,9 @@ def constants(params: Params, gradients: list[Params], generator: torch.Generato
             for k in (parts.sum(1).abs() <= EXACT * parts.abs().sum(1)).nonzero()[:, 0].tolist():
                 if (gain := gains[k]) != name:
                     yield _behind(gain, params[gain].shape, name, p.shape, dim), p.shape[dim]
-        if p.ndim > 2 and not within and (some := [g.flatten(1) for g in grads if g.any()]):  # of a filter as a whole
-            if all(bool((g.sum(1).abs() <= EXACT * g.abs().sum()).all()) for g in some):
-                yield Shift(len(p), [Move(name, (len(p), *[1] * (p.ndim - 1)), 0, len(p))]), p[0].numel()
+        some = [g.flatten(1) for g in grads if p.ndim > 2 and g.any()]
+        if some and not within and all(bool((g.sum(1).abs() <= EXACT * g.abs().sum()).all()) for g in some):
+            yield Shift(len(p), [Move(name, (len(p), *[1] * (p.ndim - 1)), 0, len(p))]), p[0].numel()  # a whole filter
 
 
 def _runs(entries: torch.Tensor, rounding: float) -> list[tuple[int, int]]:

@@ -47,9 +47,7 @@ class Kernel:
         r"""What N moves by as H does, $-H^+ \dot H N - P \dot H^\top (H^+)^\top$, by the `entry` of each number."""
         inverse, basis, projector = map(entry, self._solved(params, like))
         moved, first = self.rows(tensors).to(like), basis.shape[1]
-        return entry(-torch.ones_like(like[:1])) * (
-            inverse @ moved @ basis + projector @ moved.mT @ inverse[:first].mT
-        )
+        return entry(-torch.ones_like(like[:1])) * (inverse @ moved @ basis + projector @ moved.mT @ inverse[:first].mT)
 
     def cotangent(self, params: Params, part: Tensor, entry: Callable[[Tensor], Tensor]) -> Params:
         """The transposed map of `tangent`, but for its sign."""
@@ -57,7 +55,7 @@ class Kernel:
         first = basis.shape[1]
         back = inverse.mT @ part @ basis.mT + inverse[:first].mT @ part.mT @ projector
         own = {name: params[name] for name, *_ in self.parts}
-        rows, pull = torch.func.vjp(self.rows, own)
+        rows, pull = torch.func.vjp(self.rows, own)[:2]
         return pull(back.to(rows))[0]
 
     def _solved(self, params: Params, like: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
