@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from teleport_lite.errors import TeleportError
+from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.outputs import arguments_of, tensors_of, traced
 from teleport_lite.runtime import (
     TOLERANCES,
@@ -26,6 +26,11 @@ from teleport_lite.runtime import (
 
 Params = dict[str, Tensor]
 Loss = Callable[[Params], Tensor]
+DIFFERENTIABLE = "a loss that torch differentiates as often as is needed"
+BACKWARD = (
+    "one that it differentiates by the parameters itself",
+    "return the loss and leave backward to the package; derivatives by inputs may stand in loss_fn",
+)
 
 
 class Evaluation:
@@ -47,7 +52,7 @@ class Evaluation:
 
     Raises:
         TeleportError: when the model is none, or a `DistributedDataParallel`, of which one process knows a shard of the
-            loss; when loss_fn is no function of the net alone.
+            loss; when loss_fn is no function of the net alone; and under inference_mode.
 
     >>> model, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
     >>> loss = Evaluation(model, lambda net: net(x).sum() + net.weight.square().sum())
@@ -61,6 +66,9 @@ class Evaluation:
             raise TeleportError("a model of this process", "DistributedDataParallel", remedy)
         check_model(model)
         check_loss_fn(loss_fn)
+        if torch.is_inference_mode_enabled():
+            remedy = "call it outside of inference_mode; no_grad is fine"
+            raise TeleportError("a mode in which torch differentiates", "torch.inference_mode", remedy)
         self.model, self.loss_fn = model, loss_fn
         self.call: Call | None = None
         self.buffers: Params = {}
@@ -99,9 +107,16 @@ class Evaluation:
             self._placed = params
             self._random.restore()
             on = self._autocast is not None
-            with torch.autocast(self.device, self._autocast) if on else nullcontext():
-                value = self.loss_fn(self.model)
+            wanted = torch.is_grad_enabled()
+            with torch.autocast(self.device, self._autocast) if on else nullcontext(), torch.enable_grad():
+                try:
+                    value = self.loss_fn(self.model)  # which may differentiate by its inputs
+                except RuntimeError as error:
+                    if "does not require grad" not in str(error):
+                        raise
+                    raise LossError(DIFFERENTIABLE, *BACKWARD) from error
             self._note(value)
+            value = value if wanted or not isinstance(value, Tensor) else value.detach()
             if isinstance(value, Tensor) and value.requires_grad:
                 self.return_before([value], params)
             return value
@@ -138,13 +153,13 @@ class Evaluation:
         self._placed, self.buffers = None, {}
 
     def _note_call(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        if self.call is None:
+        if self.call is None and not any(map(_is_wrapped, tensors_of((args, kwargs)))):
             self.call = Call(args, kwargs)
         if torch.is_autocast_enabled(self.device):
             self.dtype = coarsest([self.dtype, torch.get_autocast_dtype(self.device)])
         tensors = self._note(output)
         if self._outputs is not None:
-            self._outputs += [t.detach().clone() for t in tensors]
+            self._outputs += [_unwrapped(t.detach().clone()) for t in tensors]
 
     def _note(self, output: object) -> list[Tensor]:
         tensors = tensors_of(output, self._arguments)
@@ -153,6 +168,17 @@ class Evaluation:
 
     def __repr__(self) -> str:
         return f"Evaluation({type(self.model).__name__})"
+
+
+def _is_wrapped(x: Tensor) -> bool:
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """The numbers inside of what `torch.func` differentiates or maps over; they are no more when it has ended."""
+    while _is_wrapped(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 loss_of = Evaluation  # the loss as a function: params -> loss_fn(model at params)

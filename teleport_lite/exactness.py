@@ -15,8 +15,8 @@ from torch import Tensor
 
 from teleport_lite import rounding
 from teleport_lite.distributed import BITS
-from teleport_lite.errors import BatchError, LossError, ParameterError
-from teleport_lite.functional import Evaluation
+from teleport_lite.errors import BatchError, LossError
+from teleport_lite.functional import Evaluation, check_finite
 from teleport_lite.problem import Problem
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
 from teleport_lite.symmetries.product import Product
@@ -121,9 +121,7 @@ def why_refused(
     before, after, old, new, gap, most, false = numbers
     finite = torch.tensor([before, after, old, new]).isfinite().tolist()
     if not finite[0] or not finite[2]:
-        for name, p in problem.params.items():
-            if not p.isfinite().all():
-                raise ParameterError(name, "finite", "NaN or infinity in it", "restore it from a checkpoint")
+        check_finite(problem.params)
     if not all(finite):
         names = ("loss", "loss after the move", "objective", "objective after the move")
         return f"the {names[finite.index(False)]} is not finite"

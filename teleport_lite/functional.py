@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from teleport_lite.distributed import check_whole
 from teleport_lite.errors import EmptyModelError, LossError, ParameterError, ShapeError
+from teleport_lite.evaluation import BACKWARD, DIFFERENTIABLE
 from teleport_lite.evaluation import Evaluation as Evaluation  # the functions that this module is about
 from teleport_lite.evaluation import Loss as Loss
 from teleport_lite.evaluation import Params as Params
@@ -45,6 +46,17 @@ def trainable(model: nn.Module) -> Params:
     if not params:
         raise EmptyModelError(model)
     return params
+
+
+def check_finite(params: Params) -> None:
+    """Refuse parameters that are not finite.
+
+    Raises:
+        ParameterError: when there is one.
+    """
+    for name, p in params.items():
+        if not p.isfinite().all():
+            raise ParameterError(name, "finite", "NaN or infinity in it", "restore it from a checkpoint")
 
 
 def check_apart(params: Params) -> None:
@@ -122,8 +134,10 @@ HINDRANCES = {  # by what torch says: what it means, what helps
     "use_reentrant": REENTRANT,
     "compatible with .grad()": REENTRANT,
     "sparse tensors": ("sparse gradients", "pass sparse=False to the embedding"),
+    "no autograd formula": ("{}", "give the operator one, with register_autograd"),
     "is not implemented": ("{}", FEWER),
     "once_differentiable": ("{}", "drop the mark from its backward, or use what needs one derivative"),
+    "a second time": BACKWARD,
 }
 
 
@@ -142,7 +156,7 @@ def gradients(
         for said, (meant, remedy) in HINDRANCES.items():
             if said in str(error):
                 got = meant.format(str(error).split(". ")[0].rstrip("."))
-                raise LossError("a loss that torch differentiates as often as is needed", got, remedy) from error
+                raise LossError(DIFFERENTIABLE, got, remedy) from error
         raise
     return [g.to_dense() if g is not None and g.is_sparse else g for g in grads]
 
@@ -174,7 +188,10 @@ def check_scalar(value: object) -> Tensor:
     """
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise LossError("a real scalar tensor as the loss", got, "reduce it, for example with .mean()")
+        remedy = "reduce it, for example with .mean()"
+        if not isinstance(value, Tensor):
+            remedy = "return the tensor itself, without .item(), .numpy() or what else comes with it"
+        raise LossError("a real scalar tensor as the loss", got, remedy)
     return value.reshape(())
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._library.custom_ops import CustomOpDef
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
@@ -28,7 +30,9 @@ def copy_of(model: nn.Module) -> nn.Module:
     check_loaded(inner)
     memo: dict[int, Any] = {id(b): on_host(b, copy=True) for b in inner.buffers()}
     memo |= {id(p): nn.Parameter(on_host(p, copy=True), p.requires_grad) for p in inner.parameters()}
-    memo |= {id(v): on_host(v) for m in inner.modules() for v in vars(m).values() if isinstance(v, torch.Generator)}
+    held = [v for m in inner.modules() for v in vars(m).values()]
+    memo |= {id(v): on_host(v) for v in held if isinstance(v, torch.Generator)}
+    memo |= {id(v): v for v in held if isinstance(v, (CustomOpDef, OpOverload, OpOverloadPacket))}
     try:
         with _Detached():
             copied = copy.deepcopy(inner, memo)
@@ -37,7 +41,7 @@ def copy_of(model: nn.Module) -> nn.Module:
                 p.detach_().requires_grad_()
         return copied.eval()._apply(on_host)
     except Exception as error:
-        remedy = "pass symmetry=... built by hand from teleport_lite.symmetries"
+        remedy = "keep what cannot be copied out of the model, or pass symmetry=... made by teleport_lite.symmetries"
         got = f"{type(error).__name__}: {error}"
         raise TeleportError("a model that copy.deepcopy can copy", got, remedy) from error
 
@@ -57,6 +61,9 @@ def check_loaded(model: nn.Module) -> None:
     for name, p in model.named_parameters():
         if isinstance(p, UninitializedParameter):
             raise ParameterError(name, "initialised", "a lazy one", "run the model once on an input")
+        if p.is_inference():
+            remedy = "load its state_dict into a model that is made outside of it"
+            raise ParameterError(name, "a tensor that torch differentiates", "one made under inference_mode", remedy)
         if p.is_meta:
             raise ParameterError(name, "a tensor with data", "one on the meta device", "load its values first")
 

@@ -254,10 +254,11 @@ def as_objective(objective: object) -> Objective:
         def checked(params: Params) -> Tensor:
             try:
                 value: object = objective(params)
-            except (TypeError, AttributeError) as error:
-                if "'dict' object" not in str(error):
+            except (TypeError, AttributeError, KeyError) as error:
+                named = isinstance(error, KeyError) and error.args[0] not in params
+                if not named and "'dict' object" not in str(error):
                     raise
-                remedy = "call the net as torch.func.functional_call(model, params, x)"
+                remedy = "take weights by name, and call the net as torch.func.functional_call(model, params, x)"
                 raise LossError(
                     "an objective of params, a dictionary", f"{type(error).__name__}: {error}", remedy
                 ) from error

@@ -23,7 +23,7 @@ from teleport_lite.exactness import (
     largest_change,
     why_refused,
 )
-from teleport_lite.functional import Evaluation, Params, norms, stacked, trainable
+from teleport_lite.functional import Evaluation, Params, check_finite, norms, stacked, trainable
 from teleport_lite.objectives import Objective, as_objective
 from teleport_lite.problem import Problem
 from teleport_lite.report import Report
@@ -262,14 +262,16 @@ def symmetries_of(model: nn.Module, loss_fn: LossFn) -> Product:
 
     Raises:
         LossError: when it does not call it.
+        ParameterError: when a parameter is not finite.
     """
     loss = Evaluation(unwrap_compiled(Ranks(model).model), loss_fn)
-    trainable(loss.model)
+    params: Params = {name: p.detach() for name, p in trainable(loss.model).items()}
+    check_finite(params)
     with torch.no_grad():
-        loss({})
+        loss(params)
     if loss.call is None:
         remedy = "call net(x) inside loss_fn, or pass symmetry=find_symmetries(model, x)"
-        raise LossError("a loss_fn that calls the given net", "one that does not", remedy)
+        raise LossError("a loss_fn that calls the given net", "one that does not, or within torch.func alone", remedy)
     return find_symmetries(loss.model, loss.call)
 
 

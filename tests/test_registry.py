@@ -152,6 +152,20 @@ def test_a_rule_that_does_not_fit_says_why():
     assert symmetry.reasons[0].startswith("teleport_tests::refused is not understood (only on Sundays)")
 
 
+def test_an_einsum_string_of_other_operands_does_not_fit():
+    op = operator("alone", copied)
+    tl.register_rule(op, "nk,km->nm")
+    assert "'nk,km->nm' is of other operands" in tl.find_symmetries(Between(op), torch.ones(3, 4)).reasons[0]
+
+
+def test_a_module_may_hold_its_operator():
+    op = operator("held", copied)
+    tl.register_rule(op, "identity")
+    model = Between(op)
+    model.held, model.packet = op, torch.ops.aten.relu  # which copy.deepcopy does not copy
+    assert tl.find_symmetries(model, torch.ones(3, 4)).dim == tl.find_symmetries(Between(op), torch.ones(3, 4)).dim > 0
+
+
 def test_a_mistake_in_a_rule_is_not_hidden():
     op = operator("broken", copied)
     tl.register_rule(op, lambda operation: 1 / 0)

@@ -416,8 +416,9 @@ def test_nan_parameters_are_named(model):
     with torch.no_grad():
         model[2].weight[0, 0] = float("nan")
     symmetry = tl.find_symmetries(mlp([6, 12, 10, 3], nn.ReLU()), X)
-    with pytest.raises(ParameterError, match="'2.weight' to be finite"):
-        tl.teleport(model, loss_fn, symmetry)
+    for where in (symmetry, None):
+        with pytest.raises(ParameterError, match="'2.weight' to be finite"):
+            tl.teleport(model, loss_fn, where)
 
 
 def test_integer_parameters_are_refused():
@@ -506,6 +507,61 @@ def test_a_direction_that_is_no_bool_is_refused(model, wrong):
     ):
         with pytest.raises(TeleportError, match=r"True.* as (maximize|sublevel), got .*; pass \1=True"):
             call()
+
+
+def penalised(net):
+    """A loss with a gradient by its inputs."""
+    x = X.clone().requires_grad_()
+    out = net(x)
+    return out.square().mean() + torch.autograd.grad(out.sum(), x, create_graph=True)[0].square().mean()
+
+
+def mapped(net):
+    """A loss with derivatives of torch.func."""
+    rows = torch.func.vmap(torch.func.jacrev(lambda x: net(x[None])[0]))(X[:4])
+    return rows.square().mean() + net(X).square().mean()
+
+
+@pytest.mark.parametrize("loss", [penalised, mapped])
+@pytest.mark.parametrize("objective", ["gradient_norm", "weight_norm"])
+def test_a_loss_may_differentiate_by_its_inputs(loss, objective):
+    model = mlp([6, 12, 3], nn.ReLU())
+    symmetry = hidden_product(scaling, model)
+    for _ in range(2):  # at first the gradient is verified as well
+        report = tl.teleport(model, loss, symmetry, objective, radius=0.2)
+        assert report.accepted and report.invariance_error < 1e-12
+    wrong = mlp([6, 12, 3], nn.Tanh())
+    assert not tl.teleport(wrong, loss, hidden_product(scaling, wrong), objective).accepted
+
+
+def with_backward(net):
+    loss = loss_fn(net)
+    loss.backward()
+    return loss
+
+
+FAILING = {  # in what, with what remedy
+    "return the loss and leave backward": lambda net: tl.teleport(net, with_backward, hidden_product(scaling, net)),
+    "leave backward to the package": lambda net: tl.sharpness(net, with_backward),
+    "call it outside of inference_mode": lambda net: torch.inference_mode()(tl.teleport)(net, loss_fn),
+    "without .item": lambda net: tl.teleport(net, lambda net: loss_fn(net).item()),
+    "or what else comes with it": lambda net: tl.level_set_teleport(net, lambda net: (loss_fn(net), net)),
+    "take weights by name": lambda net: tl.teleport(net, loss_fn, objective=lambda net: net[0].weight.norm()),
+    "made under inference_mode; load its state_dict": lambda _: tl.teleport(unborn(), loss_fn),
+}
+
+
+@torch.inference_mode()
+def unborn():
+    return mlp([6, 12, 3], nn.ReLU())
+
+
+@pytest.mark.parametrize("remedy", FAILING)
+def test_what_cannot_be_differentiated_is_said_with_a_remedy(model, remedy):
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(TeleportError, match=remedy):
+        FAILING[remedy](model)
+    assert all(map(torch.equal, before, model.parameters())) and all(p.grad is None for p in model.parameters())
 
 
 NO_LOSS = {  # not functions of the net alone

@@ -233,6 +233,6 @@ def _remedy(error: Exception, example: Arguments) -> str:
         return "pass tensors: torch.from_numpy(x) for an array x"
     if isinstance(error, (TypeError, KeyError, AttributeError)):
         return "pass a tuple of positional arguments, or a dictionary of keyword arguments, without targets"
-    if "dtype" in str(error) or "Double" in str(error):
+    if any(word in str(error) for word in ("dtype", "Double", "Float", "float", "Half")):
         return "the model is run in float64: let it take the type of what it reads from its input or its parameters"
     return "pass inputs as the model is called with"

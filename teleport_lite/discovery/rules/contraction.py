@@ -36,7 +36,11 @@ def einsum_rule(equation: str, biased: bool = False) -> Rule:
     """
 
     def rule(op: Operation) -> list[Labels]:
-        a, b = op.args[int(biased) : int(biased) + 2]
+        factors = op.args[int(biased) : int(biased) + 2]
+        letters = equation.replace(" ", "").split("->")[0].split(",")
+        if [getattr(x, "ndim", None) for x in factors] != [*map(len, letters)]:
+            raise RuleMisfit(f"{equation!r} is of other operands")
+        a, b = factors
         if biased and op["alpha"] == 0:
             raise RuleMisfit("a product times zero")
         bias = op.args[0] if biased and op["beta"] != 0 else None
