@@ -152,6 +152,10 @@ class Evaluation:
         self._stage.put_back()
         self._placed, self.buffers = None, {}
 
+    def drew(self) -> bool:
+        """Whether the last call has drawn random numbers from a global state."""
+        return self._random.differs()
+
     def _note_call(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         if self.call is None and not any(map(_is_wrapped, tensors_of((args, kwargs)))):
             self.call = Call(args, kwargs)

@@ -24,6 +24,7 @@ from teleport_lite.symmetries.product import Product
 LARGEST = 10  # times the tolerance
 TWICE = 2  # what rounding does to outputs in 16 bits: true moves do at most half of that
 HIDDEN = 1e6  # an entry that did not change is no measure for those that did when it is so many times larger
+FINE, HALF_PRECISION = 1e-5, 0.1  # the tolerance of float32, and what 16 bits inside of a model may make of outputs
 MOVED = "the loss moved"
 
 
@@ -128,13 +129,8 @@ def why_refused(
     if not _close(after, before, tol):
         check_deterministic(problem, after, tol)
         if not (rounding.moves_the_loss(before, after, problem, product, xi) and seen):
-            hint = ""
-            for factor in product:
-                if isinstance(factor, MiniBatchMixing):
-                    try:
-                        factor.require_exact(problem.params)
-                    except BatchError as error:
-                        hint = f" ({error})"
+            same = seen and product.exact and product.of == "outputs" and gap <= most
+            hint = _hint(problem, product, same) or _hint_at_autocast(gap, tol)
             return f"{MOVED} from {before:.6g} to {after:.6g}, beyond the relative tolerance {tol:g}{hint}"
     if false > math.sqrt(tol) and not rounding.moves_the_gradient(false, problem):
         return (
@@ -146,5 +142,24 @@ def why_refused(
     if gap > most:
         beyond = f"{LARGEST} times the relative tolerance {tol:g}"
         beyond = beyond if most >= LARGEST * tol else f"the {most:.1e} that rounding explains"
-        return f"the outputs moved by {gap:.1e} of the largest, beyond {beyond}"
+        return f"the outputs moved by {gap:.1e} of the largest, beyond {beyond}{_hint_at_autocast(gap, tol)}"
+    return ""
+
+
+def _hint_at_autocast(gap: float, tol: float) -> str:
+    return "; if the model opens autocast itself, pass tol=5e-2" if tol == FINE and gap < HALF_PRECISION else ""
+
+
+def _hint(problem: Problem, product: Product, same: bool) -> str:
+    """What may have moved the loss, though not the outputs if these are the `same`."""
+    for factor in product:
+        if isinstance(factor, MiniBatchMixing):
+            try:
+                factor.require_exact(problem.params)
+            except BatchError as error:
+                return f" ({error})"
+    if same:
+        return "; the outputs did not: leave out of loss_fn what else depends on the weights, such as their length"
+    if isinstance(problem.local, Evaluation) and problem.local.drew():
+        return "; random numbers, as of dropout, do not move along: call model.eval() for the teleport"
     return ""

@@ -107,6 +107,12 @@ class RandomState:
         numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
         self.numpy = None if numpy is None else (numpy, numpy.get_state())
 
+    def differs(self) -> bool:
+        """Whether torch has drawn since."""
+        pairs = [(torch.get_rng_state(), self.torch)]
+        pairs += [(getattr(torch, d.type).get_rng_state(*_place(d)), s) for d, s in self.devices.items()]
+        return not all(torch.equal(a, b) for a, b in pairs)
+
     def restore(self) -> None:
         """Let all draws be again those that followed."""
         torch.set_rng_state(self.torch)

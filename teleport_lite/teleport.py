@@ -55,8 +55,10 @@ def teleport(
     Exact or nothing, on the model itself: when it has moved, its loss and the outputs that the loss saw are compared
     with those before. The move stays only if they agree within `tol`, the objective improves and all is finite.
     Otherwise, and when anything raises (a KeyboardInterrupt too), the model is bit for bit what it was. Parameters keep
-    their identity, so optimizers stay valid; modes and the global random state are left as they were, and so are
-    buffers, but for those that a symmetry names, as a permutation does the running statistics of a BatchNorm.
+    their identity, so optimizers stay valid; `p.grad` is left as it was, and is then that of the old weights: teleport
+    after `optimizer.step()`, before the next backward pass. Modes and the global random state are left as they were,
+    and so are buffers, but for those that a symmetry names, as a permutation does the running statistics of a
+    BatchNorm.
 
     For exact symmetries one gradient tells the whole orbit (Proposition 4.1 of the chapter *Teleporting*), so a
     gradient-norm teleport costs about two gradients, verification included. When a symmetry is first used on a model,

@@ -534,6 +534,40 @@ def test_a_loss_may_differentiate_by_its_inputs(loss, objective):
     assert not tl.teleport(wrong, loss, hidden_product(scaling, wrong), objective).accepted
 
 
+class Lower(nn.Module):
+    """A model that opens autocast itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp([6, 12, 3], nn.ReLU()).float()
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.inner(x.float()).float()
+
+
+def with_dropout():
+    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Dropout(), nn.Linear(12, 3)).double()
+
+
+def with_length(net):
+    return loss_fn(net) + 1e-2 * sum(p.square().sum() for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "how", "reason"),
+    [
+        (with_dropout, loss_fn, "random", "the loss moved .*; random numbers, as of dropout, .* call model.eval()"),
+        (lambda: mlp([6, 12, 3], nn.ReLU()), with_length, None, "the loss moved .*; the outputs did not: leave out"),
+        (Lower, lambda net: loss_fn(net).float(), None, "if the model opens autocast itself, pass tol=5e-2"),
+    ],
+)
+def test_a_refusal_says_what_to_do(make, loss, how, reason):
+    torch.manual_seed(0)
+    report = tl.teleport(make(), loss, search=how, generator=torch.Generator().manual_seed(0))
+    assert not report.accepted and re.search(reason, report.reason), report.reason
+
+
 def with_backward(net):
     loss = loss_fn(net)
     loss.backward()
