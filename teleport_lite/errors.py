@@ -78,7 +78,7 @@ class EmptyModelError(TeleportError, ValueError):
 class NoSymmetryError(TeleportError, ValueError):
     """A teleport was asked for, and the symmetry has no factor to move along."""
 
-    def __init__(self, reasons: Iterable[str], remedy: str = "use level_set_teleport, which needs no symmetry") -> None:
+    def __init__(self, reasons: Iterable[str], remedy: str = "use level_set_teleport, which keeps the loss on its batch only") -> None:
         self.reasons = list(reasons)
         frozen = any("is frozen" in reason for reason in self.reasons)
         super().__init__(
