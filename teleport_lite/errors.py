@@ -75,10 +75,13 @@ class EmptyModelError(TeleportError, ValueError):
         )
 
 
+WITHOUT_GROUP = "use level_set_teleport, which needs no symmetry and keeps the loss on its batch, not the outputs"
+
+
 class NoSymmetryError(TeleportError, ValueError):
     """A teleport was asked for, and the symmetry has no factor to move along."""
 
-    def __init__(self, reasons: Iterable[str], remedy: str = "use level_set_teleport, which keeps the loss on its batch only") -> None:
+    def __init__(self, reasons: Iterable[str], remedy: str = WITHOUT_GROUP) -> None:
         self.reasons = list(reasons)
         frozen = any("is frozen" in reason for reason in self.reasons)
         super().__init__(
