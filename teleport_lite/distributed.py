@@ -69,7 +69,7 @@ class Ranks:
             raise
         except BaseException:
             with suppress(RankError):  # the others may be gone
-                self._gather(FAILED)
+                self._gather_rows(FAILED)
             raise
 
     def ask(self, answer: bool) -> list[int]:
@@ -78,7 +78,7 @@ class Ranks:
         Raises:
             RankError: when a rank has failed.
         """
-        answers = self._gather(YES if answer else NO)
+        answers = self._gather_rows(YES if answer else NO)
         failed = [rank for rank, (said,) in enumerate(answers) if said == FAILED]
         if failed:
             raise RankError("every rank to finish the teleport", failed, "an exception", "see its message there")
@@ -90,7 +90,7 @@ class Ranks:
             return tree
         tree = tree_map(lambda x: x.detach().clone(memory_format=torch.contiguous_format), tree)
         self.ask(False)
-        with _answered():
+        with _await_all_ranks():
             for x in tree_leaves(tree):
                 dist.broadcast(x, dist.get_global_rank(self.group, 0), group=self.group)
         return tree
@@ -106,9 +106,9 @@ class Ranks:
         """
         if self.group is None:
             return
-        digests = [_digest(fact) for fact in facts.values()]
+        digests = [_hash_tree(fact) for fact in facts.values()]
         self.ask(False)
-        table = self._gather(*digests)
+        table = self._gather_rows(*digests)
         for name, *column in zip(facts, *table, strict=True):
             others = [rank for rank, digest in enumerate(column) if digest != column[0]]
             if others:
@@ -120,36 +120,36 @@ class Ranks:
         if self.group is None:
             return loss
 
-        def total(params: dict[str, Tensor]) -> Tensor:
+        def mean_loss(params: dict[str, Tensor]) -> Tensor:
             shared = _Share.apply(self, *params.values())
             return _Mean.apply(self, loss(dict(zip(params, shared, strict=True))))[0]
 
-        return total
+        return mean_loss
 
     def average(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The mean of each tensor over the ranks, without derivative."""
         count = dist.get_world_size(self.group)
         parts = tuple((x / count).contiguous() for x in tensors)
         self.ask(False)
-        with _answered():
+        with _await_all_ranks():
             for work in [dist.all_reduce(x, group=self.group, async_op=True) for x in parts]:
                 work.wait()
         return parts
 
-    def _gather(self, *row: int) -> list[list[int]]:
+    def _gather_rows(self, *row: int) -> list[list[int]]:
         """The `row` of each rank."""
         if self.group is None:
             return [list(row)]
         device = next(self.model.parameters()).device
         table = torch.zeros(dist.get_world_size(self.group), len(row), dtype=torch.int64, device=device)
         table[dist.get_rank(self.group)] = torch.tensor(row, device=device)
-        with _answered():
+        with _await_all_ranks():
             dist.all_reduce(table, group=self.group)
         return table.tolist()
 
 
 @contextmanager
-def _answered() -> Iterator[None]:
+def _await_all_ranks() -> Iterator[None]:
     """A context in which all ranks have to take part."""
     try:
         yield
@@ -203,10 +203,10 @@ def check_whole(model: nn.Module) -> None:
             )
 
 
-def _digest(tree: Any) -> int:
+def _hash_tree(tree: Any) -> int:
     """A number for what is in `tree`; of a tensor the sum of its entries, read as integers, stands for its bits.
 
-    >>> _digest([torch.ones(2), "a"]) == _digest([torch.ones(2), "b"])
+    >>> _hash_tree([torch.ones(2), "a"]) == _hash_tree([torch.ones(2), "b"])
     False
     """
     leaves = tree_leaves(tree)

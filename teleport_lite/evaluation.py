@@ -19,7 +19,7 @@ from teleport_lite.runtime import (
     Stage,
     check_loss_fn,
     check_model,
-    coarsest,
+    coarsest_dtype,
     eager_mode,
     kept_random_state,
 )
@@ -115,7 +115,7 @@ class Evaluation:
                     if "does not require grad" not in str(error):
                         raise
                     raise LossError(DIFFERENTIABLE, *BACKWARD) from error
-            self._note(value)
+            self._note_dtypes(value)
             value = value if wanted or not isinstance(value, Tensor) else value.detach()
             if isinstance(value, Tensor) and value.requires_grad:
                 self.return_before([value], params)
@@ -128,14 +128,14 @@ class Evaluation:
         """
         buffers = self.buffers
 
-        def put(_: Tensor) -> None:
+        def place_params(_: Tensor) -> None:
             if self._depth and self._placed is not params:
                 self._stage.put(params, buffers)
                 self._placed = params
 
         for t in tensors:
             if t.requires_grad:
-                t.register_hook(put)
+                t.register_hook(place_params)
 
     @contextmanager
     def observed(self) -> Iterator[list[Tensor]]:
@@ -160,14 +160,14 @@ class Evaluation:
         if self.call is None and not any(map(_is_wrapped, tensors_of((args, kwargs)))):
             self.call = Call(args, kwargs)
         if torch.is_autocast_enabled(self.device):
-            self.dtype = coarsest([self.dtype, torch.get_autocast_dtype(self.device)])
-        tensors = self._note(output)
+            self.dtype = coarsest_dtype([self.dtype, torch.get_autocast_dtype(self.device)])
+        tensors = self._note_dtypes(output)
         if self._outputs is not None:
             self._outputs += [_unwrapped(t.detach().clone()) for t in tensors]
 
-    def _note(self, output: object) -> list[Tensor]:
+    def _note_dtypes(self, output: object) -> list[Tensor]:
         tensors = tensors_of(output, self._arguments)
-        self.dtype = coarsest([self.dtype, *(t.dtype for t in tensors if t.dtype in TOLERANCES)])
+        self.dtype = coarsest_dtype([self.dtype, *(t.dtype for t in tensors if t.dtype in TOLERANCES)])
         return tensors
 
     def __repr__(self) -> str:

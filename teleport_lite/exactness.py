@@ -74,7 +74,7 @@ def change_by_rounding(problem: Problem, loss: Evaluation, outputs: Sequence[Ten
     worst = problem.value.new_tensor(unit, dtype=torch.float32)
     for seed in (0, 1):
         with loss.observed() as near:
-            problem.at(rounding.rounded(problem.params, 1, seed, unit))
+            problem.at(rounding.jitter_ulps(problem.params, 1, seed, unit))
         worst = torch.maximum(worst, largest_change(outputs, near).to(worst))
     return TWICE * worst
 
@@ -88,7 +88,7 @@ def check_deterministic(problem: Problem, value: float, tol: float) -> None:
         LossError: when it does.
     """
     again = float(problem.at(problem.params))
-    if not _close(again, value, tol) and not _close(float(problem.differentiate()[0]), value, tol):
+    if not _losses_agree(again, value, tol) and not _losses_agree(float(problem.differentiate()[0]), value, tol):
         raise LossError(
             "a deterministic loss",
             f"{value:.6g} and {again:.6g} at the same parameters",
@@ -96,7 +96,7 @@ def check_deterministic(problem: Problem, value: float, tol: float) -> None:
         )
 
 
-def _close(a: float, b: float, tol: float) -> bool:
+def _losses_agree(a: float, b: float, tol: float) -> bool:
     """Whether two losses agree; two that are not finite count as agreeing here, and are refused elsewhere."""
     return a == b or abs(a - b) <= tol * abs(b) or a - b != a - b
 
@@ -126,7 +126,7 @@ def why_refused(
     if not all(finite):
         names = ("loss", "loss after the move", "objective", "objective after the move")
         return f"the {names[finite.index(False)]} is not finite"
-    if not _close(after, before, tol):
+    if not _losses_agree(after, before, tol):
         check_deterministic(problem, after, tol)
         if not (rounding.moves_the_loss(before, after, problem, product, xi) and seen):
             same = seen and product.exact and product.of == "outputs" and gap <= most

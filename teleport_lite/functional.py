@@ -76,12 +76,12 @@ def check_apart(params: Params) -> None:
         spans.sort()
         for k, (_, end, name) in enumerate(spans):
             for other in (other for start, _, other in spans[k + 1 :] if start < end):
-                if torch.isin(_entries(params[name]), _entries(params[other])).any():
+                if torch.isin(_byte_offsets(params[name]), _byte_offsets(params[other])).any():
                     remedy = f"let both modules hold one nn.Parameter, or compute one from {name!r} in forward"
                     raise ParameterError(other, "alone in its memory", f"the memory of {name!r}", remedy)
 
 
-def _entries(p: Tensor) -> Tensor:
+def _byte_offsets(p: Tensor) -> Tensor:
     """Where the entries of `p` begin in its storage, in bytes."""
     places = torch.arange(p.untyped_storage().nbytes() // p.itemsize)
     return places.as_strided(p.shape, p.stride(), p.storage_offset()).flatten() * p.itemsize
@@ -225,7 +225,7 @@ def dot(a: Params, b: Params) -> Tensor:
     >>> dot({"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([3.0, 4.0])})
     tensor(11.)
     """
-    return stacked([(a[name] * b[name]).sum() for name in a]).sum()
+    return as_vector([(a[name] * b[name]).sum() for name in a]).sum()
 
 
 def norm(params: Params) -> Tensor:
@@ -234,7 +234,7 @@ def norm(params: Params) -> Tensor:
     >>> norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
     tensor(5.)
     """
-    return norms(params).norm()
+    return entry_norms(params).norm()
 
 
 def generator_for(params: Params, generator: torch.Generator | None) -> torch.Generator:
@@ -247,23 +247,23 @@ def generator_for(params: Params, generator: torch.Generator | None) -> torch.Ge
 def normal_like(params: Params, generator: torch.Generator) -> Params:
     """Normal random numbers for each parameter, drawn where the generator lives."""
 
-    def draw(p: Tensor) -> Tensor:
+    def draw_normal(p: Tensor) -> Tensor:
         drawn = torch.randn(p.shape, generator=generator, dtype=p.dtype, device=generator.device)
         return drawn.to(p.device, non_blocking=True)
 
-    return {name: draw(p) for name, p in params.items()}
+    return {name: draw_normal(p) for name, p in params.items()}
 
 
-def norms(params: Params) -> Tensor:
+def entry_norms(params: Params) -> Tensor:
     """The Euclidean norm of each entry of the dictionary: a vector.
 
-    >>> norms({"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([[1.0]])})
+    >>> entry_norms({"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([[1.0]])})
     tensor([5., 1.])
     """
-    return stacked([torch.linalg.vector_norm(p) for p in params.values()])
+    return as_vector([torch.linalg.vector_norm(p) for p in params.values()])
 
 
-def stacked(numbers: Sequence[Tensor]) -> Tensor:
+def as_vector(numbers: Sequence[Tensor]) -> Tensor:
     """Numbers of any types and devices as a vector, of the widest type, where the first one is."""
     dtype = functools.reduce(torch.promote_types, [x.dtype for x in numbers])
     return torch.stack([x.to(numbers[0].device, dtype) for x in numbers])

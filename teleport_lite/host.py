@@ -26,7 +26,7 @@ def copy_of(model: nn.Module) -> nn.Module:
         ParameterError: when the model is sharded over several processes, or has parameters without shape or data.
         TeleportError: when the model cannot be copied.
     """
-    inner = innermost(model)
+    inner = unwrap_module(model)
     check_loaded(inner)
     memo: dict[int, Any] = {id(b): on_host(b, copy=True) for b in inner.buffers()}
     memo |= {id(p): nn.Parameter(on_host(p, copy=True), p.requires_grad) for p in inner.parameters()}
@@ -46,7 +46,7 @@ def copy_of(model: nn.Module) -> nn.Module:
         raise TeleportError("a model that copy.deepcopy can copy", got, remedy) from error
 
 
-def innermost(model: nn.Module) -> nn.Module:
+def unwrap_module(model: nn.Module) -> nn.Module:
     """The module that is compiled, or of several processes."""
     inner = Ranks(model).model
     return getattr(inner, "_orig_mod", inner)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from teleport_lite.errors import TeleportError
 from teleport_lite.runtime import LossFn
-from teleport_lite.walk import DONE, HALVINGS, SPENT, STUCK, LevelSetReport, Point, Walk, carry_out, dots
+from teleport_lite.walk import DONE, HALVINGS, SPENT, STUCK, LevelSetReport, Point, Walk, dot_products, run_walk
 
 
 def level_set_teleport(
@@ -66,42 +66,42 @@ def level_set_teleport(
     if not isinstance(sublevel, bool):
         raise TeleportError("True or False as sublevel", repr(sublevel), "pass sublevel=True to allow smaller losses")
 
-    def conditions(walk: Walk, p: Point, c: float, near: float) -> tuple[Tensor, Tensor, float, float]:
+    def optimality_conditions(walk: Walk, p: Point, c: float, near: float) -> tuple[Tensor, Tensor, float, float]:
         """Hg / |g|^2, its tangential part, the multiplier and the KKT residual."""
         h, g = walk.product(p) / p.norm**2, p.g.detach()
-        multiplier = dots((g, h))[0] / p.norm**2
+        multiplier = dot_products((g, h))[0] / p.norm**2
         inside = sublevel and (multiplier < 0 or c < -near)
         tangent = h if inside else h - multiplier * g
-        tt, hh = dots((tangent, tangent), (h, h))
+        tt, hh = dot_products((tangent, tangent), (h, h))
         return h, tangent, multiplier, math.sqrt(tt / hh) if hh else 0.0
 
-    def search(walk: Walk) -> tuple[Point, float, dict]:
+    def search_level_set(walk: Walk) -> tuple[Point, float, dict]:
         p = start = walk.at(walk.x)
         near = 0.5 * (tol + walk.noise) * abs(start.loss)
         c, gamma, rho, share, taken, stopped = 0.0, 0.0, 0.0, 1.0, 0, SPENT
 
-        def excess(c: float) -> float:
+        def excess_of(c: float) -> float:
             return max(c, 0.0) if sublevel else abs(c)
 
-        def merit(p: Point) -> float:
-            return math.log(p.norm) - gamma * excess(p.loss - start.loss) if 0 < p.norm < math.inf else -math.inf
+        def merit_function(p: Point) -> float:
+            return math.log(p.norm) - gamma * excess_of(p.loss - start.loss) if 0 < p.norm < math.inf else -math.inf
 
         if not p.norm:
             return p, 0.0, {"stopped": "the gradient is zero", "dimension": walk.x.numel() - 1}
-        h, tangent, multiplier, residual = conditions(walk, p, c, near)
+        h, tangent, multiplier, residual = optimality_conditions(walk, p, c, near)
         for taken in range(steps + 1):
-            if residual <= kkt_tol and excess(c) <= near:
+            if residual <= kkt_tol and excess_of(c) <= near:
                 stopped = DONE
             if taken == steps or stopped == DONE:
                 break
             g, n2 = p.g.detach(), p.norm**2
-            rho = rho or 1 / dots((h, h))[0]
+            rho = rho or 1 / dot_products((h, h))[0]
             v = c / n2 + rho * multiplier
             d = rho * h - (max(v, 0.0) if sublevel else v) * g
             gamma, share = max(gamma, 2 * abs(multiplier)), 1.0
             e = p.x.detach() - start.x.detach()
-            slope, dd, ed, ee = dots((h, d), (d, d), (e, d), (e, e))
-            slope += gamma * excess(c)
+            slope, dd, ed, ee = dot_products((h, d), (d, d), (e, d), (e, e))
+            slope += gamma * excess_of(c)
             if radius is not None:  # the largest share that stays inside, with one per cent kept for the way back
                 room = max((0.99 * radius) ** 2 - ee, 0.0)
                 share = min(1.0, (math.sqrt(ed**2 + dd * room) - ed) / (dd or 1.0))
@@ -110,27 +110,27 @@ def level_set_teleport(
                     break
             for _ in range(HALVINGS):
                 q = walk.at(p.x + share * d)
-                if merit(q) >= merit(p) + 1e-4 * share * slope:
+                if merit_function(q) >= merit_function(p) + 1e-4 * share * slope:
                     break
                 share /= 2
             else:
                 stopped = STUCK
                 break
             old, step, p, c = tangent, q.x.detach() - p.x.detach(), q, q.loss - start.loss
-            h, tangent, multiplier, residual = conditions(walk, p, c, near)
-            ss, sy = dots((step, step), (step, tangent - old))
+            h, tangent, multiplier, residual = optimality_conditions(walk, p, c, near)
+            ss, sy = dot_products((step, step), (step, tangent - old))
             rho *= share
             rho = min(max(ss / abs(sy), 0.1 * rho), 10 * rho) if sy else 2 * rho
         moved = p
         for _ in range(HALVINGS):  # Newton's method for c = 0, along g
-            if excess(c) <= near or not 0 < p.norm < math.inf:
+            if excess_of(c) <= near or not 0 < p.norm < math.inf:
                 break
             p = walk.at(p.x - c / p.norm**2 * p.g.detach())
             c = p.loss - start.loss
         if p is not moved and 0 < p.norm < math.inf:
-            residual = conditions(walk, p, c, near)[-1]
-        if radius is not None and dots((p.x - start.x, p.x - start.x))[0] > radius**2:
+            residual = optimality_conditions(walk, p, c, near)[-1]
+        if radius is not None and dot_products((p.x - start.x, p.x - start.x))[0] > radius**2:
             p, stopped = start, "the way back to the level set leaves the radius"
         return p, residual, {"steps": taken, "stopped": stopped, "dimension": walk.x.numel() - 1}
 
-    return carry_out(Walk(model, loss_fn, steps, tol, kkt_tol), search, sublevel)
+    return run_walk(Walk(model, loss_fn, steps, tol, kkt_tol), search_level_set, sublevel)

@@ -21,7 +21,18 @@ from torch.func import functional_call
 from teleport_lite.errors import BatchError, NoSymmetryError, TeleportError
 from teleport_lite.outputs import traced
 from teleport_lite.runtime import LossFn
-from teleport_lite.walk import DONE, HALVINGS, SPENT, STUCK, LevelSetReport, Point, Walk, carry_out, dots, wider
+from teleport_lite.walk import (
+    DONE,
+    HALVINGS,
+    SPENT,
+    STUCK,
+    LevelSetReport,
+    Point,
+    Walk,
+    dot_products,
+    run_walk,
+    to_wide,
+)
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 Slot = tuple[str, int, str, int, int]  # weight and its first row, bias ("" for none) and its first row, how many rows
@@ -74,8 +85,8 @@ def null_space_teleport(
     if not radius > 0:
         raise TeleportError("a positive radius", radius, "pass radius=0.5")
 
-    def search(walk: Walk) -> tuple[Point, float, dict]:
-        with _inputs(walk) as inputs, walk.loss.observed() as walk.outputs:
+    def search_null_spaces(walk: Walk) -> tuple[Point, float, dict]:
+        with _layer_inputs(walk) as inputs, walk.loss.observed() as walk.outputs:
             p = start = walk.at(walk.x)
         spaces = [_NullSpace(walk, key, samples, rcond) for key, samples in inputs.items()]
         if not spaces:
@@ -93,7 +104,7 @@ def null_space_teleport(
                 part = space.project(h[space.index])
                 if (size := float(part.norm())) > floor:
                     far[space.index] += length / size * part
-            best, gap = dots((h, far), (h, far - moved))
+            best, gap = dot_products((h, far), (h, far - moved))
             residual = max(gap / best, 0.0) if best else 0.0
             if residual <= kkt_tol:
                 stopped = DONE if best else "the gradient does not depend on the null spaces"
@@ -110,7 +121,7 @@ def null_space_teleport(
             moved, p = moved + share * (far - moved), q
         return p, residual, {"steps": taken, "stopped": stopped, "dimension": dimension}
 
-    return carry_out(Walk(model, loss_fn, steps, tol, kkt_tol), search)
+    return run_walk(Walk(model, loss_fn, steps, tol, kkt_tol), search_null_spaces)
 
 
 class _NullSpace:
@@ -135,14 +146,14 @@ class _NullSpace:
         self.dimension = sum(self.index.shape[1] * (self.index.shape[2] - len(basis)) for basis in self.bases)
 
     def project(self, blocks: Tensor) -> Tensor:
-        parts = zip(wider(blocks), self.bases, strict=True)
+        parts = zip(to_wide(blocks), self.bases, strict=True)
         return torch.stack([block - (block @ basis.T) @ basis for block, basis in parts]).to(blocks)
 
 
 def _row_space(x: Tensor, rcond: float | None) -> Tensor:
     """An orthonormal basis [rank, n] of the rows of `x` [b, n]."""
     rcond = max(x.shape) * torch.finfo(x.dtype).eps if rcond is None else rcond
-    x = wider(x)
+    x = to_wide(x)
     if len(x) > x.shape[1]:
         x = torch.linalg.qr(x, mode="r").R
     _, s, rows = torch.linalg.svd(x, full_matrices=False)
@@ -150,35 +161,35 @@ def _row_space(x: Tensor, rcond: float | None) -> Tensor:
 
 
 @contextmanager
-def _inputs(walk: Walk) -> Iterator[dict[Slot, list[Tensor]]]:
+def _layer_inputs(walk: Walk) -> Iterator[dict[Slot, list[Tensor]]]:
     """Inside: what known layers receive, in blocks [groups, samples, in], by the parameters that it meets."""
     names = {id(p): name for name, p in walk.model.named_parameters() if name in walk.params}
     for module in walk.model.modules():  # what another layer uses too must stay as it is
         for p in () if isinstance(module, LAYERS) else module.parameters(recurse=False):
             names.pop(id(p), None)
-    slots = {m: _slots(m, names) for m in walk.model.modules() if isinstance(m, LAYERS)}
+    slots = {m: _parameter_rows(m, names) for m in walk.model.modules() if isinstance(m, LAYERS)}
     inputs: dict[Slot, list[Tensor]] = defaultdict(list)
-    busy: list[nn.Module] = []  # `_features` may call its module
+    busy: list[nn.Module] = []  # `_input_features` may call its module
 
-    def note(module: Any, args: tuple, kwargs: dict, output: object) -> None:
+    def note_inputs(module: Any, args: tuple, kwargs: dict, output: object) -> None:
         if module not in busy:
             busy.append(module)
-            for slot, x in zip(slots[module], _features(module, args, kwargs), strict=True):
+            for slot, x in zip(slots[module], _input_features(module, args, kwargs), strict=True):
                 if slot is not None:
                     inputs[slot].append(x.detach())
             busy.pop()
 
-    with traced([module for module, found in slots.items() if any(found)], note):
+    with traced([module for module, found in slots.items() if any(found)], note_inputs):
         yield inputs
     uses = Counter(part for slot in inputs for part in (slot[:2], slot[2:4]) if part[0])
     for slot in [s for s in inputs if max(uses[s[:2]], uses[s[2:4]]) > 1]:  # shared in two roles
         del inputs[slot]
 
 
-def _slots(module: Any, names: dict[int, str]) -> list[Slot | None]:
+def _parameter_rows(module: Any, names: dict[int, str]) -> list[Slot | None]:
     """Which rows of which weight and bias a layer multiplies with which input; None where the weight stays."""
 
-    def name(attribute: str) -> str:
+    def name_of(attribute: str) -> str:
         return names.get(id(operator.attrgetter(attribute)(module)), "")
 
     if not isinstance(module, nn.MultiheadAttention):
@@ -189,10 +200,10 @@ def _slots(module: Any, names: dict[int, str]) -> list[Slot | None]:
         weights = ["in_proj_weight"] * 3 if one else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
         parts = [(weight, k * e * one, "in_proj_bias", k * e, e) for k, weight in enumerate(weights)]
         parts.append(("out_proj.weight", 0, "out_proj.bias", 0, e))
-    return [(w, i, name(b), j, n) if (w := name(a)) else None for a, i, b, j, n in parts]
+    return [(w, i, name_of(b), j, n) if (w := name_of(a)) else None for a, i, b, j, n in parts]
 
 
-def _features(module: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+def _input_features(module: Any, args: tuple, kwargs: dict) -> list[Tensor]:
     """What the weights of a layer are multiplied with, [groups, samples, in]; an identity as weight shows it."""
     if isinstance(module, nn.MultiheadAttention):
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments

@@ -17,13 +17,13 @@ from torch import Tensor
 from teleport_lite.errors import LossError, TeleportError, UnknownNameError
 from teleport_lite.functional import (
     Params,
+    as_vector,
     check_complete,
     check_scalar,
     dot,
     gradients,
     hvp,
     norm,
-    stacked,
     value_and_grad,
 )
 from teleport_lite.geometry import (
@@ -112,14 +112,14 @@ def one_step_loss(lr: float = 0.1) -> Objective:
     if not lr > 0:
         raise TeleportError("a positive lr", lr, "pass the learning rate of the optimizer")
 
-    def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
-        def along(xi):
+    def bind_to_orbit(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
+        def stepped_loss(xi):
             moved, grads = problem.moved(symmetry, xi), _gradient_at(problem, symmetry, xi)
             return check_scalar(problem.loss({name: moved[name] - lr * grads[name] for name in moved}))
 
-        return along
+        return stepped_loss
 
-    return Objective("one_step_loss", bind, maximize=False, transports=True)
+    return Objective("one_step_loss", bind_to_orbit, maximize=False, transports=True)
 
 
 def sharpness(
@@ -137,18 +137,18 @@ def sharpness(
     Objective(sharpness)
     """
 
-    def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
-        drawn = Directions(problem.params, directions, generator=_seeded(generator))
+    def bind_to_orbit(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
+        drawn = Directions(problem.params, directions, generator=_generator_or_seed(generator))
         around = drawn if chunk_size else drawn[:]
         one_by_one = goes_one_by_one(problem.local, problem.params, radii, chunk_size, slopes=True)
 
-        def local(params: Params) -> Tensor:
+        def local_sharpness(params: Params) -> Tensor:
             return mean_loss_around(problem.local, params, around, radii, chunk_size=chunk_size, one_by_one=one_by_one)
 
-        mean = problem.mean(local)
+        mean = problem.mean(local_sharpness)
         return lambda xi: mean(problem.moved(symmetry, xi))
 
-    return Objective("sharpness", bind, maximize=False)
+    return Objective("sharpness", bind_to_orbit, maximize=False)
 
 
 def curvature(samples: int = 10, *, generator: torch.Generator | None = None) -> Objective:
@@ -160,11 +160,11 @@ def curvature(samples: int = 10, *, generator: torch.Generator | None = None) ->
     Objective(curvature)
     """
 
-    def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
-        curves = sample_curves(problem.params, symmetry, samples, generator=_seeded(generator))
+    def bind_to_orbit(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
+        curves = sample_curves(problem.params, symmetry, samples, generator=_generator_or_seed(generator))
         return lambda xi: mean_kappa(problem.moved(symmetry, xi), symmetry, curves)
 
-    return Objective("curvature", bind)
+    return Objective("curvature", bind_to_orbit)
 
 
 def hessian_trace(samples: int = 10, *, generator: torch.Generator | None = None) -> Objective:
@@ -178,8 +178,8 @@ def hessian_trace(samples: int = 10, *, generator: torch.Generator | None = None
     Objective(hessian_trace)
     """
 
-    def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
-        probes = [*sign_probes(problem.params, samples, generator=_seeded(generator))]
+    def bind_to_orbit(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
+        probes = [*sign_probes(problem.params, samples, generator=_generator_or_seed(generator))]
         zero = {name: torch.zeros_like(p) for name, p in problem.params.items()}
 
         def along_vectors(entries: Params) -> Tensor:
@@ -190,31 +190,31 @@ def hessian_trace(samples: int = 10, *, generator: torch.Generator | None = None
 
         mean = problem.mean(along_vectors)
 
-        def pulled(xi):
+        def trace_by_transport(xi):
             back = torch.func.vjp(lambda g: symmetry.transport(g, xi), zero)[1]
             return mean({f"{k}/{name}": x for k, z in enumerate(probes) for name, x in back(z)[0].items()})
 
-        def moved(xi):
+        def trace_at_moved(xi):
             point = problem.moved(symmetry, xi)
             point = {n: p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for n, p in point.items()}
             _, grads = value_and_grad(problem.loss, point, create_graph=True)
-            return torch.stack([_quadratic(grads, point, z) for z in probes]).mean()
+            return torch.stack([_quadratic_form(grads, point, z) for z in probes]).mean()
 
-        return pulled if symmetry.exact and symmetry.linear else moved
+        return trace_by_transport if symmetry.exact and symmetry.linear else trace_at_moved
 
-    return Objective("hessian_trace", bind, maximize=False, transports=True)
+    return Objective("hessian_trace", bind_to_orbit, maximize=False, transports=True)
 
 
-def _quadratic(grads: Params, point: Params, z: Params) -> Tensor:
+def _quadratic_form(grads: Params, point: Params, z: Params) -> Tensor:
     """z.Hz, differentiable, from the gradient at a point."""
     slope = dot(grads, z)
     check_complete(grads.values())
     rows = gradients(slope, [*point.values()], create_graph=True) if slope.requires_grad else [None] * len(point)
     terms = [(z[name] * row).sum() for name, row in zip(point, rows, strict=True) if row is not None]
-    return stacked(terms).sum() if terms else torch.zeros_like(slope)
+    return as_vector(terms).sum() if terms else torch.zeros_like(slope)
 
 
-def _seeded(generator: torch.Generator | None) -> torch.Generator:
+def _generator_or_seed(generator: torch.Generator | None) -> torch.Generator:
     return torch.Generator().manual_seed(0) if generator is None else generator
 
 
@@ -250,8 +250,8 @@ def as_objective(objective: object) -> Objective:
         known = ", ".join(OBJECTIVES)
         raise TeleportError("the name of an objective or a callable on params", objective, f"pass one of {known}")
 
-    def bind(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
-        def checked(params: Params) -> Tensor:
+    def bind_to_orbit(problem: Problem, symmetry: Symmetry) -> AlongOrbit:
+        def checked_value(params: Params) -> Tensor:
             try:
                 value: object = objective(params)
             except (TypeError, AttributeError, KeyError) as error:
@@ -267,7 +267,7 @@ def as_objective(objective: object) -> Objective:
                 raise LossError("a scalar tensor from the objective", got, "return a tensor of one entry")
             return value.reshape(())
 
-        mean = problem.mean(checked)
+        mean = problem.mean(checked_value)
         return lambda xi: mean(problem.moved(symmetry, xi))
 
-    return Objective(getattr(objective, "__name__", type(objective).__name__), bind)
+    return Objective(getattr(objective, "__name__", type(objective).__name__), bind_to_orbit)

@@ -32,7 +32,7 @@ def tensors_of(output: object, arguments: Collection[str] = ()) -> list[Tensor]:
     """
     if arguments and isinstance(output, Mapping):
         output = [x for name, x in output.items() if not (name in arguments and _is_object(x))]
-    return list(_walk(output, set()))
+    return list(_walk_tensors(output, set()))
 
 
 def arguments_of(model: nn.Module) -> frozenset[str]:
@@ -52,18 +52,18 @@ def _is_object(x: object) -> bool:
     return hasattr(x, "__dict__") and not isinstance(x, (Tensor, Mapping, tuple, list)) and not is_dataclass(x)
 
 
-def _walk(x: Any, seen: set[int]) -> Iterator[Tensor]:
+def _walk_tensors(x: Any, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(x, Tensor):
         yield x
     elif isinstance(x, (float, complex)):
         yield torch.tensor(x, dtype=torch.complex128 if isinstance(x, complex) else torch.float64)
     elif not isinstance(x, (str, bytes, int, type, nn.Module, torch.dtype, torch.device)) and id(x) not in seen:
         seen.add(id(x))
-        for part in _parts(x):
-            yield from _walk(part, seen)
+        for part in _child_values(x):
+            yield from _walk_tensors(part, seen)
 
 
-def _parts(x: Any) -> list[Any]:
+def _child_values(x: Any) -> list[Any]:
     if isinstance(x, Mapping):
         return list(x.values())
     if isinstance(x, (tuple, list)):
@@ -76,7 +76,7 @@ def _parts(x: Any) -> list[Any]:
     return [*slots, *vars(x).values()] if hasattr(x, "__dict__") and not callable(x) else slots
 
 
-def numbers(tensor: Tensor) -> Tensor:
+def real_numbers(tensor: Tensor) -> Tensor:
     """A tensor of any kind as a dense one of real numbers."""
     tensor = tensor.detach()
     if tensor.is_nested:
@@ -87,24 +87,24 @@ def numbers(tensor: Tensor) -> Tensor:
 
 
 def distance(after: list[Tensor], before: list[Tensor]) -> float:
-    """The largest of the `gaps`, over all tensors; infinite when their number differs."""
+    """The largest of the `relative_gaps`, over all tensors; infinite when their number differs."""
     if len(after) != len(before):
         return float("inf")
-    return max(gaps(after, before), default=0.0)
+    return max(relative_gaps(after, before), default=0.0)
 
 
-def gaps(after: list[Tensor], before: list[Tensor], constant: list[Tensor] | None = None) -> list[float]:
+def relative_gaps(after: list[Tensor], before: list[Tensor], constant: list[Tensor] | None = None) -> list[float]:
     """For each tensor the largest difference of two entries, relative to the larger of this entry and the typical one.
 
     So one huge entry hides no other. Typical is the median of what is finite, not zero, and not `constant`, which says
     for each tensor where no parameter matters. Entries that are not finite have to stay the same.
     """
     constant = constant or [torch.zeros((), dtype=torch.bool)] * len(before)
-    return [_gap(a, b, fixed) for a, b, fixed in zip(after, before, constant, strict=True)]
+    return [_relative_gap(a, b, fixed) for a, b, fixed in zip(after, before, constant, strict=True)]
 
 
-def _gap(a: Tensor, b: Tensor, fixed: Tensor) -> float:
-    a, b = numbers(a), numbers(b)
+def _relative_gap(a: Tensor, b: Tensor, fixed: Tensor) -> float:
+    a, b = real_numbers(a), real_numbers(b)
     if a.shape != b.shape:
         return float("inf")
     finite = b.isfinite()

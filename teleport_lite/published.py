@@ -107,7 +107,7 @@ def paper_teleport(
         if loss.call is None:
             raise LossError("a loss_fn that calls the given net", "one that does not", "call net(x) inside loss_fn")
         loss.rest()
-        factors = chain(model, loss.call.args, params)
+        factors = mlp_layers(model, loss.call.args, params)
         check_movable(model, Product(factors))
         try:
             moved = None if hidden == "carried" else by_outputs(model, factors, loss, params, steps, lr, stop)
@@ -133,7 +133,7 @@ def paper_teleport(
     return Report("gradient_norm", before, after, old, new, error, seconds, accepted=not reason, reason=reason)
 
 
-def chain(model: nn.Module, inputs: tuple, params: Params) -> list[Mixing]:
+def mlp_layers(model: nn.Module, inputs: tuple, params: Params) -> list[Mixing]:
     """The hidden layers of an MLP.
 
     Raises:
@@ -161,7 +161,7 @@ def by_weights(
     inputs: list[Any] = [f.features(params) if carried or f is factors[0] else None for f in factors]
     zeros = [xi.requires_grad_() for xi in Product(factors).zeros(params)]
 
-    def act(xis: list[Tensor]) -> Params:
+    def act_on_layers(xis: list[Tensor]) -> Params:
         moved, above = dict(params), torch.empty(0)
         for factor, x, xi in zip(factors, inputs, xis, strict=True):
             x = factor.widened(above) if x is None else x
@@ -171,12 +171,12 @@ def by_weights(
         return moved
 
     for _ in range(steps):
-        _, grads = value_and_grad(loss, act(zeros), create_graph=True)
+        _, grads = value_and_grad(loss, act_on_layers(zeros), create_graph=True)
         square = torch.stack([grad.square().sum() for grad in grads.values()]).sum()
         if square > stop:
             break
         ts = [lr * slope for slope in torch.autograd.grad(square, zeros)]
-        params = act(ts)
+        params = act_on_layers(ts)
         for k, (t, h) in enumerate(zip(ts, inputs[1:], strict=False), 1):
             if h is not None:
                 inputs[k] = torch.cat([h[:, : len(t)] + h[:, : len(t)] @ t.mT, h[:, len(t) :]], 1)
@@ -194,12 +194,12 @@ def by_outputs(
     """
     seen: list[Tensor] = []
 
-    def cut(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+    def cut_graph(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         seen.append(output.detach().requires_grad_())
         return seen[-1]
 
     layers = [*(factor.layer for factor in factors), factors[-1].above]
-    with traced(map(model.get_submodule, layers), cut):
+    with traced(map(model.get_submodule, layers), cut_graph):
         (top,) = torch.autograd.grad(loss(params), seen[-1:])
     x, top = factors[0].features(params), top.flatten(0, -2)
     k, width = len(x), factors[0].group.n
@@ -213,9 +213,9 @@ def by_outputs(
     gram, left = x @ x.mT, torch.eye(width, dtype=x.dtype, device=x.device)
     for step in range(steps + 1):
         free = [p.detach().requires_grad_() for p in state]
-        sums = [total(p, k) for p in free[:-1]]
+        sums = [add_bias(p, k) for p in free[:-1]]
         features = [factor.activation(z) for factor, z in zip(factors, sums, strict=True)]
-        roots = [j for b in features if (j := root(b.detach())) is not None]
+        roots = [j for b in features if (j := inverse_root(b.detach())) is not None]
         if len(roots) < len(features):
             return None
         if step == steps:
@@ -248,12 +248,12 @@ def by_outputs(
     return moved
 
 
-def total(p: Tensor, k: int) -> Tensor:
+def add_bias(p: Tensor, k: int) -> Tensor:
     """The outputs of a layer with the bias, which stands in row k where there is one."""
     return p[:k] + p[k:] if len(p) > k else p
 
 
-def root(b: Tensor) -> Tensor | None:
+def inverse_root(b: Tensor) -> Tensor | None:
     """The j with (b b^T)^-1 = j j^T, by QR; None where the rank of b [k, h] may be below k."""
     r = torch.linalg.qr(b.mT, mode="r").R
     j = solve_triangular(r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True)

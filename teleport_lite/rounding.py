@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from teleport_lite.discovery.float64 import Float64
-from teleport_lite.functional import Evaluation, Params, norms, value_and_grad
+from teleport_lite.functional import Evaluation, Params, entry_norms, value_and_grad
 from teleport_lite.host import on_host
 from teleport_lite.problem import Problem
 from teleport_lite.runtime import home_of_float64
@@ -28,22 +28,22 @@ def relative_gap(found: Tensor, expected: Tensor) -> Tensor:
     return torch.where(size > 0, (found - expected).norm() / size, 0.0)
 
 
-def rounded(params: Params, sign: int, seed: int = 0, share: float | None = None) -> Params:
+def jitter_ulps(params: Params, sign: int, seed: int = 0, share: float | None = None) -> Params:
     """`params` with each entry moved by `ULPS` units in its last place, up or down at random, or the other way.
 
     Or by a `share` of itself, where that is given.
 
     >>> w = {"w": torch.ones(100)}
-    >>> float((rounded(w, 1)["w"] - 1).abs().max()) < 1e-6
+    >>> float((jitter_ulps(w, 1)["w"] - 1).abs().max()) < 1e-6
     True
     """
     draw = torch.Generator().manual_seed(seed)
 
-    def move(p: Tensor) -> Tensor:
+    def move_entries(p: Tensor) -> Tensor:
         signs = torch.randint(0, 2, p.shape, generator=draw).to(p.device) * 2 - 1
         return p * (1 + sign * (share or ULPS * torch.finfo(p.dtype).eps) * signs.to(p.dtype))
 
-    return {name: move(p) if p.is_floating_point() else p for name, p in params.items()}
+    return {name: move_entries(p) if p.is_floating_point() else p for name, p in params.items()}
 
 
 def moves_the_loss(before: float, after: float, problem: Problem, product: Product, xi: Any) -> bool:
@@ -53,7 +53,7 @@ def moves_the_loss(before: float, after: float, problem: Problem, product: Produ
     from what the inverse element makes of the new point, and no further here than a few times what rounding does, to
     the weights or to what is computed with them. A loss that changes by itself does so in float64 too.
     """
-    near = [after, *(float(problem.at(rounded(problem.params, sign, seed))) for seed in (0, 1) for sign in (1, -1))]
+    near = [after, *(float(problem.at(jitter_ulps(problem.params, sign, seed))) for seed in (0, 1) for sign in (1, -1))]
     size, gap = max(near) - min(near), abs(after - before)
     finest = all(p.dtype == torch.float64 for p in problem.params.values())
     wide = replace(problem, params=tree_map(on_host, problem.params), buffers=tree_map(on_host, problem.buffers))
@@ -72,22 +72,24 @@ def _in_float64(problem: Problem) -> float:
     loss = cast(Evaluation, problem.local)
     home = home_of_float64(torch.device(loss.device))
 
-    def widen(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def widen_arguments(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return tree_map(on_host, (args, kwargs))
 
-    def local(params: Params) -> Tensor:
+    def wide_loss(params: Params) -> Tensor:
         try:
-            with loss.model.register_forward_pre_hook(widen, with_kwargs=True), Float64():
+            with loss.model.register_forward_pre_hook(widen_arguments, with_kwargs=True), Float64():
                 value = on_host(loss(params))
         except Exception:  # of a kernel, or of a check of types
             value = torch.tensor(torch.nan, dtype=torch.float64)
         return value.to(home)
 
     with torch.no_grad():
-        return float(problem.mean(local)(problem.params))
+        return float(problem.mean(wide_loss)(problem.params))
 
 
 def moves_the_gradient(gap: float, problem: Problem) -> bool:
     """Whether rounding the weights changes the lengths of the gradients as much: it does near a minimum."""
-    here, near = (norms(value_and_grad(problem.loss, p)[1]) for p in (problem.params, rounded(problem.params, 1)))
+    here, near = (
+        entry_norms(value_and_grad(problem.loss, p)[1]) for p in (problem.params, jitter_ulps(problem.params, 1))
+    )
     return gap <= 4 * float(relative_gap(near, here))

@@ -103,14 +103,14 @@ class RandomState:
     def __init__(self, module: nn.Module) -> None:
         self.torch, self.python = torch.get_rng_state(), random.getstate()
         devices = {p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}
-        self.devices = {d: getattr(torch, d.type).get_rng_state(*_place(d)) for d in devices}
+        self.devices = {d: getattr(torch, d.type).get_rng_state(*_random_devices(d)) for d in devices}
         numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
         self.numpy = None if numpy is None else (numpy, numpy.get_state())
 
     def differs(self) -> bool:
         """Whether torch has drawn since."""
         pairs = [(torch.get_rng_state(), self.torch)]
-        pairs += [(getattr(torch, d.type).get_rng_state(*_place(d)), s) for d, s in self.devices.items()]
+        pairs += [(getattr(torch, d.type).get_rng_state(*_random_devices(d)), s) for d, s in self.devices.items()]
         return not all(torch.equal(a, b) for a, b in pairs)
 
     def restore(self) -> None:
@@ -118,12 +118,12 @@ class RandomState:
         torch.set_rng_state(self.torch)
         random.setstate(self.python)
         for device, state in self.devices.items():
-            getattr(torch, device.type).set_rng_state(state, *_place(device))
+            getattr(torch, device.type).set_rng_state(state, *_random_devices(device))
         if self.numpy is not None:
             self.numpy[0].set_state(self.numpy[1])
 
 
-def _place(device: torch.device) -> tuple[torch.device, ...]:
+def _random_devices(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)  # of which there is one
 
 
@@ -137,19 +137,19 @@ def kept_random_state(module: nn.Module) -> Iterator[RandomState]:
         state.restore()
 
 
-def coarsest(dtypes: list[torch.dtype]) -> torch.dtype:
+def coarsest_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
     """The floating-point type with the largest machine epsilon.
 
-    >>> coarsest([torch.float32, torch.bfloat16, torch.float64])
+    >>> coarsest_dtype([torch.float32, torch.bfloat16, torch.float64])
     torch.bfloat16
     """
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def widest(device: torch.device) -> torch.dtype:
+def widest_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on a device without it, such as those of Apple.
 
-    >>> widest(torch.device("cpu"))
+    >>> widest_dtype(torch.device("cpu"))
     torch.float64
     """
     try:
@@ -160,7 +160,7 @@ def widest(device: torch.device) -> torch.dtype:
 
 def home_of_float64(device: torch.device) -> torch.device:
     """The device, or the CPU where it has no float64."""
-    return device if widest(device) == torch.float64 else torch.device("cpu")
+    return device if widest_dtype(device) == torch.float64 else torch.device("cpu")
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -228,10 +228,10 @@ def as_inputs(example_inputs: object) -> Inputs:
     return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
 
 
-def described(value: object) -> str:
+def describe_value(value: object) -> str:
     """What a value is, in few words: arrays, containers and long texts are not printed.
 
-    >>> described("1"), described([1.0, 2.0]), described(TeleportError)
+    >>> describe_value("1"), describe_value([1.0, 2.0]), describe_value(TeleportError)
     ("'1'", 'list of length 2', 'class TeleportError')
     """
     if isinstance(value, type):
@@ -257,7 +257,7 @@ def check_model(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         remedy = "pass an instance of torch.nn.Module"
-        raise TeleportError("a model", described(model), remedy)
+        raise TeleportError("a model", describe_value(model), remedy)
 
 
 def check_loss_fn(loss_fn: object) -> None:
@@ -271,7 +271,7 @@ def check_loss_fn(loss_fn: object) -> None:
     teleport_lite.errors.TeleportError: expected a function of the net, got MSELoss, which takes (input, target); \
 pass lambda net: criterion(net(x), y)
     """
-    got = described(loss_fn)
+    got = describe_value(loss_fn)
     if callable(loss_fn):
         try:
             signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)

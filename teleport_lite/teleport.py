@@ -23,14 +23,14 @@ from teleport_lite.exactness import (
     largest_change,
     why_refused,
 )
-from teleport_lite.functional import Evaluation, Params, check_finite, norms, stacked, trainable
+from teleport_lite.functional import Evaluation, Params, as_vector, check_finite, entry_norms, trainable
 from teleport_lite.objectives import Objective, as_objective
 from teleport_lite.problem import Problem
 from teleport_lite.report import Report
 from teleport_lite.rounding import relative_gap
-from teleport_lite.runtime import TOLERANCES, LossFn, check_generator, coarsest, named_tensors, unwrap_compiled
+from teleport_lite.runtime import TOLERANCES, LossFn, check_generator, coarsest_dtype, named_tensors, unwrap_compiled
 from teleport_lite.search import search as find
-from teleport_lite.search import searched
+from teleport_lite.search import searched_factors
 from teleport_lite.symmetries.base import Symmetry, check_radius
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
 from teleport_lite.symmetries.product import Product, check_symmetry
@@ -176,7 +176,7 @@ def carry_out(
                 remedy = "pass search='random' and a generator to move along them, or use level_set_teleport"
                 raise NoSymmetryError([f"all its groups are finite: {groups}", *product.reasons], remedy)
         if search in (None, "closed_form"):
-            product = searched(product, goal)
+            product = searched_factors(product, goal)
 
         ranks.check_same(
             parameters=params,
@@ -200,7 +200,7 @@ def carry_out(
         xi = ranks.first(xi)
         scores, foretold = [goal.before(problem, product)], loss_before.new_zeros(0)
         if product.exact and (measured or steep):
-            foretold = norms(product.transport(problem.gradient, xi, None if product.linear else params))
+            foretold = entry_norms(product.transport(problem.gradient, xi, None if product.linear else params))
         scores.append(foretold.norm() if steep else problem.along(goal, product)(xi).detach())
         problem.forget()
         point = product.act(problem.point, xi)
@@ -209,12 +209,12 @@ def carry_out(
         del point
         numbers: list[float] = []
 
-        def verify(more: Sequence[Tensor] = (), check: Check = lambda _: None) -> None:
+        def verify_model(more: Sequence[Tensor] = (), check: Check = lambda _: None) -> None:
             """Compare the real model, which has moved, with what it was; `check` looks at `more` numbers likewise."""
             now = Problem(loss, {name: p.detach() for name, p in parameters.items()}, ranks, problem.buffers)
             zero = loss_before.new_zeros(())
             with loss.observed() as new_outputs:
-                found = norms(now.gradient) if measured else foretold
+                found = entry_norms(now.gradient) if measured else foretold
                 loss_after = now.value
             scores[1] = found.norm() if steep else scores[1]
             same = product.exact and product.of == "outputs"
@@ -229,7 +229,7 @@ def carry_out(
                 most = torch.minimum(most, change_by_rounding(now, loss, new_outputs, dtype))
             loss.rest()
             table = (loss_before, loss_after, *scores, gap, most, false)
-            numbers[:] = stacked([*table, *more]).tolist()  # the one time that the host waits
+            numbers[:] = as_vector([*table, *more]).tolist()  # the one time that the host waits
             check(numbers[len(table) :])
             del numbers[len(table) :]
             reason = why_refused(numbers, now, product, xi, allowed, bool(new_outputs), maximize, search)
@@ -240,7 +240,7 @@ def carry_out(
         loss.rest()
         reason = ""
         try:
-            (commit or _move)(model, product, xi, moved, verify)
+            (commit or _commit_moved)(model, product, xi, moved, verify_model)
         except RefusedError as refusal:
             reason = refusal.reason
             if refusal.moved:
@@ -255,7 +255,7 @@ def carry_out(
     )
 
 
-def _move(model: nn.Module, product: Product, xi: Any, moved: Params, finish: Callable[[], None]) -> None:
+def _commit_moved(model: nn.Module, product: Product, xi: Any, moved: Params, finish: Callable[[], None]) -> None:
     commit(model, moved, finish)
 
 
@@ -297,4 +297,4 @@ def check_movable(model: nn.Module, symmetry: Symmetry) -> None:
 
 
 def _coarsest_of(loss: Evaluation, product: Product, params: Params) -> torch.dtype:
-    return coarsest([loss.dtype, *(params[name].dtype for name in product.names)])
+    return coarsest_dtype([loss.dtype, *(params[name].dtype for name in product.names)])

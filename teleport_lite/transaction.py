@@ -17,17 +17,17 @@ Pairs = Iterable[tuple[Tensor, Tensor]]  # where to write, and what
 
 def commit(model: nn.Module, moved: Params, finish: Callable[[], None] | None = None) -> None:
     """Use `moved` up: copy it into the parameters and buffers of `model`, in place, then `finish`; all or nothing."""
-    write([consumed(named_tensors(model), moved)], finish)
+    write_in_place([consume_pairs(named_tensors(model), moved)], finish)
 
 
-def consumed(parameters: Mapping[str, Tensor], moved: Params) -> Iterator[tuple[Tensor, Tensor]]:
+def consume_pairs(parameters: Mapping[str, Tensor], moved: Params) -> Iterator[tuple[Tensor, Tensor]]:
     """Each of `moved` with the parameter of its name, taken out of the dictionary, so that its memory is given back."""
     while moved:
         name, value = moved.popitem()
         yield parameters[name], value
 
 
-def write(steps: Iterable[Pairs], finish: Callable[[], None] | None = None) -> None:
+def write_in_place(steps: Iterable[Pairs], finish: Callable[[], None] | None = None) -> None:
     """Copy the second tensor of each pair into the first, step by step, then `finish`; nothing when anything raises.
 
     A step is made when those before are written, so that one holds the new values of one step at a time.

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from teleport_lite.errors import LossError, ParameterError, TeleportError
 from teleport_lite.exactness import LARGEST, RefusedError, largest_change
-from teleport_lite.functional import Params, check_complete, gradients, loss_of, stacked, trainable, value_and_grad
+from teleport_lite.functional import Params, as_vector, check_complete, gradients, loss_of, trainable, value_and_grad
 from teleport_lite.report import Report
-from teleport_lite.runtime import TOLERANCES, LossFn, eager_mode, unfused_attention, unwrap_compiled, widest
+from teleport_lite.runtime import TOLERANCES, LossFn, eager_mode, unfused_attention, unwrap_compiled, widest_dtype
 from teleport_lite.transaction import commit
 
 HALVINGS = 30  # of a step that does not improve
@@ -76,7 +76,7 @@ class Walk:
         model = unwrap_compiled(model)
         self.model, self.loss, self.began = model, loss_of(model, loss_fn), time.perf_counter()
         self.params = {name: p.detach() for name, p in trainable(model).items()}
-        finite = stacked([p.isfinite().all() for p in self.params.values()]).tolist()
+        finite = as_vector([p.isfinite().all() for p in self.params.values()]).tolist()
         for (name, p), well in zip(self.params.items(), finite, strict=True):
             if p.is_complex() or not well:
                 got = "complex" if p.is_complex() else "NaN or infinity in it"
@@ -102,7 +102,7 @@ class Walk:
         x = x.detach().requires_grad_()
         loss, grads = value_and_grad(lambda p: self.loss(self.split(p["x"])), {"x": x}, create_graph=True)
         self.gradients += 1
-        value, norm = stacked([loss.detach(), wider(grads["x"].detach()).norm()]).tolist()
+        value, norm = as_vector([loss.detach(), to_wide(grads["x"].detach()).norm()]).tolist()
         point = Point(x, value, grads["x"], norm if math.isfinite(value) else math.inf)
         if math.isnan(value) or math.isnan(point.norm) or (self.start is None and math.isinf(point.norm)):
             raise _NotFiniteError
@@ -128,22 +128,20 @@ class Walk:
         value, grads = value_and_grad(self.loss, {name: p.detach() for name, p in trainable(self.model).items()})
         self.loss.rest()
         g = torch.cat([g.reshape(-1).to(self.x) for g in grads.values()])  # as in `at`, so that equal points are equal
-        return float(value), float(wider(g).norm())
+        return float(value), float(to_wide(g).norm())
 
 
-def dots(*pairs: tuple[Tensor, Tensor]) -> list[float]:
+def dot_products(*pairs: tuple[Tensor, Tensor]) -> list[float]:
     """Inner products of vectors, accumulated in float64 where there is float64."""
-    return torch.stack([torch.dot(wider(a.detach()), wider(b.detach())) for a, b in pairs]).tolist()
+    return torch.stack([torch.dot(to_wide(a.detach()), to_wide(b.detach())) for a, b in pairs]).tolist()
 
 
-def wider(x: Tensor) -> Tensor:
-    """`x` in the `widest` type of its device."""
-    return x.to(widest(x.device))
+def to_wide(x: Tensor) -> Tensor:
+    """`x` in the `widest_dtype` type of its device."""
+    return x.to(widest_dtype(x.device))
 
 
-def carry_out(
-    walk: Walk, search: Callable[[Walk], tuple[Point, float, dict]], sublevel: bool = False
-) -> LevelSetReport:
+def run_walk(walk: Walk, search: Callable[[Walk], tuple[Point, float, dict]], sublevel: bool = False) -> LevelSetReport:
     """Search, verify on a fresh evaluation, commit or not, report.
 
     Raises:
@@ -154,7 +152,7 @@ def carry_out(
     residual = after = new = math.nan
     reason = "the loss or its gradient is not finite"
 
-    def verify() -> None:
+    def verify_model() -> None:
         """Compare the model, which has moved, with what it was."""
         nonlocal after, new
         with walk.loss.observed() as outputs:
@@ -182,7 +180,7 @@ def carry_out(
         if p is not None:
             walk.loss.rest()
             try:
-                commit(walk.model, walk.split(p.x.detach()), verify)
+                commit(walk.model, walk.split(p.x.detach()), verify_model)
                 reason = ""
             except RefusedError as refusal:
                 reason = refusal.reason

@@ -356,7 +356,7 @@ def test_continuous_factors_are_those_without_buffers(name, monkeypatch):
     model, shape = trained(name)
     x = inputs(shape, 5)
     found = tl.find_symmetries(model, x)
-    monkeypatch.setattr("teleport_lite.discovery.probe._movable", lambda _: set())
+    monkeypatch.setattr("teleport_lite.discovery.probe._movable_buffers", lambda _: set())
     pinned = tl.find_symmetries(model, x)
     assert not pinned.buffers and found.buffers
     assert found.continuous == pinned.continuous and not found.continuous.buffers

@@ -264,18 +264,18 @@ def other_weights(world: World):
 
 def interrupted_commit(world: World):
     module = sys.modules["teleport_lite.transaction"]
-    write = module.write
+    write = module.write_in_place
 
     def interrupt():
         raise KeyboardInterrupt("while the weights are written")
 
     def act(model):
         if world.rank == 1:
-            module.write = lambda pairs, finish: write(pairs, interrupt)
+            module.write_in_place = lambda pairs, finish: write(pairs, interrupt)
         try:
             return tl.teleport(model, world.loss_fn)
         finally:
-            module.write = write
+            module.write_in_place = write
 
     return refused(world, act)
 

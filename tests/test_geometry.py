@@ -22,7 +22,7 @@ import teleport_lite as tl
 from teleport_lite import geometry, objectives
 from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.functional import loss_of, norm, value_and_grad
-from teleport_lite.geometry.curves import is_chain, jets, scaling_kappas
+from teleport_lite.geometry.curves import is_chain, product_jets, scaling_kappas
 from teleport_lite.groups import GeneralLinear, PositiveScaling
 from teleport_lite.problem import Problem
 from teleport_lite.symmetries import TestFunction, mixing, scaling
@@ -556,7 +556,7 @@ def test_jets_agree_with_differentiation_and_with_differences(name, generator):
     if homogeneous:  # compare with what the base class does without closed forms
         kinds.append(tl.Symmetry.jet(symmetry, params, xi))
     if is_chain(tl.Product([symmetry])):
-        kinds.append(jets(tl.Product([symmetry]), params, xi if isinstance(xi, tuple) else (xi,)))
+        kinds.append(product_jets(tl.Product([symmetry]), params, xi if isinstance(xi, tuple) else (xi,)))
     for one, two in kinds:
         expected = float(geometry.kappa(one, two))
         assert float(geometry.kappa(first, second)) == pytest.approx(expected, rel=1e-6)
@@ -581,7 +581,7 @@ def test_the_closed_form_of_incoming_mixing(activation, generator):
     once, twice = m @ a, m @ m @ a
     v1 = (once / slope) @ torch.linalg.pinv(x)
     v2 = (twice / slope - bend * once**2 / slope**3) @ torch.linalg.pinv(x)
-    first, second = jets([symmetry], params, (m,))
+    first, second = product_jets([symmetry], params, (m,))
     assert torch.allclose(torch.cat([first["0.weight"], first["0.bias"][:, None]], 1), v1, atol=1e-9)
     assert torch.allclose(torch.cat([second["0.weight"], second["0.bias"][:, None]], 1), v2, atol=1e-8)
     assert torch.allclose(first["2.weight"], -u @ m, atol=1e-10)

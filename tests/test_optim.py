@@ -1020,8 +1020,8 @@ def test_an_interrupt_at_any_write_leaves_everything_as_it_was(case, monkeypatch
 
 def test_an_interrupt_while_the_state_is_carried_or_reset(monkeypatch):
     for target, state in (
-        ("teleport_lite.optim.state_rules._carried", "transport"),
-        ("teleport_lite.optim.state_rules._forget", "reset"),
+        ("teleport_lite.optim.state_rules._moved_entries", "transport"),
+        ("teleport_lite.optim.state_rules._reset_states", "reset"),
     ):
         _, _, teleporter, snapshot = prepared("Adam", state)
         with monkeypatch.context() as patch:

@@ -15,7 +15,7 @@ from random_models import draw
 
 import teleport_lite as tl
 from teleport_lite.discovery.inputs import Arguments
-from teleport_lite.discovery.probe import Probe, laboratory
+from teleport_lite.discovery.probe import Probe, run_settings
 from teleport_lite.discovery.verify import Verifier
 from teleport_lite.groups import Permutation, PositiveScaling, Signs
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
@@ -64,8 +64,8 @@ def test_planted_symmetries_that_are_false_are_refused(block):
         wrong = [s for s in (planted(drawn.model, random.Random(k)) for k in range(4)) if s]
         probe = Probe(drawn.model)
         generator = torch.Generator().manual_seed(0)
-        with laboratory(probe.module):
-            probe.perturb(generator)
+        with run_settings(probe.module):
+            probe.perturb_parameters(generator)
             kept = Verifier(probe, Arguments.of(drawn.example), generator).keep(wrong, lambda *_: None)
         refused += len(wrong) - len(kept)
         for symmetry in kept:

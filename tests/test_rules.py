@@ -17,7 +17,7 @@ from torch import Tensor
 
 from teleport_lite.discovery.constraints import MIX, PERM, SCALE, SIGN
 from teleport_lite.discovery.propagate import Propagation
-from teleport_lite.discovery.solve import signatures, solve_permutations, solve_scalings, solve_signs
+from teleport_lite.discovery.solve import color_signatures, solve_permutations, solve_scalings, solve_signs
 
 INCOMPLETE = {  # operators with more than their rules say, and why
     "square": "twice an exponent is none of the classes",
@@ -330,7 +330,7 @@ def test_exchanges_and_mixings(name, system):
             dual = factors < 0
             m = torch.tensor([[1.2, 0.7], [-0.4, 0.9]], dtype=torch.float64)
         op.out = [t.double() for t in op.out]
-        for pair in pairs(op, classes, signatures(op.constraints, classes, system), dual):
+        for pair in pairs(op, classes, color_signatures(op.constraints, classes, system), dual):
             moved = {n: mixed(t, op.run._labels[id(t)], classes, pair, m, dual) for n, t in op.tensors.items()}
             expected = [mixed(t, a, classes, pair, m, dual) for t, a in zip(op.out, op.labels, strict=True)]
             assert agree(op(moved), expected), (seed, pair, op.shapes())

@@ -10,13 +10,13 @@ from fractions import Fraction
 import pytest
 import torch
 
-from teleport_lite.discovery.constraints import ALL, MIX, PERM, SCALE, SIGN, Constraints, negative
+from teleport_lite.discovery.constraints import ALL, MIX, PERM, SCALE, SIGN, Constraints, negate_labels
 from teleport_lite.discovery.solve import (
     PRODUCT,
     SECOND,
-    components,
-    reasons,
-    signatures,
+    color_signatures,
+    connected_components,
+    fixing_reasons,
     solve_permutations,
     solve_scalings,
     solve_signs,
@@ -24,8 +24,8 @@ from teleport_lite.discovery.solve import (
 
 
 def test_unions_of_what_was_joined_before():
-    joined = components(torch.arange(8), torch.tensor([4]), torch.tensor([5]))
-    assert components(joined, torch.tensor([1, 2]), torch.tensor([4, 5])).tolist() == [0, 1, 1, 3, 1, 1, 6, 7]
+    joined = connected_components(torch.arange(8), torch.tensor([4]), torch.tensor([5]))
+    assert connected_components(joined, torch.tensor([1, 2]), torch.tensor([4, 5])).tolist() == [0, 1, 1, 3, 1, 1, 6, 7]
 
 
 def by_walking(n: int, edges: list[tuple[int, int]]) -> list[int]:
@@ -47,7 +47,7 @@ def test_2000_random_sequences_of_unions():
             new = [(draw.randrange(n), draw.randrange(n)) for _ in range(draw.randint(0, 4))]
             edges += new
             x, y = (torch.tensor([e[i] for e in new], dtype=torch.int64) for i in (0, 1))
-            classes = components(classes, x, y)
+            classes = connected_components(classes, x, y)
             assert classes.tolist() == by_walking(n, edges)
 
 
@@ -141,7 +141,7 @@ def test_sums_that_are_decided_lose_nothing():
     c.equate(p, a)  # so b is zero
     classes, _ = solve_scalings(c)
     assert (classes[b >> 1] == 0).all() and len({*classes[a >> 1].tolist()}) == 4
-    c.equate(a[:2], negative(a[2:]))
+    c.equate(a[:2], negate_labels(a[2:]))
     classes, factors = solve_scalings(c)
     assert classes[a >> 1].tolist()[:2] == classes[a >> 1].tolist()[2:]
     assert factors[a >> 1].tolist() == [1, 1, -1, -1]
@@ -191,7 +191,7 @@ def test_permutations_and_signatures_by_brute_force():
             for v, color in zip(labels, colors, strict=True):
                 if systems == PERM:
                     given[expected[v]][step, color] += 1
-        numbers = signatures(c, classes, PERM).tolist()
+        numbers = color_signatures(c, classes, PERM).tolist()
         for v, w in itertools.combinations(range(n), 2):
             assert (numbers[v] == numbers[w]) == (given[expected[v]] == given[expected[w]])
 
@@ -217,4 +217,4 @@ def test_the_reason_is_the_first_one_of_what_it_is_equated_with():
     c.fix(b, "one")
     c.fix(a, "two")
     c.fix(d, "places only", PERM)
-    assert reasons(c, [a, b, d]) == ["one", "one", ""]
+    assert fixing_reasons(c, [a, b, d]) == ["one", "one", ""]

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import teleport_lite as tl
 from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.probe import Probe
-from teleport_lite.discovery.verify import Verifier, told
+from teleport_lite.discovery.verify import Verifier, describe_error
 from teleport_lite.errors import ParameterError, TeleportError
-from teleport_lite.outputs import distance, gaps, tensors_of
+from teleport_lite.outputs import distance, relative_gaps, tensors_of
 
 
 def x(*shape: int, seed: int = 1) -> Tensor:
@@ -302,7 +302,7 @@ def test_one_huge_entry_hides_no_other():
     assert distance(before, before) == 0
     many = [torch.tensor([1.0, 2.0, -1e30, -1e30, -1e30])]
     moved = [torch.tensor([1.0, 2.2, -1e30, -1e30, -1e30])]
-    assert gaps(moved, many, [many[0] < 0])[0] == pytest.approx(0.1, rel=1e-5)
+    assert relative_gaps(moved, many, [many[0] < 0])[0] == pytest.approx(0.1, rel=1e-5)
 
 
 def test_entries_that_are_not_finite_have_to_stay():
@@ -683,8 +683,8 @@ def test_outputs_that_are_zero_but_for_rounding_hide_no_symmetry():
 
 
 def test_reasons_name_what_was_found():
-    assert told(0.25) == "changes the outputs, by 2.5e-01 relative"
-    assert told(float("inf")) == "makes outputs not finite, or of another shape"
+    assert describe_error(0.25) == "changes the outputs, by 2.5e-01 relative"
+    assert describe_error(float("inf")) == "makes outputs not finite, or of another shape"
 
 
 # --- states that are handed on, heads whose output is dropped ---------------------------------------------------------
@@ -777,7 +777,7 @@ def test_a_table_of_positions_does_not_keep_axes_from_being_cut():
 
 @pytest.mark.parametrize(("gap", "most", "holds"), [(1e-9, 2, True), (1e-9, 0, False), (1e-3, 2, False)])
 def test_what_rounding_adds_up_is_confirmed_by_halves_and_nothing_else_is(monkeypatch, gap, most, holds):
-    monkeypatch.setattr(Verifier, "_failure", lambda self, s, _: (gap, None, 0) if len(s) > most else None)
+    monkeypatch.setattr(Verifier, "_first_failure", lambda self, s, _: (gap, None, 0) if len(s) > most else None)
     assert object.__new__(Verifier)._hold_in_parts(list("abcde"), []) == holds
 
 

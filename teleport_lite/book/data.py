@@ -56,7 +56,7 @@ class Dataset:
         """
         if not 0 < size <= len(self):
             raise TeleportError(f"a batch of 1 to {len(self)} samples", size, "ask for fewer")
-        chosen = self._order(generator)[:size]
+        chosen = self._draw_order(generator)[:size]
         return self.x[chosen], self.y[chosen]
 
     def batches(self, size: int, *, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -67,10 +67,10 @@ class Dataset:
         """
         if not 0 < size <= len(self):
             raise TeleportError(f"batches of 1 to {len(self)} samples", size, "ask for smaller ones")
-        order = self._order(generator)[: len(self) // size * size]
+        order = self._draw_order(generator)[: len(self) // size * size]
         return ((self.x[chosen], self.y[chosen]) for chosen in order.split(size))
 
-    def _order(self, generator: torch.Generator | None) -> Tensor:
+    def _draw_order(self, generator: torch.Generator | None) -> Tensor:
         device = self.x.device if generator is None else generator.device
         return torch.randperm(len(self), generator=generator, device=device).to(self.x.device)
 
@@ -102,7 +102,7 @@ def load(name: str = "digits", *, root: str | os.PathLike | None = None) -> tupl
     return LOADERS[name](Path(os.path.expanduser(folder)))
 
 
-def _digits(root: Path) -> tuple[Dataset, Dataset]:
+def _load_digits(root: Path) -> tuple[Dataset, Dataset]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -116,15 +116,15 @@ def _digits(root: Path) -> tuple[Dataset, Dataset]:
 def _idx_pair(name: str, folder: str) -> Callable[[Path], tuple[Dataset, Dataset]]:
     """A loader of the four idx files of MNIST or Fashion-MNIST."""
 
-    def read(root: Path) -> tuple[Dataset, Dataset]:
+    def read_pair(root: Path) -> tuple[Dataset, Dataset]:
         sets = []
         for part in ("train", "t10k"):
-            path = _present(*_spellings(root / folder / "raw" / f"{part}-images-idx3-ubyte"))
-            images = _idx(path, dims=3)
+            path = _first_present(*_file_spellings(root / folder / "raw" / f"{part}-images-idx3-ubyte"))
+            images = _read_idx(path, dims=3)
             if images.shape[1:] != (28, 28):
                 raise DataError(path, "images of 28 x 28", " x ".join(map(str, images.shape[1:])), _remedy(path))
-            path = _present(*_spellings(root / folder / "raw" / f"{part}-labels-idx1-ubyte"))
-            labels = _idx(path, dims=1)
+            path = _first_present(*_file_spellings(root / folder / "raw" / f"{part}-labels-idx1-ubyte"))
+            labels = _read_idx(path, dims=1)
             if len(labels) != len(images):
                 raise DataError(path, f"{len(images)} labels, one an image,", f"{len(labels)}", _remedy(path))
             if int(labels.max()) > 9:
@@ -132,7 +132,7 @@ def _idx_pair(name: str, folder: str) -> Callable[[Path], tuple[Dataset, Dataset
             sets.append(Dataset(name, images.flatten(1).float() / 255, labels.long()))
         return sets[0], sets[1]
 
-    return read
+    return read_pair
 
 
 _TORCHVISION = {"MNIST": "MNIST", "FashionMNIST": "FashionMNIST", "cifar-10-batches-py": "CIFAR10"}
@@ -146,7 +146,7 @@ def _remedy(path: Path) -> str:
     )
 
 
-def _present(*files: Path) -> Path:
+def _first_present(*files: Path) -> Path:
     """The first of these files that is there.
 
     Raises:
@@ -162,19 +162,19 @@ def _present(*files: Path) -> Path:
     raise DataError(path, "a file", got, _remedy(path))
 
 
-def _spellings(path: Path) -> list[Path]:
+def _file_spellings(path: Path) -> list[Path]:
     """An idx file as it may be called: with a dot, as on the page of its authors, or a dash; packed or not."""
     names = [path.name.replace("-idx", ".idx"), path.name]
     return [path.with_name(name + packed) for name in names for packed in ("", ".gz")]
 
 
-def _idx(path: Path, dims: int) -> Tensor:
+def _read_idx(path: Path, dims: int) -> Tensor:
     """The bytes of an idx file, as a tensor of `dims` dimensions: a magic number, the sizes, then the data.
 
     Raises:
         DataError: when it is truncated or of another format.
     """
-    content = _read(path)
+    content = _read_unpacked(path)
     if len(content) < 4 + 4 * dims:
         raise DataError(path, "an idx header", f"{len(content)} bytes", _remedy(path))
     if content[:4] != bytes([0, 0, 8, dims]):
@@ -191,7 +191,7 @@ def _idx(path: Path, dims: int) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
-def _read(path: Path) -> bytes:
+def _read_unpacked(path: Path) -> bytes:
     """The content of a file, unpacked when it is packed by gzip, whatever its name is.
 
     Raises:
@@ -220,12 +220,12 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 
-def _cifar10(root: Path) -> tuple[Dataset, Dataset]:
+def _load_cifar10(root: Path) -> tuple[Dataset, Dataset]:
     sets = []
     for files in ([f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]):
         images, labels = [], []
         for file in files:
-            path = _present(root / "cifar-10-batches-py" / file)
+            path = _first_present(root / "cifar-10-batches-py" / file)
             try:
                 with path.open("rb") as stream:
                     content = _ArraysOnly(stream, encoding="latin1").load()
@@ -243,8 +243,8 @@ def _cifar10(root: Path) -> tuple[Dataset, Dataset]:
 
 
 LOADERS: dict[str, Callable[[Path], tuple[Dataset, Dataset]]] = {
-    "digits": _digits,
+    "digits": _load_digits,
     "mnist": _idx_pair("mnist", "MNIST"),
     "fashion_mnist": _idx_pair("fashion_mnist", "FashionMNIST"),
-    "cifar10": _cifar10,
+    "cifar10": _load_cifar10,
 }

@@ -55,8 +55,8 @@ class Explorer:
         The middle frame is whole; of the others only what differs from it is kept, everything else is transparent.
         """
         start = self.position([len(v) // 2 for v in self.values.values()])
-        base = _decode(self.frames[start])
-        texts = {name: _texts(values) for name, values in self.values.items()}
+        base = _decode_webp(self.frames[start])
+        texts = {name: _slider_texts(values) for name, values in self.values.items()}
         sliders = "".join(
             SLIDER.substitute(
                 label=html.escape(self.labels[name]),
@@ -73,8 +73,8 @@ class Explorer:
             height=base.shape[0],
             width=base.shape[1],
             sliders=sliders,
-            base=base64.b64encode(_encode(base)).decode(),
-            frames=json.dumps([base64.b64encode(_encode(_decode(f), base)).decode() for f in self.frames]),
+            base=base64.b64encode(_encode_webp(base)).decode(),
+            frames=json.dumps([base64.b64encode(_encode_webp(_decode_webp(f), base)).decode() for f in self.frames]),
             texts=json.dumps([*texts.values()]).replace("</", r"<\/"),
             pause=PAUSE,
         )
@@ -85,7 +85,7 @@ class Explorer:
 
         sliders = [
             ipywidgets.SelectionSlider(
-                options=[(text, i) for i, text in enumerate(_texts(values))],
+                options=[(text, i) for i, text in enumerate(_slider_texts(values))],
                 value=len(values) // 2,
                 description=self.labels[name],
                 style={"description_width": "initial"},
@@ -97,12 +97,12 @@ class Explorer:
         ipywidgets.jslink((play, "value"), (sliders[0], "index"))
         picture = ipywidgets.Image(format="webp", layout={"max_width": "100%"})
 
-        def show(_=None) -> None:
+        def show_frame(_=None) -> None:
             picture.value = self.frames[self.position([s.index for s in sliders])]
 
-        show()
+        show_frame()
         for slider in sliders:
-            slider.observe(show, "index")
+            slider.observe(show_frame, "index")
         return ipywidgets.VBox([picture, ipywidgets.HBox([play, ipywidgets.VBox(sliders)])])
 
     def position(self, indices: Iterable[int]) -> int:
@@ -171,11 +171,11 @@ def explorer(
         for ax, place in zip(fig.axes, places, strict=True):
             ax.set_position(place)
         canvas.draw()
-        frames.append(_encode(np.asarray(canvas.buffer_rgba())[..., :3], effort=0))
+        frames.append(_encode_webp(np.asarray(canvas.buffer_rgba())[..., :3], effort=0))
     return Explorer(frames, lists, {name: (labels or {}).get(name, name) for name in lists}, alt)
 
 
-def _encode(picture: np.ndarray, base: np.ndarray | None = None, *, effort: int = 2) -> bytes:
+def _encode_webp(picture: np.ndarray, base: np.ndarray | None = None, *, effort: int = 2) -> bytes:
     """A picture [height, width, 3] as lossless WebP; transparent where it is equal to `base`.
 
     What is kept has a margin, in which both are equal: a browser that scales the pictures blends over a few pixels.
@@ -191,14 +191,14 @@ def _encode(picture: np.ndarray, base: np.ndarray | None = None, *, effort: int 
     return stream.getvalue()
 
 
-def _decode(frame: bytes) -> np.ndarray:
+def _decode_webp(frame: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(frame)).convert("RGB"))
 
 
-def _texts(values: list) -> list[str]:
+def _slider_texts(values: list) -> list[str]:
     """How a slider shows its values: three significant digits, and no rounding noise around zero.
 
-    >>> _texts([-0.5, 1e-9, 0.5]), _texts([1e-9, 1e-4, 10.0]), _texts([1, 20000, "sgd"])
+    >>> _slider_texts([-0.5, 1e-9, 0.5]), _slider_texts([1e-9, 1e-4, 10.0]), _slider_texts([1, 20000, "sgd"])
     (['-0.5', '0', '0.5'], ['1e-09', '0.0001', '10'], ['1', '20000', 'sgd'])
     """
     numbers = sorted(v for v in values if isinstance(v, float))

@@ -29,11 +29,11 @@ class Chart:
     linear: bool
 
 
-def _ellipse(a: float, b: float) -> Chart:
-    def scale(w: Tensor) -> Tensor:
+def _elliptic_chart(a: float, b: float) -> Chart:
+    def axis_lengths(w: Tensor) -> Tensor:
         return torch.tensor([a, b], dtype=w.dtype, device=w.device)
 
-    return Chart(lambda w: w * scale(w), lambda z: z / scale(z), linear=True)
+    return Chart(lambda w: w * axis_lengths(w), lambda z: z / axis_lengths(z), linear=True)
 
 
 def _booth_flat(w: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def _rosenbrock_curved(z: Tensor) -> Tensor:
 
 
 CHARTS = {
-    "ellipse": _ellipse(1.0, 3.0),
+    "ellipse": _elliptic_chart(1.0, 3.0),
     "booth": Chart(_booth_flat, _booth_curved, linear=True),
     "rosenbrock": Chart(_rosenbrock_flat, _rosenbrock_curved, linear=False),
 }

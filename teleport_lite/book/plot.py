@@ -144,16 +144,16 @@ def path(ax: Axes, points: Tensor, arm: str, *, label: str | None = None, marker
     ax.plot(*points[:1].T, marker="o", ms=8, mfc="none", color=colour(arm))
 
 
-def _range(runs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _median_and_range(runs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return runs.quantile(0.5, dim=0), runs.amin(0), runs.amax(0)
 
 
-def _deviation(runs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _mean_and_deviation(runs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean, spread = runs.mean(0), runs.std(0, correction=min(1, len(runs) - 1))
     return mean, mean - spread, mean + spread
 
 
-BANDS = {"range": _range, "std": _deviation}
+BANDS = {"range": _median_and_range, "std": _mean_and_deviation}
 
 
 def compare(

@@ -23,16 +23,16 @@ TURN = 16  # that of rotations, which is MIX but for norms and their gains
 ALL = SCALE | SIGN | PERM
 
 
-def negative(labels: Tensor) -> Tensor:
+def negate_labels(labels: Tensor) -> Tensor:
     """The labels of $-s$."""
     return torch.where(labels < 2, labels, labels ^ 1)
 
 
 @lru_cache(4096)
-def rational(number: float) -> float:
+def nearest_fraction(number: float) -> float:
     """The fraction with a small denominator that a computed number is, or else the number without its last digits.
 
-    >>> rational(0.33333333333), rational(0.7071067811865476)
+    >>> nearest_fraction(0.33333333333), nearest_fraction(0.7071067811865476)
     (0.3333333333333333, 0.7071067811865)
     """
     near = float(Fraction(number).limit_denominator(64)) if math.isfinite(number) else number

@@ -53,7 +53,7 @@ class Source:
     def __post_init__(self) -> None:
         self.read, self.blocked, self.settled, self.absorbed = torch.zeros(4, len(self.c), dtype=torch.bool)
 
-    def shifts(self) -> Iterator[Shift]:
+    def ended_shifts(self) -> Iterator[Shift]:
         """The translations by those entries that end everywhere: what nothing sees, and what is undone."""
         free = self.settled & ~self.blocked
         if not all(s.read.all() for s in (self, *(s for s, _ in self.undone))):  # it may be seen elsewhere
@@ -61,7 +61,9 @@ class Source:
         for mine, undone in ((free & ~self.absorbed, ()), (free & self.absorbed, self.undone)):
             if n := int(mine.sum()):
                 part = () if n == len(mine) else (Step(tuple(torch.where(mine, mine.cumsum(0) - 1, -1).tolist())),)
-                yield Shift(n, [Move(s.name, s.shape, 0, n, then(part, *c)) for s, c in [(self, self.own), *undone]])
+                yield Shift(
+                    n, [Move(s.name, s.shape, 0, n, extend_chain(part, *c)) for s, c in [(self, self.own), *undone]]
+                )
 
 
 @dataclass(eq=False)
@@ -102,7 +104,7 @@ class Difference:
         return self.chains[0][0] if self.chains[0] else Step(tuple(range(self.t.numel())))
 
 
-def clusters(inputs: list[tuple[Tensor, Difference]]) -> list[list[tuple[Tensor, Difference]]]:
+def cluster_by_source(inputs: list[tuple[Tensor, Difference]]) -> list[list[tuple[Tensor, Difference]]]:
     """The arguments that entries of a source shift together."""
     found: list[list[tuple[Tensor, Difference]]] = []
     for x, d in inputs:
@@ -112,7 +114,7 @@ def clusters(inputs: list[tuple[Tensor, Difference]]) -> list[list[tuple[Tensor,
     return found
 
 
-def rerun(
+def rerun_shifted(
     call: Any, inputs: Sequence[tuple[Tensor, Difference]], moving: bool, written: set[int]
 ) -> list[list[Tensor]]:
     """What an operator makes of arguments shifted up and down; where it only moves data, of the shifts alone.
@@ -121,7 +123,7 @@ def rerun(
     """
     (func, args, kwargs), shifts = call, {id(x): d.t for x, d in inputs}
 
-    def swapped(x: Tensor, sign: float) -> Tensor:
+    def shifted_argument(x: Tensor, sign: float) -> Tensor:
         t = shifts.get(id(x))
         if not moving:
             return x + sign * t if t is not None else x.clone() if id(x) in written else x
@@ -132,14 +134,14 @@ def rerun(
     try:
         runs = []
         for sign in (1.0,) if moving else (1.0, -1.0):
-            new, named = tree_map_only(Tensor, partial(swapped, sign=sign), (args, kwargs))
+            new, named = tree_map_only(Tensor, partial(shifted_argument, sign=sign), (args, kwargs))
             runs.append([x for x in leaves_of(func(*new, **named)) if isinstance(x, Tensor)])
         return runs
     except Exception:
         return []
 
 
-def multiplied(call: Any, x: Tensor, t: Tensor) -> list[list[Tensor]]:
+def multiply_shift(call: Any, x: Tensor, t: Tensor) -> list[list[Tensor]]:
     """What a product makes of the shift alone of its first factor, in one row where all rows have the same."""
     func, args, _ = call
     if func is torch.ops.aten.addmm.default:
@@ -149,15 +151,15 @@ def multiplied(call: Any, x: Tensor, t: Tensor) -> list[list[Tensor]]:
     return [[torch.where(out.abs() <= EXACT * t.abs().max() * args[1].abs().max(), 0, out)]]
 
 
-def compared(results: list[Tensor], ends: list[list[Tensor]]) -> list[Tensor | None]:
+def output_differences(results: list[Tensor], ends: list[list[Tensor]]) -> list[Tensor | None]:
     """The difference that a shift makes to each result; nothing, where an operator is not linear in it."""
     try:
-        return [_compare(x, *both) for x, *both in zip(results, *ends, strict=True)]
+        return [_output_difference(x, *both) for x, *both in zip(results, *ends, strict=True)]
     except _NonlinearError:
         return []
 
 
-def _compare(x: Tensor, plus: Tensor | None = None, minus: Tensor | None = None) -> Tensor | None:
+def _output_difference(x: Tensor, plus: Tensor | None = None, minus: Tensor | None = None) -> Tensor | None:
     """The difference that a shift makes, of length 1 where it can be; None where there is none.
 
     Raises:
@@ -172,16 +174,16 @@ def _compare(x: Tensor, plus: Tensor | None = None, minus: Tensor | None = None)
     if bool(x.isnan().any()):
         raise _NonlinearError
     if minus is None:
-        return compact(plus) if bool(plus.any()) else None
+        return compact_tensor(plus) if bool(plus.any()) else None
     here = torch.where(x.isfinite(), x, 0).abs()
     up, down = (torch.where(x.isfinite(), d, 0) for d in (plus - x, x - minus))
     rounding = EXACT * (here + here.median())
     if not bool(((up - down).abs() <= rounding + EXACT * up.abs().max()).all()):
         raise _NonlinearError
-    return compact(up) if bool((up.abs() > rounding).any()) else None
+    return compact_tensor(up) if bool((up.abs() > rounding).any()) else None
 
 
-def compact(t: Tensor) -> Tensor:
+def compact_tensor(t: Tensor) -> Tensor:
     """`t`, of length 1 along each dimension on which it does not depend."""
     size = EXACT * t.abs().max()
     for dim in range(t.ndim):
@@ -191,7 +193,7 @@ def compact(t: Tensor) -> Tensor:
     return torch.where(t.abs() <= size, 0, t)
 
 
-def then(chain: Chain, *steps: Step) -> Chain:
+def extend_chain(chain: Chain, *steps: Step) -> Chain:
     """A chain and then more steps, choices of entries drawn together."""
     for step in steps:
         if chain and not chain[-1].equation and not step.equation:
@@ -202,7 +204,7 @@ def then(chain: Chain, *steps: Step) -> Chain:
     return chain
 
 
-def summed(t: Tensor, w: Tensor) -> list[Step] | None:
+def sum_or_mean(t: Tensor, w: Tensor) -> list[Step] | None:
     """The sum or the mean along an axis of `t` that w is."""
     axes = "abcdefgh"[: t.ndim]
     for k in (k for k, n in enumerate(t.shape) if n > 1):

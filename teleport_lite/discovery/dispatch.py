@@ -34,7 +34,7 @@ def leaves_of(*values: Any) -> list[Any]:
     return found
 
 
-def written(func: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+def written_tensors(func: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
     """The tensors among its arguments that an operator writes to."""
     for i, spec in enumerate(func._schema.arguments):
         if spec.alias_info is not None and spec.alias_info.is_write:

@@ -49,51 +49,51 @@ class Draws(DispatchMode):
             return func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
         if name == "native_dropout":
-            return self._dropout(func, *args, **kwargs)
+            return self._draw_dropout(func, *args, **kwargs)
         if name in ("rrelu_with_noise", "rrelu_with_noise_"):
             self.many = True
             return func(*args[:4]) if self.even else func(*args, **kwargs)
         if name in ("bernoulli", "bernoulli_"):
-            return self._bernoulli(func, name, *args, **kwargs)
+            return self._draw_bernoulli(func, name, *args, **kwargs)
         if name in UNIFORM or name in SAMPLERS.split():
-            return self._sample(func, name, args, kwargs)
+            return self._draw_tensor(func, name, args, kwargs)
         self.many = True  # permutations, categories: drawn as they are
         return func(*args, **kwargs)
 
-    def _note(self, count: int) -> bool:
+    def _changes_draw(self, count: int) -> bool:
         """Whether this draw of `count` numbers is one that is changed."""
         self.single |= count == 1
         self.many |= count > 1
         return self.pattern is not None if count == 1 else self.even
 
-    def _unit(self, like: Tensor) -> Tensor:
+    def _draw_uniform(self, like: Tensor) -> Tensor:
         """A number in (0, 1)."""
         if self.pattern is not None:
             return torch.full((), next(self.pattern), dtype=torch.float64, device=like.device)
         return torch.rand((), dtype=torch.float64, device=like.device)
 
-    def _dropout(self, func, x, p, train=True):
-        if not train or not self._note(x.numel()):
+    def _draw_dropout(self, func, x, p, train=True):
+        if not train or not self._changes_draw(x.numel()):
             return func(x, p, train)
-        kept = torch.ones_like(x, dtype=torch.bool) & ((self.keep and self.even) | (self._unit(x) >= p))
+        kept = torch.ones_like(x, dtype=torch.bool) & ((self.keep and self.even) | (self._draw_uniform(x) >= p))
         return x * kept / max(1 - p, 1e-300), kept
 
-    def _bernoulli(self, func, name, x, p=None, *, generator=None):
-        if not self._note(x.numel()):
+    def _draw_bernoulli(self, func, name, x, p=None, *, generator=None):
+        if not self._changes_draw(x.numel()):
             return func(x, *(() if p is None else (p,)), generator=generator)
         chance = (0.5 if name == "bernoulli_" else x) if p is None else p
-        u = self._unit(x)
+        u = self._draw_uniform(x)
         u = torch.zeros_like(u) if self.even and self.keep and x.numel() > 1 else u
         drawn = torch.broadcast_to(torch.as_tensor(u < chance), x.shape).to(x.dtype)
         return x.copy_(drawn) if name == "bernoulli_" else drawn
 
-    def _sample(self, func, name: str, args: tuple, kwargs: dict) -> Tensor:
+    def _draw_tensor(self, func, name: str, args: tuple, kwargs: dict) -> Tensor:
         place = next((i for i, a in enumerate(args) if isinstance(a, (list, tuple))), None)  # of the shape, if any
         shape = torch.Size(args[place]) if place is not None else args[0].shape
-        if not self._note(shape.numel()):
+        if not self._changes_draw(shape.numel()):
             return func(*args, **kwargs)
         if shape.numel() == 1:
-            return self._single(func, name, args, kwargs)
+            return self._draw_single(func, name, args, kwargs)
         if place is not None:
             one = func(*args[:place], [1], *args[place + 1 :], **kwargs)
         else:
@@ -101,14 +101,14 @@ class Draws(DispatchMode):
         drawn = one.expand(shape)
         return args[0].copy_(drawn) if name.endswith("_") else drawn.clone()
 
-    def _single(self, func, name: str, args: tuple, kwargs: dict) -> Tensor:
+    def _draw_single(self, func, name: str, args: tuple, kwargs: dict) -> Tensor:
         out = func(*args, **kwargs)
         if name in UNIFORM:
             low, high = args[1:3] if name.startswith("uniform") and len(args) > 2 else (0, 1)
-            out.copy_(low + (high - low) * self._unit(out))
+            out.copy_(low + (high - low) * self._draw_uniform(out))
         elif name == "randint":
             low, high = (args[0], args[1]) if len(args) > 2 else (0, args[0])
-            out.copy_(low + ((high - low) * self._unit(out)).floor())
+            out.copy_(low + ((high - low) * self._draw_uniform(out)).floor())
         return out
 
 

@@ -16,7 +16,7 @@ DRAWN = 2  # random elements of small finite groups
 FAR = 3  # how far each coordinate of a translation goes, about
 
 
-def element(symmetry: Symmetry, turn: int, params: Params) -> Tensor:
+def random_element(symmetry: Symmetry, turn: int, params: Params) -> Tensor:
     """A random element; of a finite group, in two turns, elements that generate it or nearly so.
 
     The same symmetry has the same element in a turn, whatever stands beside it.

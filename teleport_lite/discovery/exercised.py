@@ -13,7 +13,7 @@ from teleport_lite.functional import Params
 Run = Callable[[], list[Tensor]]
 
 
-def exercised(params: Params, runs: Iterable[Run]) -> tuple[Params, set[str], list[Params]]:
+def exercised_entries(params: Params, runs: Iterable[Run]) -> tuple[Params, set[str], list[Params]]:
     """For each parameter which of its entries have a gradient in some run, of random sums of the outputs.
 
     The runs end when every parameter has such an entry. An entry without may still matter, as before an argmax.
@@ -37,7 +37,7 @@ def exercised(params: Params, runs: Iterable[Run]) -> tuple[Params, set[str], li
         for name in found:
             params[name].requires_grad_()
         for run in runs:
-            grads = _gradients(run, {name: params[name] for name in found}, generator)
+            grads = _existing_gradients(run, {name: params[name] for name in found}, generator)
             connected |= found.keys() if grads is None else grads.keys()
             gradients += [grads] if grads else []
             for name, g in (grads or {}).items():
@@ -48,7 +48,7 @@ def exercised(params: Params, runs: Iterable[Run]) -> tuple[Params, set[str], li
     return found, connected, gradients
 
 
-def _gradients(run: Run, params: Params, generator: torch.Generator) -> Params | None:
+def _existing_gradients(run: Run, params: Params, generator: torch.Generator) -> Params | None:
     """Those that there are; None where the run cannot be differentiated."""
     with torch.enable_grad():
         try:

@@ -19,12 +19,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from teleport_lite.discovery.draws import WithoutDropout
 from teleport_lite.discovery.inputs import Arguments
-from teleport_lite.discovery.probe import Probe, laboratory
+from teleport_lite.discovery.probe import Probe, run_settings
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.propose import solve_and_verify
-from teleport_lite.discovery.shears import shears
-from teleport_lite.discovery.solve import reasons as reasons_of
-from teleport_lite.discovery.translate import together, translations
+from teleport_lite.discovery.shears import verified_shears
+from teleport_lite.discovery.solve import fixing_reasons as reasons_of
+from teleport_lite.discovery.translate import combine_translations, verified_translations
 from teleport_lite.discovery.trial import Trial
 from teleport_lite.discovery.verify import Verifier
 from teleport_lite.errors import EmptyModelError, UnknownNameError
@@ -32,7 +32,7 @@ from teleport_lite.functional import Params, check_apart
 from teleport_lite.symmetries.axes import NeuronSymmetry
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.product import Product
-from teleport_lite.symmetries.rank import components, cost, rank
+from teleport_lite.symmetries.rank import connected_factors, rank_cost, tangent_rank
 from teleport_lite.symmetries.shifts import Shift
 
 PATIENCE = 3.0  # seconds after which steps are logged
@@ -69,7 +69,7 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
             not see. Classes are the last dimension of the outputs, and the second one of those with more than three.
 
     Returns:
-        A `Product`; empty, with `reasons`, when there is no symmetry. What was left out is listed there too.
+        A `Product`; empty, with `fixing_reasons`, when there is no symmetry. What was left out is listed there too.
 
     Raises:
         EmptyModelError: when the model has no parameters.
@@ -88,22 +88,22 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
     """
     if of not in ("outputs", "loss"):
         raise UnknownNameError("of", of, ("outputs", "loss"))
-    step = _steps()
+    step = _step_logger()
     probe = Probe(model)
     if not probe.params:
         raise EmptyModelError(model)
     check_apart(dict(model.named_parameters()))
     generator = torch.Generator().manual_seed(0)
-    with laboratory(probe.module):
-        probe.perturb(generator)
+    with run_settings(probe.module):
+        probe.perturb_parameters(generator)
         check = Verifier(probe, Arguments.of(example_inputs), generator)
-        trials = check.planned.informative()
-        propagation = moving = propagated(probe, trials)
+        trials = check.planned.informative_trials()
+        propagation = moving = propagate_trials(probe, trials)
         propagation.fix_idle_matrices(check.matters)
         if probe.movable:
             training = [t for t in check.planned.even if t.training][:1]
             masks = {n for n in probe.movable if bool(((probe.home[n] == 0) | (probe.home[n] == 1)).all())}
-            moving = propagated(
+            moving = propagate_trials(
                 probe, dict.fromkeys([*trials, *training]), [n for n in probe.movable if n not in masks]
             )
             moving.fix_idle_matrices(check.matters)
@@ -112,55 +112,62 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
         while True:
             factors, reasons = solve_and_verify(propagation, moving, check)
             step(f"{len(factors)} factors hold")
-            shifts = translations(probe, check, generator)
-            sheared = shears(factors, shifts, propagation, check)
+            shifts = verified_translations(probe, check, generator)
+            sheared = verified_shears(factors, shifts, propagation, check)
             step(f"{len(shifts) + len(sheared)} translations and shears hold")
-            if check.thorough or check.confirmed(factors, sheared, [*shifts]):
+            if check.thorough or check.confirm_together(factors, sheared, [*shifts]):
                 break
         found: list[Symmetry] = [*factors, *sheared]
-        for shift in together(shifts):
+        for shift in combine_translations(shifts):
             found += [shift] if _adds(shift, found, check.params) else []
         if of == "loss":
             probe.of = of
             check_loss = Verifier(probe, Arguments.of(example_inputs), generator)
             check_loss.thorough = True
-            seen = translations(probe, check_loss, generator)
-            found += [Shift(s.dim, s.moves, of) for s in together({s: k for s, k in seen.items() if s not in shifts})]
-        mixed = [f for part in components(found) if any(isinstance(f, Shift) for f in part) for f in part]
-        overlap = sum(f.dim for f in mixed) - rank(mixed, check.params) if cost(mixed, check.params) < CHEAP else 0
-        reasons = [*reasons, *check.notes(), *_unmoved(propagation, probe.params, factors)]
+            seen = verified_translations(probe, check_loss, generator)
+            found += [
+                Shift(s.dim, s.moves, of)
+                for s in combine_translations({s: k for s, k in seen.items() if s not in shifts})
+            ]
+        mixed = [f for part in connected_factors(found) if any(isinstance(f, Shift) for f in part) for f in part]
+        overlap = (
+            sum(f.dim for f in mixed) - tangent_rank(mixed, check.params)
+            if rank_cost(mixed, check.params) < CHEAP
+            else 0
+        )
+        reasons = [*reasons, *check.notes(), *_reasons_unmoved(propagation, probe.params, factors)]
     return Product(found, reasons, overlap)
 
 
 def _adds(shift: Shift, found: list[Symmetry], params: Params) -> bool:
     """Whether a translation in a kernel has more directions than what was found: mixings of narrow layers make them."""
     near = [f for f in found if f.dim and {*f.moved} & {*shift.moved}]
-    if not near or not shift.in_kernel or cost([*near, shift], params) >= CHEAP:
+    if not near or not shift.in_kernel or rank_cost([*near, shift], params) >= CHEAP:
         return True
-    return rank([*near, shift], params) > rank(near, params)
+    return tangent_rank([*near, shift], params) > tangent_rank(near, params)
 
 
-def _steps() -> Callable[[str], None]:
+def _step_logger() -> Callable[[str], None]:
     """What logs a step, with the time, of a search that takes long."""
     begun, log = time.monotonic(), logging.getLogger("teleport_lite")
 
-    def step(what: str) -> None:
+    def log_step(what: str) -> None:
         if (seconds := time.monotonic() - begun) > PATIENCE:
             log.info("find_symmetries: %s after %.0f s", what, seconds)
 
-    return step
+    return log_step
 
 
-def propagated(probe: Probe, trials: Iterable[Trial], buffers: Collection[str] = ()) -> Propagation:
+def propagate_trials(probe: Probe, trials: Iterable[Trial], buffers: Collection[str] = ()) -> Propagation:
     """The constraints that all these runs put on the parameters together, and on these buffers."""
     kernels = {id(p) for m in probe.module.modules() if isinstance(m, (_ConvNd, nn.Bilinear)) for p in m.parameters()}
     stacks = {n: len(p) for n, p in probe.params.items() if p.ndim == 3 and len(p) > 1 and id(p) not in kernels}
     trials, moving = list(trials), {n: probe.movable[n] for n in buffers}
-    propagation = _followed(probe, trials, stacks, moving)
-    return _followed(probe, trials, stacks | propagation.cut, moving) if propagation.cut else propagation
+    propagation = _propagate_runs(probe, trials, stacks, moving)
+    return _propagate_runs(probe, trials, stacks | propagation.cut, moving) if propagation.cut else propagation
 
 
-def _followed(probe: Probe, trials: list[Trial], stacks: dict[str, int], buffers: Params) -> Propagation:
+def _propagate_runs(probe: Probe, trials: list[Trial], stacks: dict[str, int], buffers: Params) -> Propagation:
     propagation = Propagation(probe.params, stacks, buffers)
     for name, p in probe.params.items():
         if not p.requires_grad:
@@ -174,7 +181,7 @@ def _followed(probe: Probe, trials: list[Trial], stacks: dict[str, int], buffers
     return propagation
 
 
-def _unmoved(propagation: Propagation, params: Params, factors: list[NeuronSymmetry]) -> list[str]:
+def _reasons_unmoved(propagation: Propagation, params: Params, factors: list[NeuronSymmetry]) -> list[str]:
     """Why the rows of matrices stay."""
     moved = {(leg.name, leg.dim) for f in factors for leg in f.legs}
     still = [

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from teleport_lite.discovery.dispatch import DispatchMode, leaves_of, written
+from teleport_lite.discovery.dispatch import DispatchMode, leaves_of, written_tensors
 from teleport_lite.host import on_host
 
 WIDER = {
@@ -45,17 +45,17 @@ class Float64(DispatchMode):
         coarse = any(map(_is_foreign, leaves))
         if func in WITHOUT_FLOAT64:
             self.needed = True
-            return WITHOUT_FLOAT64[func](*tree_map(_wide, args), **tree_map(_wide, kwargs))
+            return WITHOUT_FLOAT64[func](*tree_map(_widen_argument, args), **tree_map(_widen_argument, kwargs))
         if not coarse or func is torch.ops.aten.view.dtype:
             return func(*args, **kwargs)
         self.needed = True
         wide = {id(x): on_host(x) for x in leaves if isinstance(x, Tensor) and _is_foreign(x)}
 
-        def swap(x: Any) -> Any:
-            return wide.get(id(x), x) if isinstance(x, Tensor) else _wide(x)
+        def widen_leaf(x: Any) -> Any:
+            return wide.get(id(x), x) if isinstance(x, Tensor) else _widen_argument(x)
 
-        out = func(*tree_map(swap, args), **tree_map(swap, kwargs))
-        given = {id(wide[id(x)]): x for x in written(func, args, kwargs) if id(x) in wide}
+        out = func(*tree_map(widen_leaf, args), **tree_map(widen_leaf, kwargs))
+        given = {id(wide[id(x)]): x for x in written_tensors(func, args, kwargs) if id(x) in wide}
         for x in given.values():  # what is written in place keeps its type
             x.copy_(wide[id(x)])
         return tree_map(lambda x: given.get(id(x), x) if isinstance(x, Tensor) else x, out) if given else out
@@ -67,7 +67,7 @@ def _is_foreign(x: Any) -> bool:
     return x.type not in HERE if isinstance(x, torch.device) else isinstance(x, torch.dtype) and x in WIDER
 
 
-def _wide(x: Any) -> Any:
+def _widen_argument(x: Any) -> Any:
     if not _is_foreign(x):
         return x
     return on_host(x) if isinstance(x, Tensor) else torch.device("cpu") if isinstance(x, torch.device) else WIDER[x]

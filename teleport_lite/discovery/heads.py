@@ -11,7 +11,7 @@ from typing import Any
 from teleport_lite.discovery.verify import TOLERANCE, Verifier
 from teleport_lite.groups import GeneralLinear, Permutation
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
-from teleport_lite.symmetries.rank import components
+from teleport_lite.symmetries.rank import connected_factors
 
 NEARBY = 3  # parameters that are tried as what chooses among the matrices of a stack
 
@@ -52,7 +52,7 @@ def permute_blocks(found: list[NeuronSymmetry], check: Verifier) -> list[NeuronS
         if len(members) > 1 and behind:
             sides.append((len(members), [Leg(name, dim, dim == 1, start, size) for name, dim, start, size in runs[0]]))
 
-    def pairs(holds: Callable[[list[NeuronSymmetry]], bool]) -> list[NeuronSymmetry]:
+    def pair_sides(holds: Callable[[list[NeuronSymmetry]], bool]) -> list[NeuronSymmetry]:
         """Each side with the one that follows it, where that `holds`."""
         blocks: list[NeuronSymmetry] = []
         used = -1
@@ -63,16 +63,16 @@ def permute_blocks(found: list[NeuronSymmetry], check: Verifier) -> list[NeuronS
                 used = k + 1
         return blocks
 
-    def verified(symmetries: list[NeuronSymmetry]) -> bool:
+    def holds_exactly(symmetries: list[NeuronSymmetry]) -> bool:
         return check.error(symmetries) <= TOLERANCE
 
-    blocks = pairs(lambda _: True)
-    return blocks if not blocks or verified(blocks) else pairs(verified)
+    blocks = pair_sides(lambda _: True)
+    return blocks if not blocks or holds_exactly(blocks) else pair_sides(holds_exactly)
 
 
 def permute_stacks(found: list[NeuronSymmetry], check: Verifier) -> list[NeuronSymmetry]:
     """Permutations of the matrices of stacks: experts with the rows of a router, heads with those of another stack."""
-    parts = components(s for s in found if all(leg.groups > 1 for leg in s.legs))
+    parts = connected_factors(s for s in found if all(leg.groups > 1 for leg in s.legs))
     stacks = [{name for s in part for name in s.names} for part in parts]
     place = {name: i for i, name in enumerate(check.params)}
     rows: dict[tuple[str, int], set[str]] = defaultdict(set)

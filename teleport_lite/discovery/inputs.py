@@ -44,17 +44,17 @@ class Arguments:
     def map(self, leaf: Callable[[Any], Any]) -> Arguments:
         """Each leaf replaced; a tensor that stands in several places stays one."""
         memo: dict[int, Any] = {}
-        return Arguments(_map(self.args, leaf, memo), _map(self.kwargs, leaf, memo))
+        return Arguments(_map_leaves(self.args, leaf, memo), _map_leaves(self.kwargs, leaf, memo))
 
     def leaves(self) -> Leaves:
         """Tensors, numbers and whatever else is no container."""
         found: Leaves = []
 
-        def note(x: Any) -> Any:
+        def collect_leaf(x: Any) -> Any:
             found.append(x)
             return x
 
-        self.map(note)
+        self.map(collect_leaf)
         return found
 
     def with_leaves(self, leaves: Leaves) -> Arguments:
@@ -64,20 +64,20 @@ class Arguments:
 
     def fresh(self) -> Arguments:
         """Copies, which a model may write to."""
-        return self.map(_copied)
+        return self.map(_copy_leaf)
 
     def tensors(self) -> list[Tensor]:
         """The tensors among the leaves."""
         return [x for x in self.leaves() if isinstance(x, Tensor)]
 
 
-def _map(x: Any, leaf: Callable, memo: dict[int, Any]) -> Any:
+def _map_leaves(x: Any, leaf: Callable, memo: dict[int, Any]) -> Any:
     if isinstance(x, Tensor):
         if id(x) not in memo:
             memo[id(x)] = leaf(x)
         return memo[id(x)]
     if isinstance(x, Mapping):
-        new = {key: _map(value, leaf, memo) for key, value in x.items()}
+        new = {key: _map_leaves(value, leaf, memo) for key, value in x.items()}
         if type(x) is dict:
             return new
         same: Any = copy.copy(x)
@@ -85,17 +85,17 @@ def _map(x: Any, leaf: Callable, memo: dict[int, Any]) -> Any:
             same[key] = value
         return same
     if isinstance(x, (tuple, list)) and not isinstance(x, torch.Size):
-        parts = [_map(part, leaf, memo) for part in x]
+        parts = [_map_leaves(part, leaf, memo) for part in x]
         return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         again: Any = copy.copy(x)
         for f in dataclasses.fields(x):
-            object.__setattr__(again, f.name, _map(getattr(x, f.name), leaf, memo))
+            object.__setattr__(again, f.name, _map_leaves(getattr(x, f.name), leaf, memo))
         return again
     return leaf(x)
 
 
-def _copied(x: Any) -> Any:
+def _copy_leaf(x: Any) -> Any:
     if isinstance(x, Tensor):
         return x.clone()
     if isinstance(x, torch.Generator):
@@ -103,15 +103,15 @@ def _copied(x: Any) -> Any:
     return x if callable(x) else copy.deepcopy(x)
 
 
-def _vary(call: Arguments, real: Callable, whole: Callable) -> Arguments:
+def _vary_leaves(call: Arguments, real: Callable, whole: Callable) -> Arguments:
     """Every real tensor and every tensor of integers replaced."""
 
-    def leaf(x: Any) -> Any:
+    def vary_leaf(x: Any) -> Any:
         if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested or not x.numel():
             return x
         return real(x) if x.is_floating_point() or x.is_complex() else whole(x)
 
-    return call.map(leaf)
+    return call.map(vary_leaf)
 
 
 def variations(call: Arguments, tables: dict[int, int], generator: torch.Generator) -> Iterator[Iterator[Arguments]]:
@@ -123,52 +123,52 @@ def variations(call: Arguments, tables: dict[int, int], generator: torch.Generat
         generator: for the draws.
     """
 
-    def normal(x: Tensor) -> Tensor:
+    def draw_normal(x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
 
-    def uniform(x: Tensor) -> Tensor:
+    def draw_uniform(x: Tensor) -> Tensor:
         return torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device)
 
-    def noisy(x: Tensor) -> Tensor:
-        return x + _spread(x) * normal(x)
+    def add_noise(x: Tensor) -> Tensor:
+        return x + _typical_spread(x) * draw_normal(x)
 
-    def positive(x: Tensor) -> Tensor:  # signs stay; columns of integers are drawn from what stands there
+    def keep_signs(x: Tensor) -> Tensor:  # signs stay; columns of integers are drawn from what stands there
         columns = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
         counts = (columns == columns.real.round()).all(0) if x.is_complex() else (columns == columns.round()).all(0)
-        picked = columns.gather(0, uniform(columns).argsort(0))
-        return torch.where(counts, picked, columns * (0.3 * normal(columns).real).exp()).reshape(x.shape)
+        picked = columns.gather(0, draw_uniform(columns).argsort(0))
+        return torch.where(counts, picked, columns * (0.3 * draw_normal(columns).real).exp()).reshape(x.shape)
 
-    def between(x: Tensor) -> Tensor:  # rows are drawn together, so that sums over a row stay what they are
+    def mix_rows(x: Tensor) -> Tensor:  # rows are drawn together, so that sums over a row stay what they are
         if x.ndim < 1 or len(x) < 2:
             return x
-        share = uniform(x.flatten(1)[:, 0] if x.ndim > 1 else x).reshape(-1, *[1] * (x.ndim - 1))
+        share = draw_uniform(x.flatten(1)[:, 0] if x.ndim > 1 else x).reshape(-1, *[1] * (x.ndim - 1))
         return x + share.to(x.dtype) * (x.roll(1, 0) - x)
 
-    def anywhere(x: Tensor) -> Tensor:
+    def any_index(x: Tensor) -> Tensor:
         if id(x) not in tables or x.dtype == torch.bool:
-            return inside(x)
-        return (uniform(x) * tables[id(x)]).to(x.dtype)
+            return index_in_range(x)
+        return (draw_uniform(x) * tables[id(x)]).to(x.dtype)
 
-    def inside(x: Tensor) -> Tensor:
+    def index_in_range(x: Tensor) -> Tensor:
         low, high = x.min().double(), x.max().double()
-        return (low + uniform(x) * (high + 1 - low)).floor().to(x.dtype)
+        return (low + draw_uniform(x) * (high + 1 - low)).floor().to(x.dtype)
 
-    def same(x: Tensor) -> Tensor:
+    def keep_values(x: Tensor) -> Tensor:
         return x
 
-    for real in (noisy, positive, between):
-        yield (_vary(call, real, whole) for whole in (anywhere, inside, same))
+    for real in (add_noise, keep_signs, mix_rows):
+        yield (_vary_leaves(call, real, whole) for whole in (any_index, index_in_range, keep_values))
 
 
-def _spread(x: Tensor) -> Tensor | float:
+def _typical_spread(x: Tensor) -> Tensor | float:
     """How far values lie apart, and not zero."""
     size = float(x.abs().std()) if x.numel() > 1 else 0.0
     return size or float(x.abs().max()) or 1.0
 
 
-def times(call: Arguments, size: float) -> Arguments:
+def scale_inputs(call: Arguments, size: float) -> Arguments:
     """Real inputs so many times larger."""
-    return _vary(call, lambda x: size * x, lambda x: x)
+    return _vary_leaves(call, lambda x: size * x, lambda x: x)
 
 
 def other_numbers(call: Arguments) -> Iterator[Arguments]:
@@ -181,10 +181,10 @@ def other_numbers(call: Arguments) -> Iterator[Arguments]:
                     yield call.with_leaves([*leaves[:i], value, *leaves[i + 1 :]])
 
 
-def fewer(call: Arguments) -> Iterator[Arguments]:
+def drop_optional(call: Arguments) -> Iterator[Arguments]:
     """The same with None in place of one of several tensors, as of a mask or a context that may be left out.
 
-    >>> [some.args for some in fewer(Arguments((torch.ones(2), torch.ones(1))))]
+    >>> [some.args for some in drop_optional(Arguments((torch.ones(2), torch.ones(1))))]
     [(None, tensor([1.])), (tensor([1., 1.]), None)]
     """
     given: dict[Any, Any] = {**dict(enumerate(call.args)), **call.kwargs}
@@ -194,17 +194,17 @@ def fewer(call: Arguments) -> Iterator[Arguments]:
         yield Arguments(args, {name: None if name == key else x for name, x in call.kwargs.items()})
 
 
-def rows(call: Arguments) -> int:
+def batch_length(call: Arguments) -> int:
     """The length of the first axis of the first tensor that has one."""
     return next((len(x) for x in call.tensors() if x.ndim), ROWS)
 
 
 def few_rows(call: Arguments) -> Arguments | None:
     """The first `ROWS` examples of a batch, or a smaller batch repeated; None when it has that size."""
-    return None if rows(call) == ROWS else resized(call, rows(call), ROWS, 0)
+    return None if batch_length(call) == ROWS else resize_axes(call, batch_length(call), ROWS, 0)
 
 
-def sizes(call: Arguments) -> Iterator[tuple[int, int | None]]:
+def axis_lengths(call: Arguments) -> Iterator[tuple[int, int | None]]:
     """The lengths of axes: for each length all axes that have it, then those along one dimension."""
     found = {(x.shape[d], d) for x in call.tensors() for d in range(x.ndim)}
     for size in sorted({s for s, _ in found}):
@@ -212,21 +212,21 @@ def sizes(call: Arguments) -> Iterator[tuple[int, int | None]]:
         yield from ((size, d) for s, d in sorted(found) if s == size)
 
 
-def has(call: Arguments, size: int, dim: int | None) -> bool:
+def has_length(call: Arguments, size: int, dim: int | None) -> bool:
     """Whether a tensor is still as long as that, along one dimension or along any."""
     return any(size in x.shape[slice(dim, None if dim is None else dim + 1)] for x in call.tensors())
 
 
-def longer(size: int, dim: int | None) -> list[int]:
+def longer_lengths(size: int, dim: int | None) -> list[int]:
     """Lengths to try in place of one, not all of which a model may take; of a batch, one example more."""
     few = [size + 1] if dim == 0 else [2 * size + 1, size + 1, 2 * size]
     return few if size <= 8 else [size + 2, 2 * size, size // 2]
 
 
-def resized(call: Arguments, old: int, new: int, dim: int | None) -> Arguments:
+def resize_axes(call: Arguments, old: int, new: int, dim: int | None) -> Arguments:
     """Every axis of length `old` (along `dim` alone, where given) made `new` long, by repetition; integers likewise."""
 
-    def leaf(x: Any) -> Any:
+    def resize_leaf(x: Any) -> Any:
         if isinstance(x, int) and not isinstance(x, bool) and x == old and dim is None:
             return new
         if isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested:
@@ -235,4 +235,4 @@ def resized(call: Arguments, old: int, new: int, dim: int | None) -> Arguments:
                     x = x.index_select(d, (torch.arange(new) % old).to(x.device))
         return x
 
-    return call.map(leaf)
+    return call.map(resize_leaf)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.probe import normal
+from teleport_lite.discovery.probe import randn_like
 from teleport_lite.functional import Params
 from teleport_lite.symmetries.kernels import Kernel
 from teleport_lite.symmetries.shifts import Move, Shift, Step
@@ -88,7 +88,7 @@ def _slices(
         for dim in (d for d in range(g.ndim) if g.shape[d] > 1):
             along = g.movedim(dim, 0) if g.ndim > 1 else g[:, None]  # [n, rows of the bias, taps ...]
             along = along.flatten(2) if along.ndim > 2 else along[..., None]
-            weights = normal(along[0], generator)
+            weights = randn_like(along[0], generator)
             beside = total.get(after[name])
             beside = beside if g.ndim > 1 and beside is not None and beside.shape == along.shape[1:2] else None
             of_bias = None if beside is None else weights.sum(1) @ beside

@@ -16,7 +16,7 @@ def varying_dims(labels: Tensor) -> list[int]:
     return [d - labels.ndim for d in range(labels.ndim) if labels.shape[d] > 1]
 
 
-def lift(labels: Tensor, ndim: int) -> Tensor:
+def lift_labels(labels: Tensor, ndim: int) -> Tensor:
     """`labels` with dimensions of length 1 in front, `ndim` in all."""
     return labels.reshape((1,) * (ndim - labels.ndim) + labels.shape)
 
@@ -60,11 +60,11 @@ def vary_together(a: Tensor, b: Tensor) -> bool:
 def are_stacked(labels: Tensor, dims: Iterable[int], others: Iterable[int]) -> bool:
     """Whether several axes, along `others`, are stacked along `dims`: the labels of one axis are near each other."""
 
-    def step(along: Iterable[int]) -> int:
+    def smallest_step(along: Iterable[int]) -> int:
         steps = [s for d in along if labels.shape[d] > 1 for s in labels.diff(dim=d).abs().unique()[:2].tolist()]
         return min(filter(None, steps), default=0)
 
-    return step(dims) > step(others) > 0
+    return smallest_step(dims) > smallest_step(others) > 0
 
 
 def order_along(labels: Tensor, dims: Iterable[int]) -> Tensor:
@@ -75,7 +75,7 @@ def order_along(labels: Tensor, dims: Iterable[int]) -> Tensor:
 
 def along_last(out: Tensor) -> Callable[[Tensor], Tensor]:
     """Stand along the last dimensions of `out`."""
-    return lambda t: lift(t, out.ndim)
+    return lambda t: lift_labels(t, out.ndim)
 
 
 def along_channels(out: Tensor) -> Callable[[Tensor], Tensor]:
@@ -83,7 +83,7 @@ def along_channels(out: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda t: t.reshape([-1 if d == 1 else 1 for d in range(out.ndim)])
 
 
-def compact(labels: Tensor) -> Tensor:
+def compact_labels(labels: Tensor) -> Tensor:
     """`labels` with length 1 along each dimension on which they do not depend."""
     for d in range(labels.ndim):
         if labels.shape[d] > 1:

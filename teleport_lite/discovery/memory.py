@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.labels import Labels, compact, laid_out_as
+from teleport_lite.discovery.labels import Labels, compact_labels, laid_out_as
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -141,7 +141,7 @@ class Memory:
             return []
         offset = tensor.storage_offset() - base.storage_offset()
         return [
-            compact(torch.as_strided(laid_out_as(a, base), tensor.size(), tensor.stride(), offset))
+            compact_labels(torch.as_strided(laid_out_as(a, base), tensor.size(), tensor.stride(), offset))
             for a in self._labels[key]
         ]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from teleport_lite.discovery.constraints import ALL, MIX, SCALE, SIGN
-from teleport_lite.discovery.dispatch import leaves_of, written
+from teleport_lite.discovery.dispatch import leaves_of, written_tensors
 from teleport_lite.discovery.labels import Labels, cluster_by_dims, varying_dims
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Operation:
         self._labels_of = propagation.labels_of
         self.tensors = [t for t in leaves_of(args, kwargs) if isinstance(t, Tensor)]
         self.shapes = {id(t): t.shape for t in self.tensors}
-        self.written = list(written(func, args, kwargs))
+        self.written = list(written_tensors(func, args, kwargs))
         busy = any(map(self._labels_of, self.tensors))
         self._zeros = {
             id(t) for t in self.tensors if busy and not self._labels_of(t) and self.memory.is_zero(t)

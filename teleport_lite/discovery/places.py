@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import rational
+from teleport_lite.discovery.constraints import nearest_fraction
 from teleport_lite.discovery.solve import scatter_bits
 from teleport_lite.symmetries.axes import NeuronSymmetry
 
@@ -72,7 +72,7 @@ def places_of(axes: list[Axis], classes: Tensor, factors: Tensor) -> Places:
     position = torch.arange(len(owner))
     unit = power[_least(number, position + len(owner) * column) % max(len(owner), 1)][number]
     ratios, which = (power / unit).unique(return_inverse=True)
-    ratios = ratios.new_tensor([rational(r) for r in ratios.tolist()])
+    ratios = ratios.new_tensor([nearest_fraction(r) for r in ratios.tolist()])
     return Places(owner, axis, ratios[which], index[order], flat[order])
 
 

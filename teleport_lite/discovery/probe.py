@@ -19,7 +19,7 @@ from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.memory import storage_key
 from teleport_lite.discovery.watch import Watch
 from teleport_lite.functional import Params
-from teleport_lite.host import copy_of, innermost
+from teleport_lite.host import copy_of, unwrap_module
 from teleport_lite.outputs import arguments_of, tensors_of
 from teleport_lite.runtime import eager_mode, kept_random_state
 
@@ -47,10 +47,10 @@ class Probe:
         self.mode: Float64 | None = Float64()
         self.of = "outputs"
         self.buffers = {b: b.clone() for b in self.module.buffers()}
-        names = _movable(innermost(model))
+        names = _movable_buffers(unwrap_module(model))
         self.movable: Params = {n: b for n, b in self.module.named_buffers() if n in names}
         self.attributes = [
-            (m, {k: _kept(v) for k, v in m.__dict__.items()})
+            (m, {k: _copy_containers(v) for k, v in m.__dict__.items()})
             for m in self.module.modules()
             if not isinstance(m, torch.jit.ScriptModule)
         ]
@@ -68,16 +68,16 @@ class Probe:
         self.home: Params = {**self.values, **{n: self.buffers[b] for n, b in self.movable.items()}}
         self.here = self.home
 
-    def perturb(self, generator: torch.Generator) -> None:
+    def perturb_parameters(self, generator: torch.Generator) -> None:
         """Move everything off special values: nothing must hold only because a number happens to be 0 or 1."""
         with torch.no_grad():
             for p in self.params.values():
                 if p.is_floating_point() or p.is_complex():
-                    p.add_(p.abs().square().mean().sqrt().clamp(min=0.1) * normal(p, generator))
+                    p.add_(p.abs().square().mean().sqrt().clamp(min=0.1) * randn_like(p, generator))
             for module in self.module.modules():
                 if isinstance(module, _NormBase) and module.running_mean is not None and module.running_var is not None:
-                    module.running_mean.add_(0.1 * normal(module.running_mean, generator))
-                    module.running_var.mul_((0.1 * normal(module.running_var, generator)).exp())
+                    module.running_mean.add_(0.1 * randn_like(module.running_mean, generator))
+                    module.running_var.mul_((0.1 * randn_like(module.running_var, generator)).exp())
         self.buffers = {b: b.clone() for b in self.buffers}
         self._settle_home()
 
@@ -85,7 +85,7 @@ class Probe:
         self, call: Arguments, training: bool = False, seed: int = 0, modes: tuple[TorchDispatchMode, ...] = ()
     ) -> list[Tensor]:
         """The tensors that the copy returns, from its first state; `modes` see its operators, the last one first."""
-        self._restore()
+        self._restore_modules()
         self.module.train(training)
         seed_everything(seed)
         call = call.fresh()
@@ -101,18 +101,18 @@ class Probe:
             real = (t.is_floating_point() and t.ndim > 1 for t in found)
             return [t.log_softmax(1 if t.ndim > 3 else -1) if r else t for t, r in zip(found, real, strict=True)]
 
-    def unsettle(self, generator: torch.Generator) -> bool:
+    def perturb_buffers(self, generator: torch.Generator) -> bool:
         """Move buffers that the last run has changed off their values, for a state may be anything; whether any is."""
         moved = False
-        for module, name, b in self._places():
+        for module, name, b in self._buffer_places():
             if not b.is_floating_point() or b.layout is not torch.strided:
                 continue
             if id(module._buffers.get(name)) != id(b) or not torch.equal(b, self.buffers[b]):
-                self.buffers[b] += self.buffers[b].abs().mean().clamp(min=1.0) * normal(b, generator)
+                self.buffers[b] += self.buffers[b].abs().mean().clamp(min=1.0) * randn_like(b, generator)
                 moved = True
         return moved
 
-    def settle(self, call: Arguments) -> bool:
+    def settle_buffers(self, call: Arguments) -> bool:
         """Let buffers be as a run in training mode leaves them, where some that no norm holds may move; whether so.
 
         A buffer of equal numbers that the model will write to would otherwise seem to be no leg.
@@ -124,27 +124,27 @@ class Probe:
             self.outputs(call, training=True)
         except Exception:
             return False
-        for b, now in [(b, module._buffers.get(name)) for module, name, b in self._places()]:
+        for b, now in [(b, module._buffers.get(name)) for module, name, b in self._buffer_places()]:
             if b not in normed and now is not None and now.shape == b.shape:
                 self.buffers[b].copy_(now)
         return True
 
-    def _places(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    def _buffer_places(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         """Where the buffers were at first."""
         for module, attributes in self.attributes:
             yield from ((module, name, b) for name, b in attributes["_buffers"].items() if b is not None)
 
-    def left(self) -> Params:
+    def buffers_left(self) -> Params:
         """What the last run has made of the buffers that may move along."""
         names = {b: n for n, b in self.movable.items()}
-        now = {names[b]: module._buffers.get(name) for module, name, b in self._places() if b in names}
+        now = {names[b]: module._buffers.get(name) for module, name, b in self._buffer_places() if b in names}
         return {n: b for n, b in now.items() if b is not None}
 
-    def _restore(self) -> None:
+    def _restore_modules(self) -> None:
         """Give back to the modules what they held at first; a run may have changed it."""
         for module, attributes in self.attributes:
             module.__dict__.clear()
-            module.__dict__.update({k: _kept(v) for k, v in attributes.items()})
+            module.__dict__.update({k: _copy_containers(v) for k, v in attributes.items()})
         with torch.no_grad():
             for b, value in self.buffers.items():
                 b.copy_(value)
@@ -158,13 +158,13 @@ class Probe:
         moved = {name: p for name, p in params.items() if p is not here[name]}
         try:
             self.here = {**here, **moved}
-            self._write(moved)
+            self._write_parameters(moved)
             yield
         finally:
             self.here = here
-            self._write({name: here[name] for name in moved})
+            self._write_parameters({name: here[name] for name in moved})
 
-    def _write(self, params: Params) -> None:
+    def _write_parameters(self, params: Params) -> None:
         with torch.no_grad():
             for name, value in params.items():
                 if name in self.movable:
@@ -173,7 +173,7 @@ class Probe:
                     self.params[name].copy_(value)
 
 
-def _movable(model: nn.Module) -> set[str]:
+def _movable_buffers(model: nn.Module) -> set[str]:
     """The names of the buffers that hold several real numbers, are saved with the model, and share no memory."""
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     saved = {id(b) for m in modules for key, b in m._buffers.items() if key not in m._non_persistent_buffers_set}
@@ -182,11 +182,11 @@ def _movable(model: nn.Module) -> set[str]:
     return {n for n, b in real.items() if holders[storage_key(b)] == 1 and all(b.stride())}
 
 
-def _kept(value: Any) -> Any:
+def _copy_containers(value: Any) -> Any:
     return value.copy() if type(value) in (list, dict, OrderedDict, set) else value
 
 
-def normal(like: Tensor, generator: torch.Generator) -> Tensor:
+def randn_like(like: Tensor, generator: torch.Generator) -> Tensor:
     """Normal random numbers of the shape, type and device of `like`."""
     return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
@@ -207,7 +207,7 @@ def scattered(params: Params, spread: float, generator: torch.Generator) -> Para
 
 
 @contextmanager
-def laboratory(module: nn.Module) -> Iterator[None]:
+def run_settings(module: nn.Module) -> Iterator[None]:
     """All that is set while a copy is run, and set back afterwards.
 
     No gradients, no compilation, no autocast, no fused kernels (each operation can be seen), float64 and the CPU by

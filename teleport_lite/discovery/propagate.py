@@ -20,7 +20,7 @@ from torch import Tensor
 from teleport_lite.discovery import rules  # noqa: F401 (enters the rules into the table)
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN, Constraints
 from teleport_lite.discovery.dispatch import DispatchMode
-from teleport_lite.discovery.labels import Labels, cluster_by_dims, lift
+from teleport_lite.discovery.labels import Labels, cluster_by_dims, lift_labels
 from teleport_lite.discovery.memory import Memory, storage_key
 from teleport_lite.discovery.operation import Operation, RuleMisfit
 from teleport_lite.discovery.registry import UNSUPPORTED, find_decomposition, find_rule
@@ -156,14 +156,14 @@ class Propagation(DispatchMode):
                     return args[0].copy_(out) if op.is_in_place and pieces is not _known_decomposition else out
         blank = self._blank_memory(op) if busy else {}
         op.out = func(*args, **op.kwargs)
-        labels = self._follow(op) if busy else []
+        labels = self._infer_labels(op) if busy else []
         self._note_memory(op)
         self._note_parts(op)
         if busy:
-            self._assign(op, labels, blank)
+            self._assign_labels(op, labels, blank)
         return op.out
 
-    def _follow(self, op: Operation) -> list[Labels]:
+    def _infer_labels(self, op: Operation) -> list[Labels]:
         """The labels of the results; none, and all that is read stays, where there is no rule or it does not fit."""
         rule = find_rule(op.func)
         try:
@@ -189,27 +189,27 @@ class Propagation(DispatchMode):
                 found[id(t)] = base
         return found
 
-    def _assign(self, op: Operation, labels: list[Labels], blank: dict[int, Tensor]) -> None:
+    def _assign_labels(self, op: Operation, labels: list[Labels], blank: dict[int, Tensor]) -> None:
         """Give the results their labels; what was written into memory that was there before has to agree with it."""
         results = op.results()
         written = {id(t): t for t in op.written}
         for tensor, new in zip(results, labels + [[]] * len(results), strict=False):
             if written.pop(id(tensor), None) is not None and op.short_name not in VIEWS:
-                self._overwrite(tensor, new, blank.get(id(tensor)))
+                self._agree_with_memory(tensor, new, blank.get(id(tensor)))
             else:
                 self._labels[id(tensor)] = [a for a in new if bool(a.any())]
                 self._alive.append(tensor)
         for tensor in written.values():
-            self._overwrite(tensor, [], None)
+            self._agree_with_memory(tensor, [], None)
 
-    def _overwrite(self, tensor: Tensor, new: Labels, blank: Tensor | None) -> None:
+    def _agree_with_memory(self, tensor: Tensor, new: Labels, blank: Tensor | None) -> None:
         """A tensor in memory that others may see too: what is written has to move as what was there.
 
         Where there was nothing, in the memory of `blank`, each axis of it moves as what is written there.
         """
         if blank is not None and new:
             if blank.shape == tensor.shape and blank.stride() == tensor.stride():
-                self.memory.give_labels(blank, [lift(a, blank.ndim) for a in new])
+                self.memory.give_labels(blank, [lift_labels(a, blank.ndim) for a in new])
                 return
             self.memory.give_labels(blank, self.constraints.fresh_axes(blank.shape))
         old = self.labels_of(tensor)
@@ -245,7 +245,7 @@ class Propagation(DispatchMode):
                 self.memory.note_result(t, origin, id(t) in written)
         new = [t for t in results if storage_key(t) not in here]
         if tracked and new:
-            for t, entries in zip(results, self._carried(op, tracked[0]), strict=True):
+            for t, entries in zip(results, self._tracked_entries(op, tracked[0]), strict=True):
                 self.memory.carry_entries(t, entries)
 
     def _note_parts(self, op: Operation) -> None:
@@ -256,7 +256,7 @@ class Propagation(DispatchMode):
         if all(t.shape[1:] == p.shape[1:] for t in parts) and sum(map(len, parts)) == len(p):
             self.cut[name] = len(p) // math.gcd(len(p) // self.cut.get(name, 1), *map(len, parts))
 
-    def _carried(self, op: Operation, tracked: Tensor) -> list[Tensor]:
+    def _tracked_entries(self, op: Operation, tracked: Tensor) -> list[Tensor]:
         """For each result of an operation that carries entries of parameters along, which ones."""
         if op.short_name not in VIEWS:
             entries = self.memory.entries_of(tracked)

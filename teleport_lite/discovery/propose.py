@@ -14,17 +14,17 @@ from teleport_lite.discovery.heads import join_side_by_side, permute_blocks, per
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.places import Axis, Places, covered_places, families, places_of
 from teleport_lite.discovery.propagate import Propagation
-from teleport_lite.discovery.rotations import join_into_mixings, rotations
+from teleport_lite.discovery.rotations import join_into_mixings, verified_rotations
 from teleport_lite.discovery.solve import (
     FIRST,
     PRODUCT,
     SECOND,
-    signatures,
+    color_signatures,
     solve_permutations,
     solve_scalings,
     solve_signs,
 )
-from teleport_lite.discovery.verify import TOLERANCE, Verifier, told
+from teleport_lite.discovery.verify import TOLERANCE, Verifier, describe_error
 from teleport_lite.groups import (
     GeneralLinear,
     Group,
@@ -44,7 +44,7 @@ def solve_and_verify(
     propagation: Propagation, moving: Propagation, check: Verifier
 ) -> tuple[list[NeuronSymmetry], list[str]]:
     """Propose what solves the constraints, and verify it: for finite groups those where buffers are `moving` along."""
-    axes = still = [a for a in _axes(propagation) if a[0] in propagation.used]
+    axes = still = [a for a in _all_axes(propagation) if a[0] in propagation.used]
     reasons: list[str] = [
         f"{op} is not understood{f' ({why})' if why else ''}: what it reads stays as it is"
         for op, why in propagation.unsupported_ops.items()
@@ -52,38 +52,43 @@ def solve_and_verify(
     if unread := [name for name in propagation.unexercised if name not in check.untouched]:
         reasons.append(f"{', '.join(unread)}: {Operation.NOT_EXERCISED}, in part")
 
-    def drop(symmetry: NeuronSymmetry, error: float) -> None:
-        reasons.append(f"{symmetry}: {symmetry.group} {told(error)}")
+    def note_rejected(symmetry: NeuronSymmetry, error: float) -> None:
+        reasons.append(f"{symmetry}: {symmetry.group} {describe_error(error)}")
 
     found: list[NeuronSymmetry] = []
     mixings: list[NeuronSymmetry] = []
     sums, scaled = bool(propagation.constraints.sums), _with_offsets(axes, propagation.constraints)
     terms: tuple[int, ...] = (SECOND, PRODUCT) if sums else (SECOND,)
-    for classes, factors in _distinct(solve_scalings(propagation.constraints, term) for term in terms):
+    for classes, factors in _distinct_solutions(solve_scalings(propagation.constraints, term) for term in terms):
         places = places_of(scaled, classes, factors)
-        single = _proposals(scaled, places, GeneralLinear, signatures(propagation.constraints, classes, MIX), reasons)
+        single = _group_classes(
+            scaled, places, GeneralLinear, color_signatures(propagation.constraints, classes, MIX), reasons
+        )
         mixed = [s for s in join_side_by_side(list(single)) if s not in found]
         kept = check.keep(mixed, lambda *_: None)
         kept += check.keep([part for s in mixed if s not in kept for part in split_blocks(s)], lambda *_: None)
         mixings += kept
         rest = places.outside(covered_places(axes, mixings))
-        made = [s for s in _proposals(scaled, rest, PositiveScaling, None, reasons) if s not in found]
-        found += kept + check.keep(made, drop)
-    constraints, axes = moving.constraints, [a for a in _axes(moving) if a[0] in moving.used]
+        made = [s for s in _group_classes(scaled, rest, PositiveScaling, None, reasons) if s not in found]
+        found += kept + check.keep(made, note_rejected)
+    constraints, axes = moving.constraints, [a for a in _all_axes(moving) if a[0] in moving.used]
     covered, orders = covered_places(axes, mixings), solve_permutations(constraints)
     terms = (SECOND, FIRST, PRODUCT) if constraints.sums else (SECOND,)
     kinds: list[tuple[type[Group], Tensor, Tensor | None]] = [
-        *((Signs, classes, None) for (classes,) in _distinct((solve_signs(constraints, term),) for term in terms)),
-        (Permutation, orders, signatures(constraints, orders, PERM)),
+        *(
+            (Signs, classes, None)
+            for (classes,) in _distinct_solutions((solve_signs(constraints, term),) for term in terms)
+        ),
+        (Permutation, orders, color_signatures(constraints, orders, PERM)),
     ]
     proposals: list[NeuronSymmetry] = []
     for kind, classes, signature in kinds:
         rest = places_of(axes, classes, torch.ones(len(classes))).outside(covered)
-        made = [s for s in _proposals(axes, rest, kind, signature, reasons) if s not in found + proposals]
+        made = [s for s in _group_classes(axes, rest, kind, signature, reasons) if s not in found + proposals]
         proposals += made
         if check.planned.trials != check.planned.even or kind is Permutation:  # else all in one go
-            found, proposals = found + check.keep(proposals, drop), []
-    found = [s for s in found if not _trivial(s, check)]
+            found, proposals = found + check.keep(proposals, note_rejected), []
+    found = [s for s in found if not _is_trivial(s, check)]
     first = {(a[0], a[1]): i for i, a in reversed(list(enumerate(axes)))}
     rank = [GeneralLinear, PositiveScaling, SpecialOrthogonal, PairRotations, Signs, Permutation]
 
@@ -91,13 +96,13 @@ def solve_and_verify(
         return min(first[leg.name, leg.dim] for leg in s.legs), rank.index(type(s.group))
 
     found.sort(key=sort_key)
-    turning = rotations(found, propagation.constraints, {a[:2]: a[3] for a in still}, check)
+    turning = verified_rotations(found, propagation.constraints, {a[:2]: a[3] for a in still}, check)
     found += permute_blocks([part for s in found for part in split_blocks(s)], check)
     found = join_into_mixings(found + permute_stacks(found, check) + turning, check)
     return sorted(found, key=sort_key), reasons
 
 
-def _distinct(solutions: Iterable[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+def _distinct_solutions(solutions: Iterable[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     """Those that are not equal to one before."""
     found: list[tuple[Tensor, ...]] = []
     for s in solutions:
@@ -106,7 +111,7 @@ def _distinct(solutions: Iterable[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...
     return found
 
 
-def _axes(propagation: Propagation) -> list[Axis]:
+def _all_axes(propagation: Propagation) -> list[Axis]:
     """All axes of all parameters, in order; that of a depthwise convolution's inputs lies along dimension 0."""
     axes: list[Axis] = []
     for (name, dim, groups), labels in propagation.parameter_axes.items():
@@ -130,7 +135,7 @@ def _with_offsets(axes: list[Axis], constraints: Constraints) -> list[Axis]:
     ]
 
 
-def _proposals(
+def _group_classes(
     axes: list[Axis], places: Places, kind: type[Group], signature: Tensor | None, reasons: list[str]
 ) -> Iterator[NeuronSymmetry]:
     """Classes that show up on the same axes and that nothing tells apart, taken together."""
@@ -177,7 +182,7 @@ def _whole_stack(parts: list[NeuronSymmetry], sizes: dict[tuple[str, int, int], 
     return [NeuronSymmetry(group(count * first.group.n), [replace(leg, run=first.group.n) for leg in first.legs])]
 
 
-def _trivial(symmetry: NeuronSymmetry, check: Verifier) -> bool:
+def _is_trivial(symmetry: NeuronSymmetry, check: Verifier) -> bool:
     """Whether it moves nothing, because what it multiplies by on one dimension it divides by on another."""
     if len(symmetry.names) > 1:
         return False

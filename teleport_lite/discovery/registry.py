@@ -29,22 +29,22 @@ POINTWISE = "pointwise"  # the word for operators with PyTorch's tag
 def rule_for(names: Iterable[str] | str) -> Callable[[Rule], Rule]:
     """Enter a rule into the table under the names of operators, "add" for "aten::add", separated by spaces."""
 
-    def enter(rule: Rule) -> Rule:
+    def enter_rule(rule: Rule) -> Rule:
         for name in names.split() if isinstance(names, str) else names:
             RULES[name if "::" in name else f"aten::{name}"] = rule
         return rule
 
-    return enter
+    return enter_rule
 
 
 def decomposition_of(name: str) -> Callable[[Callable], Callable]:
     """Enter a function of the same arguments, made of simpler operators."""
 
-    def enter(function: Callable) -> Callable:
+    def enter_decomposition(function: Callable) -> Callable:
         DECOMPOSITIONS[f"aten::{name}"] = function
         return function
 
-    return enter
+    return enter_decomposition
 
 
 def _names_of(op: OpOverload) -> list[str]:

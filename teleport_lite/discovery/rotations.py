@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from teleport_lite.discovery.constraints import TURN, Constraints
-from teleport_lite.discovery.solve import signatures, solve_permutations, solve_scalings
+from teleport_lite.discovery.solve import color_signatures, solve_permutations, solve_scalings
 from teleport_lite.discovery.verify import Verifier
 from teleport_lite.functional import Params
 from teleport_lite.groups import GeneralLinear, PairRotations, Permutation, PositiveScaling, SpecialOrthogonal
@@ -21,7 +21,7 @@ TRIED = 8  # entries of a stream that are rotated to verify it: with its permuta
 Rotate = Callable[[int, bool], NeuronSymmetry]  # so many entries of a stream, all rotations or those that are centered
 
 
-def rotations(
+def verified_rotations(
     found: list[NeuronSymmetry],
     constraints: Constraints,
     axes: dict[tuple[str, int], Tensor],
@@ -36,10 +36,10 @@ def rotations(
         check: the verifier.
     """
     turning = check.keep([turned for s in found if (turned := _of_pairs(s))], lambda *_: None)
-    streams = list(_streams(found, constraints, axes, check.params))
+    streams = list(_residual_streams(found, constraints, axes, check.params))
     for centered in (False, True):  # behind an RMSNorm, and behind a LayerNorm
         tried = {rotate(min(n, TRIED), centered): (n, rotate) for n, rotate in streams if n > 1 + centered}
-        held = check.holding(list(tried), lambda *_: None)
+        held = check.bisect_holding(list(tried), lambda *_: None)
         turning += [rotate(n, centered) for n, rotate in map(tried.__getitem__, held)]
         streams = [pair for s, pair in tried.items() if s not in held]
     return turning
@@ -82,7 +82,7 @@ def _of_pairs(scaling: NeuronSymmetry) -> NeuronSymmetry | None:
     return NeuronSymmetry(PairRotations(2 * n, halves=True), legs)
 
 
-def _streams(
+def _residual_streams(
     found: list[NeuronSymmetry],
     constraints: Constraints,
     axes: dict[tuple[str, int], Tensor],
@@ -93,19 +93,19 @@ def _streams(
     A leg stands behind a gain when both would be rescaled together.
     """
 
-    def label(leg: Leg) -> int:
+    def first_label(leg: Leg) -> int:
         return int(axes[leg.name, leg.dim][leg.start])
 
     permuted = [s for s in found if isinstance(s.group, Permutation) and not s.buffers]
     if permuted:
-        marks = signatures(constraints, solve_permutations(constraints), TURN)
-        permuted = [s for s in permuted if not marks[label(s.legs[0]) >> 1]]
+        marks = color_signatures(constraints, solve_permutations(constraints), TURN)
+        permuted = [s for s in permuted if not marks[first_label(s.legs[0]) >> 1]]
     if not permuted:
         return
     classes, factors = solve_scalings(constraints)
-    gain_of, number, multiplies = multipliers(constraints)
+    gain_of, number, multiplies = axis_multipliers(constraints)
 
-    def moved(k: int) -> tuple[int, bool]:
+    def class_and_sign(k: int) -> tuple[int, bool]:
         return int(classes[k >> 1]), bool(factors[k >> 1] < 0) != bool(k & 1)
 
     for s in permuted:
@@ -113,19 +113,19 @@ def _streams(
         legs: list[tuple[Leg, Leg | None]] = []
         for leg in s.legs:
             vector = params[leg.name].numel() == params[leg.name].shape[leg.dim]
-            if vector and multiplies[k := int(gain_of[label(leg)])] and moved(k)[0]:
-                gains[moved(k)[0]] = replace(leg, offset=float(number[label(leg)])), moved(k)[1]
+            if vector and multiplies[k := int(gain_of[first_label(leg)])] and class_and_sign(k)[0]:
+                gains[class_and_sign(k)[0]] = replace(leg, offset=float(number[first_label(leg)])), class_and_sign(k)[1]
             else:
                 legs.append((leg, None))
         for i, (leg, _) in enumerate(legs):
-            c, dual = moved(label(leg))
+            c, dual = class_and_sign(first_label(leg))
             if c in gains:
                 legs[i] = replace(leg, dual=dual != gains[c][1]), gains[c][0]
         if legs:
-            yield s.group.n, partial(_rotation, legs)
+            yield s.group.n, partial(_rotation_of_legs, legs)
 
 
-def multipliers(constraints: Constraints) -> tuple[Tensor, Tensor, Tensor]:
+def axis_multipliers(constraints: Constraints) -> tuple[Tensor, Tensor, Tensor]:
     """For each label that of the parameter with its offset, the offset, and whether what has it multiplies an axis."""
     gain_of, number = torch.arange(2 * constraints.count), torch.zeros(2 * constraints.count, dtype=torch.float64)
     for shifted, parameter, offset in constraints.offsets:
@@ -136,7 +136,7 @@ def multipliers(constraints: Constraints) -> tuple[Tensor, Tensor, Tensor]:
     return gain_of, number, multiplies
 
 
-def _rotation(legs: list[tuple[Leg, Leg | None]], n: int, centered: bool) -> NeuronSymmetry:
+def _rotation_of_legs(legs: list[tuple[Leg, Leg | None]], n: int, centered: bool) -> NeuronSymmetry:
     group = SpecialOrthogonal(n, centered)
     if any(gain for _, gain in legs):
         return GainedSymmetry(group, *zip(*legs, strict=True))

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from teleport_lite.discovery.constraints import SCALE
 from teleport_lite.discovery.propagate import Propagation
-from teleport_lite.discovery.rotations import multipliers
+from teleport_lite.discovery.rotations import axis_multipliers
 from teleport_lite.discovery.solve import solve_scalings
 from teleport_lite.discovery.translate import to_first_order
 from teleport_lite.discovery.verify import Verifier
@@ -25,7 +25,7 @@ from teleport_lite.symmetries.gained import GainedSymmetry
 from teleport_lite.symmetries.shifts import Shift
 
 
-def shears(
+def verified_shears(
     found: list[NeuronSymmetry], shifts: Iterable[Shift], propagation: Propagation, check: Verifier
 ) -> list[NeuronSymmetry]:
     """The shears that hold, but for those that translations make, beside scalings and permutations that were found."""
@@ -35,16 +35,16 @@ def shears(
     mixed = [{(leg.name, leg.dim) for leg in s.legs} for s in found if isinstance(s.group, GeneralLinear)]
     proposed += [s for s in _of_means(found, propagation) if {(leg.name, leg.dim) for leg in s.legs} not in mixed]
     lengths = [float(norm(g)) for g in check.gradients]
-    proposed = [s for s in proposed if to_first_order(s, params, check.gradients, lengths) and check.sees(s)]
+    proposed = [s for s in proposed if to_first_order(s, params, check.gradients, lengths) and check.notices_change(s)]
     return check.at_given(check.keep(proposed, lambda *_: None))
 
 
 def _behind_norms(found: list[NeuronSymmetry], propagation: Propagation, params: Params) -> Iterator[NeuronSymmetry]:
     """All that a gain is scaled with, but for that gain, where the shift of the norm is among it."""
-    gain_of, _, multiplies = multipliers(propagation.constraints)
+    gain_of, _, multiplies = axis_multipliers(propagation.constraints)
     for s in (s for s in found if isinstance(s.group, PositiveScaling)):
         vectors = [leg for leg in s.legs if params[leg.name].numel() == s.group.n]
-        gains = [leg for leg in vectors if multiplies[gain_of[_label(leg, propagation)]]]
+        gains = [leg for leg in vectors if multiplies[gain_of[_first_label(leg, propagation)]]]
         if len(gains) != 1 or any(leg.power != 1 for leg in s.legs):
             continue
         legs = [replace(leg, dual=leg.dual != gains[0].dual) for leg in s.legs if leg not in gains]
@@ -64,7 +64,7 @@ def _of_means(found: list[NeuronSymmetry], propagation: Propagation) -> Iterator
     for s in permuted:
         parts: dict[int, list[tuple[Leg, bool]]] = defaultdict(list)
         for leg in s.legs:
-            k = _label(leg, propagation)
+            k = _first_label(leg, propagation)
             parts[int(classes[k >> 1])].append((leg, bool(factors[k >> 1] < 0) != bool(k & 1)))
         for c, part in parts.items():
             if c and {dual for _, dual in part} == {False, True}:
@@ -73,6 +73,6 @@ def _of_means(found: list[NeuronSymmetry], propagation: Propagation) -> Iterator
                     yield NeuronSymmetry(Shears(s.group.n, transposed=True), legs)
 
 
-def _label(leg: Leg, propagation: Propagation) -> int:
+def _first_label(leg: Leg, propagation: Propagation) -> int:
     """That of the first entry."""
     return int(propagation.parameter_axes[leg.name, leg.dim, leg.groups][leg.start])

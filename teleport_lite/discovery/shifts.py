@@ -19,13 +19,13 @@ from teleport_lite.discovery.differences import (
     Difference,
     Source,
     choice_of,
-    clusters,
-    compact,
-    compared,
-    multiplied,
-    rerun,
-    summed,
-    then,
+    cluster_by_source,
+    compact_tensor,
+    extend_chain,
+    multiply_shift,
+    output_differences,
+    rerun_shifted,
+    sum_or_mean,
 )
 from teleport_lite.discovery.dispatch import DispatchMode, leaves_of
 from teleport_lite.discovery.memory import storage_key
@@ -63,13 +63,13 @@ class Shifts(DispatchMode):
         self.sources: list[Source] = []
         self.products: dict[str, tuple[tuple[int, ...], int, str]] = {}
 
-    def _source(self, name: str, shape: tuple[int, ...], n: int, own: Chain = ()) -> Source:
+    def _new_source(self, name: str, shape: tuple[int, ...], n: int, own: Chain = ()) -> Source:
         p = self._params[name]
         c = torch.randn(n, generator=self._generator, dtype=p.dtype).to(p) * (1 + p.square().mean().sqrt())
         self.sources.append(Source(name, shape, c, own))
         return self.sources[-1]
 
-    def _enter(self, x: Tensor) -> None:
+    def _enter_parameter(self, x: Tensor) -> None:
         """Begin with the shifts of a parameter, of which `x` is a view: of all entries or rows alike, and of each."""
         name = self._owners[storage_key(x)]
         p = self._params[name]
@@ -78,18 +78,18 @@ class Shifts(DispatchMode):
         if name not in self._own:
             alike = (1,) * p.ndim
             shapes = [alike, (*alike[1:], p.shape[-1]), tuple(p.shape)][: 2 + (p.numel() <= WHOLE)]
-            self._own[name] = [self._source(name, s, torch.Size(s).numel()) for s in dict.fromkeys(shapes)]
+            self._own[name] = [self._new_source(name, s, torch.Size(s).numel()) for s in dict.fromkeys(shapes)]
         part = x.numel() < p.numel()  # whose other entries may go elsewhere: then those of a source that moves it alone
         for s in reversed(self._own[name]) if part else self._own[name]:
             t = s.c.view(s.shape)
             if x is not p:
                 laid = torch.empty_strided(p.size(), p.stride(), dtype=p.dtype, device=p.device).copy_(t)
-                t = compact(laid.as_strided(x.size(), x.stride(), x.storage_offset() - p.storage_offset()))
+                t = compact_tensor(laid.as_strided(x.size(), x.stride(), x.storage_offset() - p.storage_offset()))
             step = choice_of(s.c, t.reshape(-1))
             if step is not None:
-                self._put(x, Difference(s, t, (then((), *step),), s.read | True))
+                self._attach_difference(x, Difference(s, t, (extend_chain((), *step),), s.read | True))
 
-    def _put(self, tensor: Tensor, difference: Difference) -> None:
+    def _attach_difference(self, tensor: Tensor, difference: Difference) -> None:
         self._found.setdefault(id(tensor), []).append(difference)
         self._alive.append(tensor)
 
@@ -98,7 +98,7 @@ class Shifts(DispatchMode):
         for x in outputs:
             for d in self._found.get(id(x), []):
                 d.source.blocked |= d.support
-        found = [(s, part) for s in self.sources for part in s.shifts()]
+        found = [(s, part) for s in self.sources for part in s.ended_shifts()]
         whole = {(s.name, s.own): len(s.c) for s, part in found if part.dim == len(s.c)}  # finer sources stand last
         return [part for s, part in found if len(s.c) >= whole.get((s.name, s.own), 0)]
 
@@ -114,15 +114,17 @@ class Shifts(DispatchMode):
         for x in () if views else [args[BIASES[kind][0]]] if kind in BIASES else given:
             owned = isinstance(x, Tensor) and storage_key(x) in self._owners and id(x) not in self._found
             if owned and (x.ndim < 2 or kind not in PRODUCTS):  # where the shift of a matrix meets the data, it is seen
-                self._enter(x)
-        alive = clusters([(x, d) for x in {id(x): x for x in given}.values() for d in self._found.get(id(x), [])])
+                self._enter_parameter(x)
+        alive = cluster_by_source(
+            [(x, d) for x in {id(x): x for x in given}.values() for d in self._found.get(id(x), [])]
+        )
         call, bias = (func, args, kwargs), args[BIASES[kind][0]] if kind in BIASES else None
         direct = [len(i) == 1 and i[0][0] is bias and bias.ndim == 1 for i in alive]
         rows = args[ROWS[kind]] if kind in ROWS and not kwargs and len({*map(id, given)}) == len(given) else None
         ends = [
             [] if known
-            else multiplied(call, rows, i[0][1].t) if len(i) == 1 and i[0][0] is rows
-            else rerun(call, i, moving, written)
+            else multiply_shift(call, rows, i[0][1].t) if len(i) == 1 and i[0][0] is rows
+            else rerun_shifted(call, i, moving, written)
             for known, i in zip(direct, alive, strict=True)
         ]  # fmt: skip
         out = func(*args, **kwargs)
@@ -136,22 +138,25 @@ class Shifts(DispatchMode):
             s.born = s.born or (0 if moving else len(self._alive))
             s.read |= support & (not moving)
             shape = [-1 if k == BIASES[kind][1] % ndim else 1 for k in range(ndim)] if known else []
-            new = [d.t.view(shape)] if known else compared(results, moved)
-            found = [self._express((kind, args, given), inputs, t, support) if t is not None else None for t in new]
+            new = [d.t.view(shape)] if known else output_differences(results, moved)
+            found = [
+                self._express_difference((kind, args, given), inputs, t, support) if t is not None else None
+                for t in new
+            ]
             if not found or (storage_key(x) in self._owners and any(d and d.v is not None for d in found)):
                 s.blocked |= support  # by what is not linear, a number that Python reads, or data times a gain
                 continue
             s.settled |= support & (not moving and found[0] is None)
             for x, new_d in zip(results, found, strict=False):
                 if new_d:
-                    self._put(x, new_d)
+                    self._attach_difference(x, new_d)
         if kind in ("mm", "addmm"):
             self._read_normalized(args, results[0])
         for x in results:
-            self._absorb(self._found.get(id(x), []))
+            self._absorb_shifts(self._found.get(id(x), []))
         return out
 
-    def _express(
+    def _express_difference(
         self, op: tuple[str, tuple, list[Tensor]], inputs: list[tuple[Tensor, Difference]], t: Tensor, support: Tensor
     ) -> Difference:
         """The difference `t` in terms of those in the arguments."""
@@ -165,27 +170,27 @@ class Shifts(DispatchMode):
                 parts.append((d, Step(tuple(places.tolist()), scale=scale)))
             total = torch.stack([step.scale * d.t.reshape(-1)[list(step.indices)] for d, step in parts]).sum(0)
             if torch.allclose(total, t.reshape(-1), EXACT, EXACT * float(t.abs().max())):
-                return Difference(s, t, tuple(then(c, step) for d, step in parts for c in d.chains), support)
+                return Difference(s, t, tuple(extend_chain(c, step) for d, step in parts for c in d.chains), support)
         d = inputs[0][1]
         v, w = d.t.reshape(-1) if d.v is None else d.v, t.reshape(-1)
-        step = next(([r] for x in given if (r := self._product(x, v, w))), None)
+        step = next(([r] for x in given if (r := self._match_product(x, v, w))), None)
         if step is None and d.v is None:
-            step = self._broadcast(given, inputs[0][0], d.t, w) if kind in PRODUCTS else summed(d.t, w)
+            step = self._match_broadcast(given, inputs[0][0], d.t, w) if kind in PRODUCTS else sum_or_mean(d.t, w)
         step = choice_of(v, w) if step is None else step
         if len(inputs) > 1 or step is None:
             return Difference(s, t, d.chains, support, v)
-        return Difference(s, t, tuple(then(c, *step) for c in d.chains), support)
+        return Difference(s, t, tuple(extend_chain(c, *step) for c in d.chains), support)
 
-    def _broadcast(self, given: list[Tensor], x: Tensor, t: Tensor, w: Tensor) -> list[Step] | None:
+    def _match_broadcast(self, given: list[Tensor], x: Tensor, t: Tensor, w: Tensor) -> list[Step] | None:
         """A choice of entries and a product that make w of `t`, which is the same along an axis of x."""
         for dim in (k for k in range(x.ndim) if t.shape[k] < x.shape[k]):
             wide = t.expand(*(n if k == dim else -1 for k, n in enumerate(x.shape))).reshape(-1)
-            product = next((r for p in given if (r := self._product(p, wide, w))), None)
+            product = next((r for p in given if (r := self._match_product(p, wide, w))), None)
             if product:
                 return [*(choice_of(t.reshape(-1), wide) or ()), product]
         return None
 
-    def _operand(self, x: Any) -> tuple[Operand, Tensor] | None:
+    def _parameter_rows(self, x: Any) -> tuple[Operand, Tensor] | None:
         """The rows of a parameter that a tensor shows, in whatever order, and these rows themselves."""
         name = self._owners.get(storage_key(x)) if isinstance(x, Tensor) else None
         if name is None or not (p := self._params[name]).ndim or not p.is_contiguous():
@@ -197,9 +202,9 @@ class Shifts(DispatchMode):
         operand = name, first // width, count // width, 1
         return operand, p.narrow(0, *operand[1:3])
 
-    def _product(self, x: Tensor, v: Tensor, w: Tensor) -> Step | None:
+    def _match_product(self, x: Tensor, v: Tensor, w: Tensor) -> Step | None:
         """The parameter that `x` shows, times v, where w is that."""
-        found = self._operand(x)
+        found = self._parameter_rows(x)
         if found is None or torch.equal(v, w):
             return None
         operand, p = found
@@ -219,7 +224,7 @@ class Shifts(DispatchMode):
                     return Step((), equation, (n,), (operand,), 1.0 if abs(scale - 1) < EXACT else scale)
         return None
 
-    def _absorb(self, here: list[Difference]) -> None:
+    def _absorb_shifts(self, here: list[Difference]) -> None:
         """Let what is shifted by one source be shifted back by another, whose entries are added at the same places."""
         for d in [d for d in here if d.v is None]:
             for e in here:
@@ -241,7 +246,7 @@ class Shifts(DispatchMode):
                 undone = torch.cat([v, v.new_zeros(1)])[back][entries] * used.to(v)
                 if bool(((undone - v[places]).abs() <= EXACT * v.abs().max()).all()):
                     step = Step(tuple(back.tolist()), scale=-1.0 / choice.scale)
-                    s.undone.update(dict.fromkeys((other, then(c, step)) for c in d.chains))
+                    s.undone.update(dict.fromkeys((other, extend_chain(c, step)) for c in d.chains))
                     s.settled |= d.support
                     s.absorbed |= d.support
                     here.remove(d)
@@ -279,10 +284,10 @@ class Shifts(DispatchMode):
             shifts = ((vectors @ inverse[k] - total).abs() <= rounding).nonzero()[:, 0].tolist()
             if shifts or total.abs() <= rounding:
                 own = Step((), f"i,o->{outer}", (m,), (gain,))
-                s = self._source(name, tuple(self._params[name].shape), m, (own, *rows))
+                s = self._new_source(name, tuple(self._params[name].shape), m, (own, *rows))
                 s.settled |= bool(total.abs() <= rounding)
                 s.read |= True
             if shifts and total.abs() > rounding:
                 step = Step((), "i,i,o->o", (m,), ((names[shifts[0]], 0, d, 1), gain))
                 t = (total.to(s.c) * s.c).to(out).expand(1, m)
-                self._put(out, Difference(s, t, ((step,),), s.read | True))
+                self._attach_difference(out, Difference(s, t, ((step,),), s.read | True))

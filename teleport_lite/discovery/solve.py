@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import PERM, SCALE, SIGN, Constraints, rational
+from teleport_lite.discovery.constraints import PERM, SCALE, SIGN, Constraints, nearest_fraction
 
 ROUNDING = 1e-9  # relative, of multiples
 FIRST, SECOND, PRODUCT = 0, 1, 2  # the terms of a sum
@@ -25,9 +25,9 @@ def solve_scalings(constraints: Constraints, vanishing: int = SECOND) -> tuple[T
     Returns:
         For each variable its class, 0 for those that do not move, and which multiple of the class it is.
     """
-    classes, factors = _solve(constraints, SCALE, vanishing)
+    classes, factors = _solve_equalities(constraints, SCALE, vanishing)
     values, which = factors.unique(return_inverse=True)
-    return classes, values.new_tensor([rational(v) for v in values.tolist()])[which]
+    return classes, values.new_tensor([nearest_fraction(v) for v in values.tolist()])[which]
 
 
 def solve_signs(constraints: Constraints, vanishing: int = SECOND) -> Tensor:
@@ -36,34 +36,34 @@ def solve_signs(constraints: Constraints, vanishing: int = SECOND) -> Tensor:
     Returns:
         For each variable its class, 0 for those that do not move.
     """
-    return _solve(constraints, SIGN, vanishing)[0]
+    return _solve_equalities(constraints, SIGN, vanishing)[0]
 
 
-def _solve(constraints: Constraints, system: int, vanishing: int) -> tuple[Tensor, Tensor]:
+def _solve_equalities(constraints: Constraints, system: int, vanishing: int) -> tuple[Tensor, Tensor]:
     """For each variable the least one of which it is a multiple, and which multiple; of signs, modulo 2.
 
     Invariant: $s_v$ = `factors[v]` $s$ of `classes[v]` solves all equalities read so far; a sum is read once at most
     two of its terms, like ones collected, remain: then it is an equality of two variables.
     """
 
-    def multiples(labels: Tensor) -> tuple[Tensor, Tensor]:
+    def split_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
         return labels >> 1, (1 - 2.0 * (labels & 1)).double() if system == SCALE else torch.ones(labels.shape).double()
 
-    def reduced(numbers: Tensor) -> Tensor:
+    def reduce_factors(numbers: Tensor) -> Tensor:
         return numbers % 2 if system == SIGN else torch.where(numbers.abs() < ROUNDING, 0.0, numbers)
 
     nothing = torch.zeros(0, dtype=torch.int64)
     equal = [(a, b, k) for a, b, s, k in constraints.equalities if s & system]
     equal += [(a, torch.zeros_like(a), 1.0) for a, s, _ in constraints.fixed if s & system]
     ones, others, powers = zip(*equal, (nothing, nothing, 1.0), strict=True)
-    (x, p), (y, q) = multiples(torch.cat(ones)), multiples(torch.cat(others))
+    (x, p), (y, q) = split_labels(torch.cat(ones)), split_labels(torch.cat(others))
     ratios = p * q * p.new_tensor(powers).repeat_interleave(torch.tensor([len(a) for a in ones]))
     sums = zip(*constraints.sums, (nothing, nothing, nothing), strict=True)
-    terms, signs = multiples(torch.stack([torch.cat(part) for part in sums]))
+    terms, signs = split_labels(torch.stack([torch.cat(part) for part in sums]))
     signs[2] *= -1
     classes, factors = torch.arange(constraints.count), torch.ones(constraints.count, dtype=torch.float64)
     while True:
-        classes, factors = join(classes, factors, x, y, ratios)
+        classes, factors = join_powers(classes, factors, x, y, ratios)
         gaps = (factors[x] - ratios * factors[y]).abs() > ROUNDING * factors[x].abs()
         wrong = gaps & (classes[x] != 0)  # two multiples of one number are equal where it is zero
         if bool(wrong.any()):
@@ -75,7 +75,7 @@ def _solve(constraints: Constraints, system: int, vanishing: int) -> tuple[Tenso
             alike = roots[i] == roots[j]
             numbers[i] += torch.where(alike, numbers[j], 0.0)
             numbers[j] = torch.where(alike, 0.0, numbers[j])
-        numbers = reduced(numbers)
+        numbers = reduce_factors(numbers)
         left = (numbers != 0).sum(0)
         if not bool(left.any()):
             return classes, factors
@@ -83,7 +83,7 @@ def _solve(constraints: Constraints, system: int, vanishing: int) -> tuple[Tenso
         if bool(known.any()):
             order = (numbers[:, known] == 0).byte().argsort(dim=0, stable=True)
             (x, y, _), (p, q, _) = roots[:, known].gather(0, order), numbers[:, known].gather(0, order)
-            y, ratios = torch.where(q == 0, 0, y), torch.where(q == 0, 1.0, reduced(-q / p))
+            y, ratios = torch.where(q == 0, 0, y), torch.where(q == 0, 1.0, reduce_factors(-q / p))
         else:
             x = terms[vanishing][left > 0]
             y, ratios = torch.zeros_like(x), torch.ones(x.shape, dtype=torch.float64)
@@ -96,20 +96,20 @@ def solve_permutations(constraints: Constraints) -> Tensor:
     taken is, one crossing after another, what leaves more classes.
     """
     stays = [(a, torch.zeros_like(a)) for a, s, _ in constraints.fixed if s & PERM]
-    classes = _variables(constraints, PERM, stays)
+    classes = _variable_classes(constraints, PERM, stays)
     if constraints.blocks:
         b, out = (torch.cat(part) >> 1 for part in zip(*constraints.blocks, strict=True))
-        classes = components(classes, out, torch.where(classes[b] == 0, out, b))
+        classes = connected_components(classes, out, torch.where(classes[b] == 0, out, b))
     for a, b, out in constraints.crossings:
         options = []
         for moves, rests in ((b, a), (a, b)):
             x, y = torch.cat([out, rests]) >> 1, torch.cat([moves, torch.zeros_like(rests)]) >> 1
-            options.append(components(classes, x, y))
+            options.append(connected_components(classes, x, y))
         classes = max(options, key=lambda option: len(option.unique()))
     return classes
 
 
-def signatures(constraints: Constraints, classes: Tensor, system: int) -> Tensor:
+def color_signatures(constraints: Constraints, classes: Tensor, system: int) -> Tensor:
     """Colour refinement: for each variable a number that two classes share when nothing tells them apart.
 
     The number is a sum of hashes, one for each colour that an entry of the class was given, so it does not depend on
@@ -122,9 +122,9 @@ def signatures(constraints: Constraints, classes: Tensor, system: int) -> Tensor
     return found[classes]
 
 
-def reasons(constraints: Constraints, axes: list[Tensor]) -> list[str]:
+def fixing_reasons(constraints: Constraints, axes: list[Tensor]) -> list[str]:
     """For each of some axes the first reason why its first entry is not multiplied by anything, or ''."""
-    classes = _variables(constraints, SCALE, [])
+    classes = _variable_classes(constraints, SCALE, [])
     found: dict[int, str] = {}
     for labels, systems, why in constraints.fixed:
         for c in classes[labels >> 1].unique().tolist() if systems & SCALE else ():
@@ -132,14 +132,14 @@ def reasons(constraints: Constraints, axes: list[Tensor]) -> list[str]:
     return [found.get(int(classes[labels.reshape(-1)[0] >> 1]), "") for labels in axes]
 
 
-def _variables(constraints: Constraints, system: int, also: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _variable_classes(constraints: Constraints, system: int, also: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The classes of variables, signs aside, under the equalities of one system."""
     pairs = [(a, b) for a, b, s, _ in constraints.equalities if s & system] + also
     x, y = (torch.cat([torch.zeros(0, dtype=torch.int64), *(p[i] for p in pairs)]) >> 1 for i in (0, 1))
-    return components(torch.arange(constraints.count), x, y)
+    return connected_components(torch.arange(constraints.count), x, y)
 
 
-def components(classes: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def connected_components(classes: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Join the nodes x and y, pair by pair: the least node of each component.
 
     Args:
@@ -147,14 +147,14 @@ def components(classes: Tensor, x: Tensor, y: Tensor) -> Tensor:
         x: nodes.
         y: as many nodes.
 
-    >>> components(torch.tensor([0, 1, 2, 3, 4, 4, 6, 7]), torch.tensor([1, 2]), torch.tensor([4, 5])).tolist()
-    [0, 1, 1, 3, 1, 1, 6, 7]
+    >>> connected_components(torch.tensor([0, 1, 2, 3, 4, 4, 6]), torch.tensor([1, 2]), torch.tensor([4, 5])).tolist()
+    [0, 1, 1, 3, 1, 1, 6]
     """
-    return join(classes, torch.ones(len(classes)), x, y, torch.ones(len(x)))[0]
+    return join_powers(classes, torch.ones(len(classes)), x, y, torch.ones(len(x)))[0]
 
 
-def join(classes: Tensor, factors: Tensor, x: Tensor, y: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor]:
-    """As `components`, where each node is a multiple of its class, and x `ratios` times y.
+def join_powers(classes: Tensor, factors: Tensor, x: Tensor, y: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor]:
+    """As `connected_components`, where each node is a multiple of its class, and x `ratios` times y.
 
     What contradicts that, around a circle of pairs, is left for the caller to see.
 
@@ -162,7 +162,7 @@ def join(classes: Tensor, factors: Tensor, x: Tensor, y: Tensor, ratios: Tensor)
     component, and is its own square; the node is `weights` times that one. It is constant on every pair when nothing
     changes any more.
 
-    >>> join(torch.arange(3), torch.ones(3), torch.tensor([2, 1]), torch.tensor([1, 0]), torch.tensor([2.0, -1.0]))
+    >>> join_powers(torch.arange(3), torch.ones(3), *map(torch.tensor, ([2, 1], [1, 0], [2.0, -1.0])))
     (tensor([0, 0, 0]), tensor([ 1., -1., -2.]))
     """
     ratios = ratios * factors[y] / factors[x]

@@ -10,20 +10,20 @@ from typing import Any
 import torch
 
 from teleport_lite.discovery.differences import EXACT
-from teleport_lite.discovery.exercised import exercised
+from teleport_lite.discovery.exercised import exercised_entries
 from teleport_lite.discovery.kernels import kernel_shifts
-from teleport_lite.discovery.probe import Probe, normal, scattered
+from teleport_lite.discovery.probe import Probe, randn_like, scattered
 from teleport_lite.discovery.shifts import Shifts
 from teleport_lite.discovery.verify import Verifier
 from teleport_lite.functional import Params, norm
 from teleport_lite.symmetries.base import Symmetry
-from teleport_lite.symmetries.shifts import Move, Shift, Step, joined
+from teleport_lite.symmetries.shifts import Move, Shift, Step, join_shifts
 
 ROUNDING = 1e-8  # the cosine of what is orthogonal
 
 
-def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> dict[Shift, int]:
-    """The translations that hold, each with the number of its family: those of one may be taken `together`."""
+def verified_translations(probe: Probe, check: Verifier, generator: torch.Generator) -> dict[Shift, int]:
+    """The translations that hold, each with the number of its family, for `combine_translations`."""
     calm, params = check.planned.calm, probe.params
     for trial in dict.fromkeys([calm[min(1, len(calm) - 1)], *check.planned.whole[:1]]):
         mode = Shifts(params, generator)
@@ -33,9 +33,9 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
     readers = {  # behind a norm with that gain
         (s.name, o[0]) for s in mode.sources if s.own for o in s.own[0].operands[:1] if isinstance(o, tuple)
     }
-    unseen = dict(constants(params, check.gradients, generator))
+    unseen = dict(constant_shifts(params, check.gradients, generator))
     unseen = {s: k for s, k in unseen.items() if s.monomial or (s.moves[0].name, s.names[-1]) not in readers}
-    low_rank = list(absorbed(params, check.gradients, mode.products))
+    low_rank = list(absorbed_shifts(params, check.gradients, mode.products))
     in_kernels = dict(kernel_shifts(params, check.gradients, mode.products, generator))
     alike = {s.moves[0].name: Move(s.moves[0].name, (1,) * len(s.moves[0].shape), 0, 1) for s in unseen if s.monomial}
     followed = [s for s in mode.finish(outputs) if alike.get(s.moves[0].name) != s.moves[0]]
@@ -45,7 +45,7 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
         elsewhere = scattered(probe.values, 0.5, generator)
         trial = next((t for t in check.planned.trials if t.training), trial)
         with probe.at(elsewhere):
-            gradients = exercised(params, [trial.run])[2]
+            gradients = exercised_entries(params, [trial.run])[2]
         lengths = [float(norm(g)) for g in gradients]
         proposed = [s for s in proposed if to_first_order(s, elsewhere, gradients, lengths)]
     family = {**unseen, **{s: -k for k, s in enumerate(low_rank, 1)}}
@@ -54,7 +54,7 @@ def translations(probe: Probe, check: Verifier, generator: torch.Generator) -> d
     return {s: family.get(s, 0) for s in check.at_given(check.keep(proposed, lambda *_: None))}
 
 
-def together(found: dict[Shift, int]) -> list[Shift]:
+def combine_translations(found: dict[Shift, int]) -> list[Shift]:
     """Translations of one family that move a parameter in common, or are constant along the same axis, as one."""
     parts: list[tuple[int, list[Shift], set[str], set[str]]] = []
     for shift, family in found.items():
@@ -68,7 +68,7 @@ def together(found: dict[Shift, int]) -> list[Shift]:
                 break
         else:
             parts.append((family, [shift], own, own_reads))
-    return [joined(part) for _, part, _, _ in parts]
+    return [join_shifts(part) for _, part, _, _ in parts]
 
 
 def to_first_order(symmetry: Symmetry, params: Params, gradients: list[Params], lengths: list[float]) -> bool:
@@ -79,7 +79,7 @@ def to_first_order(symmetry: Symmetry, params: Params, gradients: list[Params], 
     return any(most) and all(abs(a) <= ROUNDING * b for a, b in zip(inner, most, strict=True))
 
 
-def constants(params: Params, gradients: list[Params], generator: torch.Generator) -> Iterator[tuple[Shift, int]]:
+def constant_shifts(params: Params, gradients: list[Params], generator: torch.Generator) -> Iterator[tuple[Shift, int]]:
     """Shifts that are constant along an axis which a softmax or a norm reads, and the length of that axis.
 
     There the sum of the gradient along the axis is zero, or along each of several runs of its entries, as the groups of
@@ -97,11 +97,11 @@ def constants(params: Params, gradients: list[Params], generator: torch.Generato
         within = False
         for dim in range(p.ndim) if grads and p.requires_grad and p.is_floating_point() else ():
             rest = [d for d in range(p.ndim) if d != dim]
-            weights = normal(p.select(dim, 0), generator)
+            weights = randn_like(p.select(dim, 0), generator)
             entries = torch.stack([torch.tensordot(g, weights, (rest, list(range(p.ndim - 1)))) for g in grads]).sum(0)
-            runs = _runs(entries, EXACT * (largest + 10 * float(entries.abs().sum())))
+            runs = _zero_sum_runs(entries, EXACT * (largest + 10 * float(entries.abs().sum())))
             if runs:
-                yield _constant(name, p.shape, dim, runs), p.shape[dim]
+                yield _constant_along(name, p.shape, dim, runs), p.shape[dim]
                 within |= dim > 0
                 continue
             if p.shape[dim] == 1 or not (gains := vectors[p.shape[dim]]):
@@ -109,13 +109,13 @@ def constants(params: Params, gradients: list[Params], generator: torch.Generato
             parts = entries / stacks[p.shape[dim]].to(entries)
             for k in (parts.sum(1).abs() <= EXACT * parts.abs().sum(1)).nonzero()[:, 0].tolist():
                 if (gain := gains[k]) != name:
-                    yield _behind(gain, params[gain].shape, name, p.shape, dim), p.shape[dim]
+                    yield _shift_behind_gain(gain, params[gain].shape, name, p.shape, dim), p.shape[dim]
         some = [g.flatten(1) for g in grads if p.ndim > 2 and g.any()]
         if some and not within and all(bool((g.sum(1).abs() <= EXACT * g.abs().sum()).all()) for g in some):
             yield Shift(len(p), [Move(name, (len(p), *[1] * (p.ndim - 1)), 0, len(p))]), p[0].numel()  # a whole filter
 
 
-def _runs(entries: torch.Tensor, rounding: float) -> list[tuple[int, int]]:
+def _zero_sum_runs(entries: torch.Tensor, rounding: float) -> list[tuple[int, int]]:
     """The shortest runs, of two entries or more, whose sums are zero."""
     some = (entries.abs() > rounding).nonzero()[:, 0]
     sums = torch.cat([entries.new_zeros(1), entries[some].cumsum(0)])
@@ -129,7 +129,7 @@ def _runs(entries: torch.Tensor, rounding: float) -> list[tuple[int, int]]:
     return [(int(some[a]), int(some[b - 1]) + 1) for a, b in ends]
 
 
-def _behind(gain: str, gains: torch.Size, name: str, shape: torch.Size, dim: int) -> Shift:
+def _shift_behind_gain(gain: str, gains: torch.Size, name: str, shape: torch.Size, dim: int) -> Shift:
     """The shift that is constant along an axis behind a gain, a vector in the shape `gains`."""
     axes = "ijklm"[: len(shape)]
     flat = tuple(1 if d == dim else n for d, n in enumerate(shape))
@@ -139,7 +139,7 @@ def _behind(gain: str, gains: torch.Size, name: str, shape: torch.Size, dim: int
     return Shift(n, [Move(name, tuple(shape), 0, n, (step,))])
 
 
-def _constant(name: str, shape: torch.Size, dim: int, runs: list[tuple[int, int]]) -> Shift:
+def _constant_along(name: str, shape: torch.Size, dim: int, runs: list[tuple[int, int]]) -> Shift:
     flat = tuple(1 if d == dim else n for d, n in enumerate(shape))
     n = torch.Size(flat).numel()
     if runs == [(0, shape[dim])]:
@@ -152,7 +152,7 @@ def _constant(name: str, shape: torch.Size, dim: int, runs: list[tuple[int, int]
     return Shift(len(runs) * n, [Move(name, tuple(shape), 0, len(runs) * n, (Step(tuple(padded.flatten().tolist())),))])
 
 
-def absorbed(
+def absorbed_shifts(
     params: Params, gradients: list[Params], products: dict[str, tuple[tuple[int, ...], int, str]]
 ) -> Iterator[Shift]:
     r"""Translations of A and B in $Wx + s\,BAx$, which W undoes: $B + \Delta$ with $W - s \Delta A$, and likewise.

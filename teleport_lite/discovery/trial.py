@@ -12,7 +12,7 @@ from teleport_lite.discovery.draws import Draws
 from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.probe import Probe, scattered
 from teleport_lite.functional import Params
-from teleport_lite.outputs import distance, gaps, numbers
+from teleport_lite.outputs import distance, real_numbers, relative_gaps
 
 SLACK = 1e2  # times that rounding explains
 ROUNDING = 1e-15  # of parameters, relative
@@ -57,7 +57,7 @@ class Trial:
         """The dispatch modes that decide what is drawn."""
         return () if self.draws is None else (Draws(**self.draws),)
 
-    def gap(self, floor: float, written: Params | None = None) -> float:
+    def output_gap(self, floor: float, written: Params | None = None) -> float:
         """How far the outputs are now from those before, beyond what rounding explains; 0 when below `floor`.
 
         The run has to leave the buffers `written` as they are here, too.
@@ -68,28 +68,30 @@ class Trial:
             return float("inf")
         if len(after) != len(self.before):
             return float("inf")
-        left = self.probe.left() if written else {}
+        left = self.probe.buffers_left() if written else {}
         wrong = max((distance([left[n]] if n in left else [], [b]) for n, b in (written or {}).items()), default=0.0)
         if wrong > floor:
             return wrong
-        found = gaps(after, self.before, self.constant)
+        found = relative_gaps(after, self.before, self.constant)
         if max(found, default=0.0) <= floor:
             return 0.0
         nothing = [_is_nothing(a) and _is_nothing(b) for a, b in zip(after, self.before, strict=True)]
 
-        def beyond(noise: list[float]) -> float:
+        def largest_beyond(noise: list[float]) -> float:
             allowed = [max(floor, SLACK * n) if n < CHAOS else floor for n in noise]
             return max(
                 (g for g, most, no in zip(found, allowed, nothing, strict=True) if g > most and not no), default=0.0
             )
 
-        gap = beyond(self.noise)
+        gap = largest_beyond(self.noise)
         if 0 < gap < SLACK * CHAOS:  # parameters that were moved far are rounded more
-            gap = beyond(gaps(self._elsewhere(ROUNDING, after, self.probe.here), after, self.constant))
+            gap = largest_beyond(
+                relative_gaps(self._outputs_near(ROUNDING, after, self.probe.here), after, self.constant)
+            )
         return gap
 
     @property
-    def chaotic(self) -> bool:
+    def is_chaotic(self) -> bool:
         """Whether rounding decides an output."""
         return any(n >= CHAOS and not _is_nothing(b) for n, b in zip(self.noise, self.before, strict=True))
 
@@ -97,10 +99,10 @@ class Trial:
     def constant(self) -> list[Tensor] | None:
         """For each output the entries that stay when all parameters are changed; None where none stands out."""
         if self._constant is None:
-            sizes = [s[s.isfinite() & (s > 0)] for s in (numbers(t).abs() for t in self.before)]
+            sizes = [s[s.isfinite() & (s > 0)] for s in (real_numbers(t).abs() for t in self.before)]
             if any(s.numel() and float(s.max()) > WILD * float(s.min()) for s in sizes):
-                found = self._elsewhere(0.5, self.before, self.probe.home)
-                self._constant = [numbers(a) == numbers(b) for a, b in zip(found, self.before, strict=True)]
+                found = self._outputs_near(0.5, self.before, self.probe.home)
+                self._constant = [real_numbers(a) == real_numbers(b) for a, b in zip(found, self.before, strict=True)]
             else:
                 self._constant = []
         return self._constant or None
@@ -109,11 +111,11 @@ class Trial:
     def noise(self) -> list[float]:
         """For each output how far rounding, of the parameters in their last digits, changes it."""
         if self._noise is None:
-            moved = self._elsewhere(ROUNDING, self.before, self.probe.home)
-            self._noise = gaps(moved, self.before, self.constant)
+            moved = self._outputs_near(ROUNDING, self.before, self.probe.home)
+            self._noise = relative_gaps(moved, self.before, self.constant)
         return self._noise
 
-    def _elsewhere(self, spread: float, default: list[Tensor], point: Params) -> list[Tensor]:
+    def _outputs_near(self, spread: float, default: list[Tensor], point: Params) -> list[Tensor]:
         """The outputs at other parameters, near `point`, or `default` where they do not come out alike."""
         at = {n: point[n] for n in self.probe.values}
         moved = scattered(at, spread, torch.Generator().manual_seed(0))
@@ -127,4 +129,4 @@ class Trial:
 
 
 def _is_nothing(tensor: Tensor) -> bool:
-    return not tensor.numel() or bool((numbers(tensor).abs() < NOTHING).all())
+    return not tensor.numel() or bool((real_numbers(tensor).abs() < NOTHING).all())

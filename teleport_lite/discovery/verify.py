@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.elements import DRAWN, element
-from teleport_lite.discovery.exercised import exercised, without_effect
+from teleport_lite.discovery.elements import DRAWN, random_element
+from teleport_lite.discovery.exercised import exercised_entries, without_effect
 from teleport_lite.discovery.inputs import Arguments
-from teleport_lite.discovery.probe import Probe, normal, scattered
+from teleport_lite.discovery.probe import Probe, randn_like, scattered
 from teleport_lite.discovery.trial import CHAOS, SLACK, Trial
 from teleport_lite.discovery.trials import Trials
 from teleport_lite.functional import Params
@@ -49,15 +49,15 @@ class Verifier:
         self.probe, self.generator = probe, generator
         self.planned = Trials(probe, example, generator)
         self.params: Params = probe.home
-        self.untouched = self._unexercised()
+        self.untouched = self._unexercised_names()
         for _ in range(WIDER):
             idle = sum(self._idle_parts().values())
-            if not idle or not self.planned.widen():
+            if not idle or not self.planned.add_wide_trial():
                 break
-            self.untouched = self._unexercised()
+            self.untouched = self._unexercised_names()
             if sum(self._idle_parts().values()) == idle:
                 self.planned.take_back()
-                self.untouched = self._unexercised()
+                self.untouched = self._unexercised_names()
                 break
         read = {name for trial in self.trials for _, *names, _ in trial.reads for name in names}
         self.unread = [name for name in self.untouched if name not in read or name in self.connected]
@@ -66,60 +66,60 @@ class Verifier:
         self.thorough = False
         self.numbers: dict[Symmetry, int] = {}  # of finite symmetries
 
-    def _unexercised(self) -> list[str]:
+    def _unexercised_names(self) -> list[str]:
         """The parameters of which no entry matters in any trial."""
         trials = dict.fromkeys([*self.planned.trials, *self.planned.even])
-        telling = self.planned.informative()
+        telling = self.planned.informative_trials()
         self.trials = [*telling, *(s for s in trials if s not in telling)]
-        self.matters, self.connected, self.gradients = exercised(self.probe.params, [s.run for s in telling])
+        self.matters, self.connected, self.gradients = exercised_entries(self.probe.params, [s.run for s in telling])
         for trial in self.trials[len(telling) :]:
             idle = {n: self.probe.params[n] for n in self._idle_parts()}
             if not idle:
                 return []
-            matters, connected, _ = exercised(idle, [trial.run])
+            matters, connected, _ = exercised_entries(idle, [trial.run])
             self.matters |= {n: m | self.matters[n] for n, m in matters.items()}
             self.connected = self.connected | connected
         rest = [n for n, m in self.matters.items() if not m.any()]
-        return without_effect(rest, lambda names: self._same({n: ~self.matters[n] for n in names}))
+        return without_effect(rest, lambda names: self._outputs_stay({n: ~self.matters[n] for n in names}))
 
     def _idle_parts(self) -> dict[str, int]:
         """For each parameter how many of its matrices, several for a stack, have no effect, where any has none."""
         parts = {n: m.flatten(1) if m.ndim == 3 else m.reshape(1, -1) for n, m in self.matters.items()}
         return {n: idle for n, m in parts.items() if (idle := int((~m.any(1)).sum()))}
 
-    def _same(self, entries: Params) -> bool:
+    def _outputs_stay(self, entries: Params) -> bool:
         """Whether all outputs stay, bit for bit, when these entries are changed."""
-        moved = {n: self.params[n] + normal(self.params[n], self.generator) * where for n, where in entries.items()}
+        moved = {n: self.params[n] + randn_like(self.params[n], self.generator) * where for n, where in entries.items()}
         with self.probe.at(moved):
-            return all(_identical(s) for s in self.trials)
+            return all(_outputs_identical(s) for s in self.trials)
 
-    def allowed(self, symmetry: Symmetry) -> bool:
+    def is_exercised(self, symmetry: Symmetry) -> bool:
         """Whether all that it moves, and all that may have the same axis, was exercised."""
         legs = symmetry.legs if isinstance(symmetry, NeuronSymmetry) else ()
         lengths = {n for name in self.unread for n in self.params[name].shape} - {1} | (self.partly if legs else set())
         own = {self.params[leg.name].shape[leg.dim] for leg in legs} | {symmetry.group.n}
         own |= set() if legs else {n for name in symmetry.moved for n in self.params[name].shape}
         shared = lengths & own or {*symmetry.names} & {*self.untouched}
-        if not shared and not any(self._idle(symmetry, leg) for leg in legs if not leg.buffer):
+        if not shared and not any(self._leg_is_idle(symmetry, leg) for leg in legs if not leg.buffer):
             return True
         self.withheld[str(symmetry)] = None
         return False
 
-    def _idle(self, symmetry: Any, leg: Leg) -> bool:
+    def _leg_is_idle(self, symmetry: Any, leg: Leg) -> bool:
         """Whether no entry that a leg moves matters, as in rows of a table that nothing reads."""
         if symmetry.axis(self.matters[leg.name], leg).any():
             return False
         nowhere = torch.zeros_like(self.matters[leg.name])
-        return self._same({leg.name: symmetry.put(nowhere, ~symmetry.axis(nowhere, leg), leg)})
+        return self._outputs_stay({leg.name: symmetry.put(nowhere, ~symmetry.axis(nowhere, leg), leg)})
 
-    def sees(self, symmetry: Symmetry) -> bool:
+    def notices_change(self, symmetry: Symmetry) -> bool:
         """Whether another change of all that it moves shows in the outputs: where none does, nothing can be verified.
 
         As in deep networks whose signal has died, or where outputs are not numbers.
         """
         draw = torch.Generator().manual_seed(0)
         with self.probe.at(scattered({n: self.params[n] for n in symmetry.moved}, 0.5, draw)):
-            return any(SEEN < trial.gap(TOLERANCE) < float("inf") for trial in self.trials)
+            return any(SEEN < trial.output_gap(TOLERANCE) < float("inf") for trial in self.trials)
 
     def at_given(self, symmetries: list[S]) -> list[S]:
         """Those that hold, but for rounding, at the parameters of the model as it was given, too.
@@ -129,25 +129,25 @@ class Verifier:
         """
         trial, given = self.planned.calm[min(1, len(self.planned.calm) - 1)], {**self.params, **self.probe.given}
 
-        def gap(moved: Params) -> float:
+        def gap_at(moved: Params) -> float:
             if not all(bool(p.isfinite().all()) for n, p in moved.items() if p is not given[n]):
                 return 0.0
-            return distance(self._returned(trial, moved), before)
+            return distance(self._outputs_at(trial, moved), before)
 
-        def alone(part: Sequence[S]) -> float:
+        def gap_alone(part: Sequence[S]) -> float:
             moved = given
             for s in part:
-                moved = s.act(moved, element(s, 0, self.params))
-            return gap(moved)
+                moved = s.act(moved, random_element(s, 0, self.params))
+            return gap_at(moved)
 
-        before = self._returned(trial, given)
-        if not symmetries or not before or alone(symmetries) <= SEEN:
+        before = self._outputs_at(trial, given)
+        if not symmetries or not before or gap_alone(symmetries) <= SEEN:
             return symmetries
-        if gap(scattered(given, 1e-15, torch.Generator().manual_seed(0))) > SEEN:  # nothing can be compared here
+        if gap_at(scattered(given, 1e-15, torch.Generator().manual_seed(0))) > SEEN:  # nothing can be compared here
             return symmetries
-        return [s for s in symmetries if alone([s]) <= SEEN]
+        return [s for s in symmetries if gap_alone([s]) <= SEEN]
 
-    def _returned(self, trial: Trial, params: Params) -> list[Tensor]:
+    def _outputs_at(self, trial: Trial, params: Params) -> list[Tensor]:
         with self.probe.at(params):
             try:
                 return trial.run()
@@ -164,15 +164,15 @@ class Verifier:
 
     def error(self, symmetries: Sequence[Symmetry]) -> float:
         """By how much they change the outputs, relative; 0 when they hold, infinite when outputs are not finite."""
-        return (self._failure(symmetries) or (0.0,))[0]
+        return (self._first_failure(symmetries) or (0.0,))[0]
 
     def keep(self, symmetries: list[S], drop: Drop) -> list[S]:
         """Those that hold."""
-        symmetries = [s for s in symmetries if self.allowed(s)]
+        symmetries = [s for s in symmetries if self.is_exercised(s)]
         kinds = [[s for s in symmetries if s.dim], [s for s in symmetries if not s.dim]]
-        return [s for kind in kinds for s in self.holding(kind, drop)]
+        return [s for kind in kinds for s in self.bisect_holding(kind, drop)]
 
-    def confirmed(self, *parts: Sequence[Symmetry]) -> bool:
+    def confirm_together(self, *parts: Sequence[Symmetry]) -> bool:
         """Whether all that was found, part by part, holds on whole trials; if not, each is tried on them afterwards."""
         self.thorough = True
         plans = [self.planned.trials, self.planned.even]
@@ -185,14 +185,14 @@ class Verifier:
 
     def _hold_in_parts(self, symmetries: Sequence[Symmetry], trials: list[Trial]) -> bool:
         """Whether they hold on these trials: all together or, where rounding adds up, by halves."""
-        failure, half = self._failure(symmetries, [(0, trials)]), len(symmetries) // 2
+        failure, half = self._first_failure(symmetries, [(0, trials)]), len(symmetries) // 2
         if failure and half and failure[0] < SLACK * CHAOS:
             return all(self._hold_in_parts(part, trials) for part in (symmetries[:half], symmetries[half:]))
         return not failure
 
-    def holding(self, symmetries: list[S], drop: Drop) -> list[S]:
+    def bisect_holding(self, symmetries: list[S], drop: Drop) -> list[S]:
         """All at once; where that fails, by halves on the trial that shows it."""
-        while symmetries and (failure := self._failure(symmetries)):
+        while symmetries and (failure := self._first_failure(symmetries)):
             found = self._culprits(symmetries, *failure)
             for symmetry, error in found.items():
                 drop(symmetry, error)
@@ -206,7 +206,7 @@ class Verifier:
         found: dict[Symmetry, float] = {}
         half = len(symmetries) // 2
         for part in (symmetries[:half], symmetries[half:]):
-            gap = self._gap(part, trial, turn)
+            gap = self._trial_gap(part, trial, turn)
             found |= self._culprits(part, gap, trial, turn) if gap else {}
         if found:
             return found
@@ -215,24 +215,24 @@ class Verifier:
         held, failing = 1, len(symmetries)  # how many of the first ones hold together, as where rounding adds up
         while failing - held > 1:
             middle = (held + failing) // 2
-            held, failing = (held, middle) if self._gap(symmetries[:middle], trial, turn) else (middle, failing)
+            held, failing = (held, middle) if self._trial_gap(symmetries[:middle], trial, turn) else (middle, failing)
         return {symmetries[held]: error}
 
-    def _failure(self, symmetries: Sequence[Symmetry], turns: Iterable[Turn] = ()) -> Failure | None:
+    def _first_failure(self, symmetries: Sequence[Symmetry], turns: Iterable[Turn] = ()) -> Failure | None:
         """The first trial whose outputs change, of these `turns`, or of all."""
         if not self.planned.trials:
             return float("inf"), self.planned.calm[0], 0
-        for turn, trials in turns or self._turns(symmetries):
-            moved = self._moved(symmetries, turn)
+        for turn, trials in turns or self._element_turns(symmetries):
+            moved = self._moved_parameters(symmetries, turn)
             with self.probe.at(moved):
                 for trial in trials:
-                    gap = trial.gap(TOLERANCE, self._written(symmetries, turn, trial))
-                    if gap and not (trial.chaotic and self._spared(trial)):
+                    gap = trial.output_gap(TOLERANCE, self._written_buffers(symmetries, turn, trial))
+                    if gap and not (trial.is_chaotic and self._spare_trial(trial)):
                         self._look_here_first(trial)
                         return gap, trial, turn
         return None
 
-    def _spared(self, trial: Trial) -> bool:
+    def _spare_trial(self, trial: Trial) -> bool:
         """Leave out a trial whose outputs rounding decides, where others of its mode remain; whether they do."""
         plans = [plan for plan in (self.planned.trials, self.planned.even) if trial in plan]
         if not all(any(t is not trial and t.training == trial.training for t in plan) for plan in plans):
@@ -245,17 +245,17 @@ class Verifier:
         for trials in (self.planned.trials, self.planned.even):
             trials.sort(key=lambda t: t is not trial)
 
-    def _gap(self, symmetries: Sequence[Symmetry], trial: Trial, turn: int) -> float:
-        with self.probe.at(self._moved(symmetries, turn)):
-            return trial.gap(TOLERANCE, self._written(symmetries, turn, trial))
+    def _trial_gap(self, symmetries: Sequence[Symmetry], trial: Trial, turn: int) -> float:
+        with self.probe.at(self._moved_parameters(symmetries, turn)):
+            return trial.output_gap(TOLERANCE, self._written_buffers(symmetries, turn, trial))
 
-    def _written(self, symmetries: Sequence[Symmetry], turn: int, trial: Trial) -> Params:
+    def _written_buffers(self, symmetries: Sequence[Symmetry], turn: int, trial: Trial) -> Params:
         """The buffers that a trial changes and that these symmetries move, as the moved model has to leave them."""
         names = {n for s in symmetries for n in s.buffers if n in trial.written}
-        moved = self._moved(symmetries, turn, trial.written) if names else {}
+        moved = self._moved_parameters(symmetries, turn, trial.written) if names else {}
         return {n: moved[n] for n in names}
 
-    def _turns(self, symmetries: Sequence[Symmetry]) -> Iterator[Turn]:
+    def _element_turns(self, symmetries: Sequence[Symmetry]) -> Iterator[Turn]:
         """Which elements to try, by number, on which trials.
 
         Random elements of several symmetries undo each other with probability zero, but those of small finite groups
@@ -276,22 +276,22 @@ class Verifier:
             for k in range(DRAWN + bits if len(small) > 1 else 0):
                 yield 2 + k, [smallest]
 
-    def _moved(self, symmetries: Sequence[Symmetry], turn: int, written: Params | None = None) -> Params:
+    def _moved_parameters(self, symmetries: Sequence[Symmetry], turn: int, written: Params | None = None) -> Params:
         moved = {**self.params, **(written or {})}
         for s in symmetries:
             if turn < 2 + DRAWN or self.numbers.get(s, 0) >> (turn - 2 - DRAWN) & 1:
-                moved = s.act(moved, element(s, turn, self.params))
+                moved = s.act(moved, random_element(s, turn, self.params))
         return moved
 
 
-def told(error: float) -> str:
+def describe_error(error: float) -> str:
     """What is wrong with a symmetry."""
     if error == float("inf"):
         return "makes outputs not finite, or of another shape"
     return f"changes the outputs, by {error:.1e} relative"
 
 
-def _identical(trial: Trial) -> bool:
+def _outputs_identical(trial: Trial) -> bool:
     """Whether outputs are those before, bit for bit."""
     try:
         after = trial.run()

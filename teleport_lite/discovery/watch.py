@@ -49,20 +49,20 @@ class Watch(DispatchMode):
         name = func._schema.name.split("::")[1].rstrip("_")
         if name in INDEXED:
             at, place, dim = INDEXED[name]
-            self._index(args[at], args[0].shape[dim if place is None else args[place]] if args[0].ndim else 1)
+            self._note_index(args[at], args[0].shape[dim if place is None else args[place]] if args[0].ndim else 1)
         elif name in ("index", "index_put"):
             for d, index in enumerate(args[1]):
                 if isinstance(index, Tensor) and index.dtype not in (torch.bool, torch.uint8):
-                    self._index(index, args[0].shape[d])
+                    self._note_index(index, args[0].shape[d])
         return func(*args, **kwargs)
 
-    def _index(self, at: Any, length: int) -> None:
+    def _note_index(self, at: Any, length: int) -> None:
         for k, x in enumerate(self._inputs):
-            if not x.is_floating_point() and not x.is_complex() and _from(at, x):
+            if not x.is_floating_point() and not x.is_complex() and _derives_from(at, x):
                 self.tables[k] = min(length, self.tables.get(k, length))
 
 
-def _from(at: Tensor, x: Tensor) -> bool:
+def _derives_from(at: Tensor, x: Tensor) -> bool:
     """Whether indices are an input, a view of it, or a copy in another type."""
     if at.layout != torch.strided or x.layout != torch.strided:
         return False

@@ -11,7 +11,7 @@ from torch.func import vmap
 
 from teleport_lite.errors import TeleportError
 from teleport_lite.functional import Params, dot, trainable
-from teleport_lite.geometry.curves import is_chain, is_matrix_scaling, jets, scaling_kappas
+from teleport_lite.geometry.curves import is_chain, is_matrix_scaling, product_jets, scaling_kappas
 from teleport_lite.runtime import check_generator
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.product import Product, check_symmetry
@@ -71,7 +71,7 @@ def mean_kappa(params: Params, symmetry: Symmetry, curves: tuple[Tensor, ...]) -
     if all(map(is_matrix_scaling, continuous)):
         return scaling_kappas(params, continuous, curves).mean()
     if is_chain(continuous):
-        return vmap(kappa)(*jets(continuous, params, curves)).mean()
+        return vmap(kappa)(*product_jets(continuous, params, curves)).mean()
     return vmap(lambda xi: kappa(*continuous.jet(params, xi)), chunk_size=CURVES)(curves).mean()
 
 

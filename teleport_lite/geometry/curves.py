@@ -19,7 +19,7 @@ from torch.func import jvp
 
 from teleport_lite.functional import Params
 from teleport_lite.groups import PositiveScaling
-from teleport_lite.runtime import widest
+from teleport_lite.runtime import widest_dtype
 from teleport_lite.symmetries.axes import NeuronSymmetry
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.minibatch import IncomingMixing, MiniBatchMixing, OutgoingMixing
@@ -44,7 +44,7 @@ def is_chain(factors: Sequence[Symmetry]) -> bool:
     return len(mixings) == len(factors) and all(a.outgoing == b.incoming for a, b in pairwise(mixings))
 
 
-def jets(factors: Sequence[Any], params: Params, curves: tuple[Tensor, ...]) -> tuple[Params, Params]:
+def product_jets(factors: Sequence[Any], params: Params, curves: tuple[Tensor, ...]) -> tuple[Params, Params]:
     r"""First and second derivative at t = 0 of $e^{t\xi_n} \cdots e^{t\xi_1} \cdot w$.
 
     Args:
@@ -74,14 +74,14 @@ def _bend_outgoing(
     r"""Derivatives of V and of U, the activations, and their slope.
 
     The error $E = U\sigma(H) - U\sigma(gH)$ has at t = 0 the derivatives $-U(\sigma' \odot MH)$ and
-    $-U(\sigma' \odot M^2H + \sigma'' \odot (MH)^2)$; `_corrections` gets those of U from them.
+    $-U(\sigma' \odot M^2H + \sigma'' \odot (MH)^2)$; `_correction_derivatives` gets those of U from them.
     """
     h, m = layer.x @ layer.v.mT, xi.mT
-    a, s, b = _slopes(activation, h)
+    a, s, b = _activation_derivatives(activation, h)
     once = h @ m  # H moves by D, the drift, and B by D + HM^T; of A - B remains what the mixing adds
     both, twice = once + layer.drift, once + 2 * layer.drift
     gaps = -s * once, -(s * (twice @ m) + b * once * twice)
-    du = _corrections(a, s * both, *(gap @ u.mT for gap in gaps))
+    du = _correction_derivatives(a, s * both, *(gap @ u.mT for gap in gaps))
     mv = xi @ layer.v
     return (mv + layer.dv, xi @ (mv + 2 * layer.dv) + layer.ddv), du, a, s * both
 
@@ -90,10 +90,10 @@ def _bend_incoming(
     activation: Callable, layer: Moving, u: Tensor, xi: Tensor
 ) -> tuple[Derivatives, Derivatives, Tensor, Tensor]:
     h, m = layer.x @ layer.v.mT, xi.mT
-    a, s, b = _slopes(activation, h)
+    a, s, b = _activation_derivatives(activation, h)
     once = a @ m / s  # H moves by D, and what the new V has to give by D + AM^T/s
     twice = once + 2 * layer.drift
-    v1, v2 = _corrections(layer.x, layer.dx, once, ((s * twice) @ m - b * once * twice) / s)
+    v1, v2 = _correction_derivatives(layer.x, layer.dx, once, ((s * twice) @ m - b * once * twice) / s)
     um = u @ xi
     return (layer.dv + v1, layer.ddv + v2), (-um, um @ xi), a, s * (layer.drift + layer.x @ v1.mT)
 
@@ -101,14 +101,14 @@ def _bend_incoming(
 BENDS: dict[type[MiniBatchMixing], Callable] = {OutgoingMixing: _bend_outgoing, IncomingMixing: _bend_incoming}
 
 
-def _slopes(activation: Callable, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _activation_derivatives(activation: Callable, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The activation at h, and its first and second derivative."""
     one = torch.ones_like(h)
     value, change = jvp(lambda z: jvp(activation, (z.clone(),), (one,)), (h,), (one,))[:2]
     return *value, change[1]
 
 
-def _corrections(matrix: Tensor, slope: Tensor | None, first: Tensor, second: Tensor) -> Derivatives:
+def _correction_derivatives(matrix: Tensor, slope: Tensor | None, first: Tensor, second: Tensor) -> Derivatives:
     r"""Derivatives of W(t) at t = 0, where $W^\top = B^+ E$ with B (`matrix`) of slope B' and E(0) = 0, E', E''.
 
     $W'^\top = B^+ E'$ and $W''^\top = B^+ E'' + 2 (B^+)' E'$, with the derivative of a pseudo-inverse of constant rank
@@ -149,7 +149,7 @@ def scaling_kappas(params: Params, scalings: Sequence[Any], curves: tuple[Tensor
     for name in dict.fromkeys(name for f in scalings for name in f.names):
         moves = zip(scalings, curves, strict=True)
         legs = [(xi, leg) for f, xi in moves for leg in f.legs if leg.name == name]
-        w = params[name].to(widest(params[name].device)).square()
+        w = params[name].to(widest_dtype(params[name].device)).square()
         w = w.flatten(2).sum(2) if w.ndim > 2 else w.reshape(len(w), -1)
         for dim in {0, 1} - {leg.dim for *_, leg in legs}:
             w = w.sum(dim, keepdim=True)

@@ -79,19 +79,19 @@ def hessian_eigenvalues(
         raise TeleportError(f"a count from 1 to {sum(sizes)}, the number of parameters", repr(count), "pass count=1")
     home = home_of_float64(like.device)
 
-    def vector(parts: Params) -> Tensor:
+    def as_vector(parts: Params) -> Tensor:
         return torch.cat([p.flatten().to(home).double() for p in parts.values()])
 
-    def product(v: Tensor) -> Tensor:
+    def hessian_product(v: Tensor) -> Tensor:
         parts = zip(params.items(), v.split(sizes), strict=True)
-        return vector(hvp(loss, params, {name: part.to(p).view_as(p) for (name, p), part in parts}))
+        return as_vector(hvp(loss, params, {name: part.to(p).view_as(p) for (name, p), part in parts}))
 
-    def draw() -> Tensor:
-        return vector(normal_like(params, generator))
+    def draw_vector() -> Tensor:
+        return as_vector(normal_like(params, generator))
 
     eps = max(torch.finfo(p.dtype).eps for p in params.values())
     with loss:
-        return largest_eigenvalues(product, draw, count, min(100 * eps, 1e-3)).to(like)
+        return largest_eigenvalues(hessian_product, draw_vector, count, min(100 * eps, 1e-3)).to(like)
 
 
 def largest_eigenvalues(
@@ -122,7 +122,7 @@ def largest_eigenvalues(
     basis, table = start.new_zeros(m + 1, n), torch.zeros(m, m, dtype=torch.float64)
     found: Tensor | None = None
 
-    def extend(k: int, v: Tensor) -> Tensor:
+    def extend_basis(k: int, v: Tensor) -> Tensor:
         """Row k: v without its parts along the rows before, or a random one; gives the parts, and the length left."""
         along = basis.new_zeros(k)
         for _ in range(2):
@@ -132,14 +132,14 @@ def largest_eigenvalues(
         if parts[-1] > 1e-14 * parts.norm():
             basis[k] = v / float(parts[-1])
         elif k < n:
-            extend(k, draw())
+            extend_basis(k, draw())
         return parts
 
     kept, following = 0, start
     for _ in range(CYCLES):
-        extend(kept, following)
+        extend_basis(kept, following)
         for j in range(kept, m):
-            *_, length = parts = extend(j + 1, product(basis[j]))
+            *_, length = parts = extend_basis(j + 1, product(basis[j]))
             table[j, : j + 1] = table[: j + 1, j] = parts[:-1]
         if not table.isfinite().all():
             raise LossError("a loss with finite second derivatives", "NaN or infinity", "look at the loss where it is")

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from teleport_lite.errors import LossError, TeleportError
 from teleport_lite.evaluation import session
-from teleport_lite.functional import Loss, Params, check_scalar, generator_for, loss_of, stacked, trainable
+from teleport_lite.functional import Loss, Params, as_vector, check_scalar, generator_for, loss_of, trainable
 from teleport_lite.runtime import check_generator, unfused_attention
 
 RADII = tuple(round(0.001 + 0.01 * k, 3) for k in range(20))  # of arXiv:2305.13404, for MNIST
@@ -149,17 +149,17 @@ def mean_loss_around(
     count = len(directions) if isinstance(directions, Directions) else len(next(iter(directions.values())))
     size = 1 if one_by_one else chunk_size or count
 
-    def total(start: int, t: float | None) -> Tensor:
+    def summed_losses(start: int, t: float | None) -> Tensor:
         """The losses of a chunk at all radii, or of one direction at one."""
         part = slice(start, start + size)
         chunk = directions[part] if isinstance(directions, Directions) else {n: d[part] for n, d in directions.items()}
         if t is None:
-            return losses_around(loss, params, chunk, _on(params, radii)).sum()
-        return check_scalar(loss(_moved(params, {n: d[0] for n, d in chunk.items()}, t)))
+            return losses_around(loss, params, chunk, _radii_on_device(params, radii)).sum()
+        return check_scalar(loss(_step_along(params, {n: d[0] for n, d in chunk.items()}, t)))
 
     calls = [(k, t) for k in range(0, count, size) for t in (radii if one_by_one else [None])]
     again = slopes and len(calls) > 1
-    parts = [checkpoint(total, *call, use_reentrant=False) if again else total(*call) for call in calls]
+    parts = [checkpoint(summed_losses, *call, use_reentrant=False) if again else summed_losses(*call) for call in calls]
     return torch.stack(parts).sum() / (count * len(radii))
 
 
@@ -178,7 +178,8 @@ def goes_one_by_one(
     d = Directions(params, 1, generator=torch.Generator().manual_seed(0))[:]
     with torch.no_grad():
         a, b, again = (
-            check_scalar(loss(_moved(params, {n: x[0] for n, x in d.items()}, t))) for t in (radius, radius / 2, radius)
+            check_scalar(loss(_step_along(params, {n: x[0] for n, x in d.items()}, t)))
+            for t in (radius, radius / 2, radius)
         )
     rtol = min(1e4 * torch.finfo(a.dtype).eps, 1e-2)
     checks = [torch.isclose(a, again, rtol=rtol, equal_nan=True)]
@@ -189,24 +190,24 @@ def goes_one_by_one(
             kept = saved_tensors_hooks(*2 * [lambda x: x]) if slopes and chunk_size else nullcontext()
             with warnings.catch_warnings(), torch.set_grad_enabled(slopes), session(loss), kept:
                 warnings.simplefilter("ignore", UserWarning)  # of operations that vmap runs one by one
-                found = losses_around(loss, points, d, _on(params, (radius, radius / 2)))[0]
+                found = losses_around(loss, points, d, _radii_on_device(params, (radius, radius / 2)))[0]
                 grads = torch.autograd.grad(found.sum(), [*points.values()], allow_unused=True) if slopes else ()
             checks.append(torch.isclose(found.detach(), torch.stack([a, b]), rtol=rtol, equal_nan=True).all())
             checks += [g.isfinite().all() for g in grads if g is not None]
         except Exception:  # of many kinds; an error that does not come from vmap comes again without it
             one_by_one = True
-    repeated, *fine = stacked(checks).tolist()
+    repeated, *fine = as_vector(checks).tolist()
     if not repeated:
         got, remedy = f"{float(a):.6g} and {float(again):.6g} at the same parameters", "fix its random numbers"
         raise LossError("a deterministic loss", got, remedy)
     return one_by_one or not all(fine)
 
 
-def _moved(params: Params, direction: Params, t: float) -> Params:
+def _step_along(params: Params, direction: Params, t: float) -> Params:
     return {name: torch.add(p, direction[name], alpha=float(t)) for name, p in params.items()}
 
 
-def _on(params: Params, radii: Sequence[float]) -> Tensor:
+def _radii_on_device(params: Params, radii: Sequence[float]) -> Tensor:
     """The radii as a tensor where the parameters are, which the host does not wait for."""
     like = next(iter(params.values()))
     return torch.stack([like.new_full((), float(t)) for t in radii])
@@ -227,12 +228,12 @@ def losses_around(loss: Loss, params: Params, directions: Params, radii: Tensor)
             [2., 6.]])
     """
 
-    def at(direction: Params, t: Tensor) -> Tensor:
+    def loss_at(direction: Params, t: Tensor) -> Tensor:
         with _Line(params, direction, t) as line:
             return check_scalar(loss(line.places))
 
     with unfused_attention():  # fused kernels have no rule for vmap either
-        return vmap(vmap(at, (None, 0)), (0, None))(directions, radii)
+        return vmap(vmap(loss_at, (None, 0)), (0, None))(directions, radii)
 
 
 class _Line(TorchFunctionMode):

@@ -65,7 +65,7 @@ class Group(ABC):
 
     def zeros(self, like: Tensor) -> Tensor:
         """Coordinates of the identity, on the device and with the dtype of `like`, but in float32 at least."""
-        return like.new_zeros(self.shape, dtype=wide(like.dtype))
+        return like.new_zeros(self.shape, dtype=element_dtype(like.dtype))
 
     def exp(self, xi: Tensor) -> Tensor:
         """The element with coordinates `xi`."""
@@ -97,7 +97,7 @@ class Group(ABC):
 
     def pair(self, xi: Tensor) -> tuple[Tensor, Tensor]:
         """The element with coordinates `xi`, and that of the dual representation."""
-        return pairs([self], [xi])[0]
+        return element_pairs([self], [xi])[0]
 
     def norm(self, xi: Tensor) -> Tensor:
         """Operator norm of `xi`; zero for a finite group."""
@@ -117,7 +117,7 @@ class Group(ABC):
         return hash((type(self), self.n))
 
 
-def pairs(groups: Sequence[Group], xis: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def element_pairs(groups: Sequence[Group], xis: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """What `group.pair(xi)` gives for each group; the exponentials of matrices of one size are taken together.
 
     At most about `TOGETHER` of them, for each is held several times while it is computed.
@@ -143,10 +143,10 @@ def pairs(groups: Sequence[Group], xis: Sequence[Tensor]) -> list[tuple[Tensor, 
     return [(pair[0], pair[-1]) for pair in found]
 
 
-def wide(*dtypes: torch.dtype) -> torch.dtype:
+def element_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The type in which elements live that act on tensors of these types: float32 at least.
 
-    >>> wide(torch.bfloat16), wide(torch.bfloat16, torch.float64)
+    >>> element_dtype(torch.bfloat16), element_dtype(torch.bfloat16, torch.float64)
     (torch.float32, torch.float64)
     """
     return functools.reduce(torch.promote_types, dtypes, torch.float32)
@@ -160,11 +160,11 @@ def multiply_along(vector: Tensor, tensor: Tensor, dim: int) -> Tensor:
 
 def matmul_along(g: Tensor, tensor: Tensor, dim: int) -> Tensor:
     """`tensor` with the matrix `g` [n, n] applied to dimension `dim`; its dtype stays."""
-    g, x = promoted(g, tensor)
+    g, x = same_dtype(g, tensor)
     return torch.tensordot(g, x, dims=([1], [dim])).movedim(0, dim).to(tensor.dtype)
 
 
-def promoted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both tensors in the wider of their types."""
     dtype = torch.promote_types(a.dtype, b.dtype)
     return a.to(dtype), b.to(dtype)
@@ -210,15 +210,15 @@ def spectral_norm(x: Tensor) -> Tensor:
     return functools.reduce(lambda total, log: total / 2 + log, reversed(logs)).div(2).exp()
 
 
-def draw(distribution: Callable, *shape: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+def draw_like(distribution: Callable, *shape: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Random numbers drawn where the generator lives, on the device of `like`, in float32 at least."""
     generator = check_generator(generator)
     device = like.device if generator is None else generator.device
-    drawn = distribution(shape, generator=generator, dtype=wide(like.dtype), device=device)
+    drawn = distribution(shape, generator=generator, dtype=element_dtype(like.dtype), device=device)
     return drawn.to(like.device, non_blocking=True)
 
 
 def in_ball(direction: Tensor, length: Tensor, dim: int, radius: float, generator: torch.Generator | None) -> Tensor:
     """Coordinates along `direction`, of that `length`, with a norm drawn as for a uniform point of a ball."""
-    norm = radius * draw(torch.rand, *length.shape, like=direction, generator=generator) ** (1 / dim)
+    norm = radius * draw_like(torch.rand, *length.shape, like=direction, generator=generator) ** (1 / dim)
     return direction * (norm / length)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, matrix_exp, promoted, spectral_norm
+from teleport_lite.groups.base import Group, draw_like, in_ball, matmul_along, matrix_exp, same_dtype, spectral_norm
 
 
 class GeneralLinear(Group):
@@ -49,11 +49,11 @@ class GeneralLinear(Group):
     def along(self, g, tensor, dim):
         if self.blocks == 1:
             return matmul_along(g, tensor, dim)
-        g, first = promoted(g, tensor.movedim(dim, 0))
-        return (g @ self._rows(first)).reshape(first.shape).movedim(0, dim).to(tensor.dtype)
+        g, first = same_dtype(g, tensor.movedim(dim, 0))
+        return (g @ self._block_rows(first)).reshape(first.shape).movedim(0, dim).to(tensor.dtype)
 
     def sample(self, like, *, radius=1.0, generator=None):
-        drawn = [draw(torch.randn, *self.shape[-2:], like=like, generator=generator) for _ in range(self.blocks)]
+        drawn = [draw_like(torch.randn, *self.shape[-2:], like=like, generator=generator) for _ in range(self.blocks)]
         x, size = torch.stack(drawn), self.shape[-1] ** 2
         return in_ball(x, spectral_norm(x)[:, None, None], size, radius, generator).view(self.shape)
 
@@ -69,10 +69,10 @@ class GeneralLinear(Group):
 
     def gram(self, tensor: Tensor, dim: int) -> Tensor:
         r"""Inner products of the slices of `tensor` along `dim`: $T T^\top$, block by block, shaped like `xi`."""
-        rows = self._rows(tensor.movedim(dim, 0))
+        rows = self._block_rows(tensor.movedim(dim, 0))
         return rows @ rows.mT
 
-    def _rows(self, tensor: Tensor) -> Tensor:
+    def _block_rows(self, tensor: Tensor) -> Tensor:
         """`tensor` [blocks * n, ...] as matrices [n, rest], one a block."""
         return tensor.reshape(*self.shape[:-1], -1)
 
@@ -89,23 +89,23 @@ class GeneralLinear(Group):
         """
         home, both = up, torch.stack([up, down]).cpu()
         up, down = both if maximize else both.double()
-        found = (_corner if maximize else _balanced)(up, down, radius)
+        found = (_corner_extremum if maximize else _balanced_minimum)(up, down, radius)
         return found.to(home.dtype).to(home.device, non_blocking=True)
 
 
-def _corner(up: Tensor, down: Tensor, radius: float) -> Tensor:
+def _corner_extremum(up: Tensor, down: Tensor, radius: float) -> Tensor:
     values, vectors = torch.linalg.eigh(up - down)
     sizes = (vectors * ((up + down) @ vectors)).sum(-2)
     dead = sizes <= 100 * torch.finfo(sizes.dtype).eps * sizes.amax(-1, keepdim=True)
     return _with_eigenvalues(vectors, torch.where(dead, 0.0, torch.where(values >= 0, radius, -radius)))
 
 
-def _balanced(up: Tensor, down: Tensor, radius: float) -> Tensor:
-    dead = _projector(_projector(up) + _projector(down), kernel=False)
+def _balanced_minimum(up: Tensor, down: Tensor, radius: float) -> Tensor:
+    dead = _spectral_projector(_spectral_projector(up) + _spectral_projector(down), kernel=False)
     keep = torch.eye(dead.shape[-1], dtype=dead.dtype, device=dead.device) - dead
     up, down = (keep @ m @ keep + dead for m in (up, down))
-    root, inverse = _roots(up)
-    middle, _ = _roots(root @ down @ root)
+    root, inverse = _square_roots(up)
+    middle, _ = _square_roots(root @ down @ root)
     values, vectors = torch.linalg.eigh(inverse @ middle @ inverse)
     logs = (values.clamp(min=0).log() / 2).clamp(-radius, radius)
     return keep @ _with_eigenvalues(vectors, logs) @ keep
@@ -115,14 +115,14 @@ def _with_eigenvalues(vectors: Tensor, values: Tensor) -> Tensor:
     return (vectors * values.to(vectors).unsqueeze(-2)) @ vectors.mT
 
 
-def _projector(matrix: Tensor, *, kernel: bool = True) -> Tensor:
+def _spectral_projector(matrix: Tensor, *, kernel: bool = True) -> Tensor:
     """The projector on the kernel of a positive semidefinite matrix, or on its range."""
     values, vectors = torch.linalg.eigh(matrix)
     rounding = values.shape[-1] * torch.finfo(torch.float32).eps ** 2  # what is left of a zero, squared
     return _with_eigenvalues(vectors, (values <= rounding * values.amax(-1, keepdim=True)) == kernel)
 
 
-def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _square_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Square root of a positive semidefinite matrix and the inverse of that root (infinite eigenvalues kept finite)."""
     values, vectors = torch.linalg.eigh(matrix)
     root = values.clamp(min=values.amax(-1, keepdim=True) * torch.finfo(values.dtype).eps).sqrt()

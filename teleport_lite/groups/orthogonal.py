@@ -7,7 +7,7 @@ import math
 import torch
 
 from teleport_lite.errors import TeleportError
-from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, matrix_exp, promoted, spectral_norm
+from teleport_lite.groups.base import Group, draw_like, in_ball, matmul_along, matrix_exp, same_dtype, spectral_norm
 
 
 class SpecialOrthogonal(Group):
@@ -61,7 +61,7 @@ class SpecialOrthogonal(Group):
         return matmul_along(g, tensor, dim)
 
     def sample(self, like, *, radius=1.0, generator=None):
-        drawn = draw(torch.randn, self.dim, like=like, generator=generator)
+        drawn = draw_like(torch.randn, self.dim, like=like, generator=generator)
         return in_ball(drawn, self.norm(drawn), self.dim, radius, generator)
 
     def norm(self, xi):
@@ -111,12 +111,12 @@ class PairRotations(Group):
 
     def along(self, g, tensor, dim):
         shape = (2, self.dim) if self.halves else (self.dim, 2)
-        g, pairs = promoted(g, tensor.movedim(dim, -1).unflatten(-1, shape))
+        g, pairs = same_dtype(g, tensor.movedim(dim, -1).unflatten(-1, shape))
         turned = torch.einsum("abm,...bm->...am" if self.halves else "abm,...mb->...ma", g, pairs)
         return turned.flatten(-2).movedim(-1, dim).to(tensor.dtype)
 
     def sample(self, like, *, radius=1.0, generator=None):
-        return radius * (2 * draw(torch.rand, self.dim, like=like, generator=generator) - 1)
+        return radius * (2 * draw_like(torch.rand, self.dim, like=like, generator=generator) - 1)
 
     def norm(self, xi):
         return xi.abs().amax()

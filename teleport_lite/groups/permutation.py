@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from teleport_lite.groups.base import Group, draw
+from teleport_lite.groups.base import Group, draw_like
 
 
 class Permutation(Group):
@@ -34,7 +34,7 @@ class Permutation(Group):
         return tensor.index_select(dim, g)
 
     def sample(self, like, *, radius=1.0, generator=None):
-        return draw(torch.rand, self.n, like=like, generator=generator).argsort()
+        return draw_like(torch.rand, self.n, like=like, generator=generator).argsort()
 
     def inverse(self, xi):
         return xi.argsort()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from teleport_lite.groups.base import Group, draw, multiply_along
+from teleport_lite.groups.base import Group, draw_like, multiply_along
 
 NEWTON = 20  # steps, each of which doubles the digits in the end
 
@@ -38,7 +38,7 @@ class PositiveScaling(Group):
         return multiply_along(g, tensor, dim)
 
     def sample(self, like, *, radius=1.0, generator=None):
-        return radius * (2 * draw(torch.rand, self.n, like=like, generator=generator) - 1)
+        return radius * (2 * draw_like(torch.rand, self.n, like=like, generator=generator) - 1)
 
     def dual(self, xi):
         return -xi

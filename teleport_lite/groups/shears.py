@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from teleport_lite.groups.base import Group, draw, in_ball, matmul_along, multiply_along, promoted
+from teleport_lite.groups.base import Group, draw_like, in_ball, matmul_along, multiply_along, same_dtype
 
 NEAR = 0.1  # where ten terms of a series are exact in float64
 
@@ -48,7 +48,7 @@ class Shears(Group):
 
     def exp(self, xi):
         m = self.algebra(xi)
-        return torch.eye(self.n, dtype=m.dtype, device=m.device) + _phi(m.diagonal().sum()) * m
+        return torch.eye(self.n, dtype=m.dtype, device=m.device) + _exponential_quotient(m.diagonal().sum()) * m
 
     def compose(self, g, h):
         return g @ h
@@ -56,7 +56,7 @@ class Shears(Group):
     def along(self, g, tensor, dim):
         if 0 not in g.stride():
             return matmul_along(g, tensor, dim)
-        g, x = promoted(g, tensor)  # of rank one, s 1^T or 1 s^T
+        g, x = same_dtype(g, tensor)  # of rank one, s 1^T or 1 s^T
         if g.stride(1) == 0:
             x = multiply_along(g[:, 0], x.sum(dim, keepdim=True).expand_as(x), dim)
         else:
@@ -64,7 +64,7 @@ class Shears(Group):
         return x.to(tensor.dtype)
 
     def sample(self, like, *, radius=1.0, generator=None):
-        drawn = draw(torch.randn, self.n, like=like, generator=generator)
+        drawn = draw_like(torch.randn, self.n, like=like, generator=generator)
         return in_ball(drawn, self.norm(drawn), self.n, radius, generator)
 
     def dual(self, xi):
@@ -77,7 +77,7 @@ class Shears(Group):
         return xi * (radius / self.norm(xi).clamp(min=radius))
 
 
-def _phi(t: Tensor) -> Tensor:
+def _exponential_quotient(t: Tensor) -> Tensor:
     r"""$(e^t - 1) / t = \sum_k t^k / (k + 1)!$, by ten terms near zero, where it is to be smooth."""
     near = t.abs() < NEAR
     away = torch.where(near, 1.0, t)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from teleport_lite.groups.base import Group, draw, multiply_along
+from teleport_lite.groups.base import Group, draw_like, multiply_along
 
 
 class Signs(Group):
@@ -33,7 +33,7 @@ class Signs(Group):
         return multiply_along(g, tensor, dim)
 
     def sample(self, like, *, radius=1.0, generator=None):
-        return torch.where(draw(torch.rand, self.n, like=like, generator=generator) < 0.5, -1.0, 1.0).to(like)
+        return torch.where(draw_like(torch.rand, self.n, like=like, generator=generator) < 0.5, -1.0, 1.0).to(like)
 
     def inverse(self, xi):
         return xi

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from teleport_lite.groups.base import Group, draw, in_ball
+from teleport_lite.groups.base import Group, draw_like, in_ball
 
 
 class Translation(Group):
@@ -28,7 +28,7 @@ class Translation(Group):
         return (tensor + g.reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])).to(tensor.dtype)
 
     def sample(self, like, *, radius=1.0, generator=None):
-        drawn = draw(torch.randn, self.n, like=like, generator=generator)
+        drawn = draw_like(torch.randn, self.n, like=like, generator=generator)
         return in_ball(drawn, self.norm(drawn), self.n, radius, generator)
 
     def norm(self, xi):

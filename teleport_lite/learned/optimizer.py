@@ -12,7 +12,7 @@ from torch.func import vmap
 from teleport_lite.errors import NoSymmetryError, TeleportError, UnknownNameError
 from teleport_lite.functional import Params
 from teleport_lite.groups import Group, PositiveScaling
-from teleport_lite.groups.base import draw
+from teleport_lite.groups.base import draw_like
 from teleport_lite.learned.task import Task, gradient, symmetry_of_first
 from teleport_lite.symmetries.base import Symmetry, check_radius
 
@@ -44,11 +44,11 @@ class State:
     def detach(self) -> State:
         """The same numbers, cut off from the graph that gave them."""
 
-        def cut(pair):
+        def detach_pair(pair):
             return None if pair is None else tuple(t.detach() for t in pair)
 
         velocity = self.velocity and {name: v.detach() for name, v in self.velocity.items()}
-        return State(cut(self.memory), cut(self.element_memory), velocity)
+        return State(detach_pair(self.memory), detach_pair(self.element_memory), velocity)
 
 
 class LearnedOptimizer(nn.Module):
@@ -207,7 +207,7 @@ class LearnedOptimizer(nn.Module):
             raw = emitted["element"]
         else:
             shape = problems, sum(z.numel() for z in zeros)
-            raw = draw(torch.randn, *shape, like=like, generator=generator)
+            raw = draw_like(torch.randn, *shape, like=like, generator=generator)
         parts = [
             r.view(problems, *z.shape) for r, z in zip(raw.split([z.numel() for z in zeros], 1), zeros, strict=True)
         ]

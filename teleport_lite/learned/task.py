@@ -58,12 +58,12 @@ class Task:
     def slopes(self, grads: Params, data: Any) -> Tensor:
         r"""How fast $\log\|\nabla L\|$ grows along each coordinate of the group, [problems, dim]."""
 
-        def slope(g: Params, d: Any) -> Tensor:
+        def slopes_of_one(g: Params, d: Any) -> Tensor:
             symmetry = self.on(d)
             found = torch.func.grad(lambda xi: norm(symmetry.transport(g, xi)).log())(symmetry.zeros(g))
             return torch.cat([x.flatten() for x in found])
 
-        return vmap(slope)(grads, data)
+        return vmap(slopes_of_one)(grads, data)
 
 
 def symmetry_of_first(task: Task, data: Any) -> Product:

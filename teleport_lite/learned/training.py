@@ -79,12 +79,12 @@ def meta_train(
     adam = torch.optim.Adam(optimizer.parameters(), lr=lr)
     history, done, failed = History(), 0, 0
 
-    def snapshot() -> dict:
+    def take_snapshot() -> dict:
         random = generator.get_state()
         saved = {"optimizer": optimizer.state_dict(), "adam": adam.state_dict(), "score": history.score}
         return copy.deepcopy(saved | {"random": random, "done": done, "failures": history.failures})
 
-    def restore(saved: dict) -> None:
+    def restore_snapshot(saved: dict) -> None:
         nonlocal done
         saved = copy.deepcopy(saved)
         optimizer.load_state_dict(saved["optimizer"])
@@ -94,10 +94,10 @@ def meta_train(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         last = torch.load(path, weights_only=True)
-        restore(last)
+        restore_snapshot(last)
         history.failures = [tuple(f) for f in last["failures"]]
         generator.set_state(last["random"])
-    last = snapshot()
+    last = take_snapshot()
     bar = iter(progress(range(done, batches)))
     while done < batches:
         try:
@@ -111,12 +111,12 @@ def meta_train(
             if failed >= PATIENCE:
                 got = f"{failed} failures, the last at batch {done}, step {failure.args[0]}: {failure.args[1]}"
                 raise DivergenceError("training that stays finite", got, "lower lr, size or radius") from None
-            restore(last)
+            restore_snapshot(last)
             continue
         next(bar, None)
         done += 1
         if done % every == 0 or done == batches:
-            last, failed = snapshot(), 0
+            last, failed = take_snapshot(), 0
             if path is not None:
                 torch.save(last, partial := path.with_name(path.name + ".part"))
                 partial.replace(path)

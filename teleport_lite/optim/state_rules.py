@@ -41,10 +41,10 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
 from teleport_lite.errors import StateError, UnknownNameError
-from teleport_lite.functional import Params, dot, stacked
+from teleport_lite.functional import Params, as_vector, dot
 from teleport_lite.runtime import eager_mode, named_tensors, unwrap_compiled
 from teleport_lite.symmetries.base import Symmetry
-from teleport_lite.transaction import Finish, Pairs, consumed, write
+from teleport_lite.transaction import Finish, Pairs, consume_pairs, write_in_place
 
 STATES = ("transport", "reset", "keep")
 Slots = dict[str, Params]  # the entries of an optimizer's state by name, each by the name of its parameter
@@ -60,27 +60,27 @@ class Carrier:
 
     def gradients(self, tensors: Params) -> Params:
         """M x."""
-        return self._on(lambda x: self.symmetry.transport(x, self.xi, self._at), tensors)
+        return self._carry_all(lambda x: self.symmetry.transport(x, self.xi, self._at), tensors)
 
     def points(self, tensors: Params) -> Params:
         """The action itself."""
-        return self._on(lambda x: self.symmetry.act(x, self.xi), tensors)
+        return self._carry_all(lambda x: self.symmetry.act(x, self.xi), tensors)
 
     def spread(self, tensors: Params, entry: Callable[[Tensor], Tensor], *, dual: bool = True) -> Params:
         """M x, or the Jacobian times x when not `dual`, with `entry` applied to each entry of the matrix first."""
-        return self._on(lambda x: self.symmetry.spread(x, self.xi, entry, dual=dual, params=self._at), tensors)
+        return self._carry_all(lambda x: self.symmetry.spread(x, self.xi, entry, dual=dual, params=self._at), tensors)
 
     @property
     def _at(self) -> Params | None:
         return None if self.symmetry.linear else self.params
 
-    def _on(self, carry: Callable[[Params], Params], tensors: Params) -> Params:
+    def _carry_all(self, carry: Callable[[Params], Params], tensors: Params) -> Params:
         """`carry` on the tensors that move; a parameter without an entry has a zero there."""
         moving = {n: tensors[n] if n in tensors else torch.zeros_like(p) for n, p in self.params.items()}
         return {**tensors, **carry(moving)}
 
 
-def _squares(carrier: Carrier, slots: Slots, entry: str) -> Params:
+def _move_squares(carrier: Carrier, slots: Slots, entry: str) -> Params:
     """Squares, with the variance and the squared mean apart where there is a mean: a variance must not fall below 0."""
     squares = slots[entry]
     if "grad_avg" not in slots or carrier.symmetry.monomial:
@@ -90,7 +90,7 @@ def _squares(carrier: Carrier, slots: Slots, entry: str) -> Params:
     return {n: variances[n] + m.square() for n, m in carrier.gradients(means).items()}
 
 
-def _factors(carrier: Carrier, slots: Slots, entry: str) -> Params:
+def _move_factors(carrier: Carrier, slots: Slots, entry: str) -> Params:
     """Row or column means of the moved square; the square is the rank-one matrix with the given means."""
     rows, columns = slots["row_var"], slots["col_var"]
     sizes = {n: r.mean(-2, keepdim=True).clamp(min=torch.finfo(r.dtype).tiny) for n, r in rows.items()}
@@ -107,8 +107,8 @@ def _inverse_curvature(carrier: Carrier, slots: Slots, entry: str) -> Params:
 
 KINDS: dict[str, Callable[[Carrier, Slots, str], Params]] = {  # but for "fixed"
     "gradient": lambda carrier, slots, entry: carrier.gradients(slots[entry]),
-    "squared gradient": _squares,
-    "factored square": _factors,
+    "squared gradient": _move_squares,
+    "factored square": _move_factors,
     "gradient bound": lambda carrier, slots, entry: carrier.spread(slots[entry], torch.abs),
     "step": lambda carrier, slots, entry: carrier.spread(slots[entry], torch.clone, dual=False),
     "squared step": lambda carrier, slots, entry: carrier.spread(slots[entry], torch.square, dual=False),
@@ -192,35 +192,35 @@ def move(
         new = symmetry.act(carrier.params, xi) if moved is None else moved
         infinite: dict[tuple[str, str], Tensor] = {}  # for entries of the state whether they are not finite
 
-        def check(found: Sequence[float]) -> None:
+        def check_finite(found: Sequence[float]) -> None:
             for (label, entry), bad in zip(infinite, found, strict=True):
                 if bad:
                     raise StateError(label, entry, "finite values", "NaN or infinity", "pass a smaller radius")
 
-        def steps() -> Iterator[Pairs]:
+        def write_steps() -> Iterator[Pairs]:
             for optimizer in optimizers if state == "transport" else ():
-                yield from _carried(optimizer, carrier, parameters, infinite)
-            yield consumed(parameters, {name: new.pop(name) for name in names})
+                yield from _moved_entries(optimizer, carrier, parameters, infinite)
+            yield consume_pairs(parameters, {name: new.pop(name) for name in names})
 
-        def end() -> None:
+        def finish_move() -> None:
             if finish is not None:
-                finish([*infinite.values()], check)
+                finish([*infinite.values()], check_finite)
             elif infinite:
-                check(stacked([*infinite.values()]).tolist())
+                check_finite(as_vector([*infinite.values()]).tolist())
             if state == "reset":
-                _forget(optimizers)
+                _reset_states(optimizers)
 
-        write(steps(), end)
+        write_in_place(write_steps(), finish_move)
 
 
-def _carried(
+def _moved_entries(
     optimizer: Optimizer, carrier: Carrier, parameters: dict[str, Tensor], infinite: dict[tuple[str, str], Tensor]
 ) -> Iterator[Pairs]:
     """The tensors of the state that move, with new values, entry by entry; all at once where they are entangled."""
     label = type(optimizer).__name__
     rules: dict[str, str] = next((RULES[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in RULES), {})
     names = {id(parameters[name]): name for name in carrier.params}
-    slots = _flat_slots(optimizer, names) if isinstance(optimizer, LBFGS) else _slots(optimizer, names)
+    slots = _flat_slots(optimizer, names) if isinstance(optimizer, LBFGS) else _parameter_slots(optimizer, names)
     kinds: dict[str, str] = {}
     for entry, tensors in slots.items():
         kind = rules.get(entry.partition(".")[0])
@@ -239,18 +239,18 @@ def _carried(
         kinds[entry] = kind
     entangled = isinstance(optimizer, LBFGS) or not slots.keys().isdisjoint(ENTANGLED)
 
-    def moved(entry: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def move_entry(entry: str) -> Iterator[tuple[Tensor, Tensor]]:
         found = KINDS[kinds[entry]](carrier, slots, entry)
         targets = {n: t for n, t in slots[entry].items() if n in carrier.params or not n}
-        largest = stacked([torch.linalg.vector_norm(found[name], torch.inf) for name in targets])  # takes no memory
-        infinite[label, entry] = ~largest.isfinite().all()
-        return consumed(targets, {name: found[name] for name in targets})
+        largest = [torch.linalg.vector_norm(found[name], torch.inf) for name in targets]  # takes no memory
+        infinite[label, entry] = ~as_vector(largest).isfinite().all()
+        return consume_pairs(targets, {name: found[name] for name in targets})
 
-    parts = map(moved, kinds)
+    parts = map(move_entry, kinds)
     yield from [chain.from_iterable(list(parts))] if entangled else parts
 
 
-def _slots(optimizer: Optimizer, names: dict[int, str]) -> Slots:
+def _parameter_slots(optimizer: Optimizer, names: dict[int, str]) -> Slots:
     """The tensors in the state of the parameters with these ids; an entry that is no tensor is there, but empty."""
     slots: Slots = {}
     for p, state in optimizer.state.items():
@@ -274,7 +274,7 @@ def _flat_slots(optimizer: LBFGS, names: dict[int, str]) -> Slots:
     return slots
 
 
-def _forget(optimizers: list[Optimizer]) -> None:
+def _reset_states(optimizers: list[Optimizer]) -> None:
     """Give each optimizer the state of a new one: none, but for Adagrad, which fills its sums from the start.
 
     `optimizer.state` stays the same object: others may hold it.

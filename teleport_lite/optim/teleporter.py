@@ -16,7 +16,7 @@ from teleport_lite.functional import Params
 from teleport_lite.objectives import Objective, as_objective
 from teleport_lite.optim.state_rules import STATES, move
 from teleport_lite.report import Report
-from teleport_lite.runtime import LossFn, check_generator, check_loss_fn, described, unwrap_compiled
+from teleport_lite.runtime import LossFn, check_generator, check_loss_fn, describe_value, unwrap_compiled
 from teleport_lite.symmetries.base import Symmetry, check_radius
 from teleport_lite.symmetries.product import Product, check_symmetry
 from teleport_lite.teleport import carry_out, check_movable, symmetries_of
@@ -104,7 +104,7 @@ class Teleporter:
     ) -> None:
         self.symmetry = None if symmetry is None else check_symmetry(symmetry)
         self.model, self.every, self.generator = model, every, check_generator(generator)
-        self.optimizers = _optimizers(optimizer)
+        self.optimizers = _list_optimizers(optimizer)
         self.objective, self.radius = as_objective(objective), check_radius(radius)
         self.maximize = self.objective.goes_up(maximize)
         self.state, self.search, self.tol = state, search, tol
@@ -112,7 +112,7 @@ class Teleporter:
         self.report: Report | None = None
         if state not in STATES:
             raise UnknownNameError("state", state, STATES)
-        held = self._held()
+        held = self._held_ids()
         if not any(id(p) in held for p in model.parameters()):
             remedy = "pass the optimizer that trains this model"
             raise TeleportError("an optimizer of the model's parameters", "one that holds none of them", remedy)
@@ -120,7 +120,7 @@ class Teleporter:
             check_movable(unwrap_compiled(self._ranks.model, self.symmetry.names), self.symmetry)
             if self._ranks.group is None:
                 self._check_held(self.symmetry)
-        self._due, self._when = _schedule(every, generator)
+        self._due, self._when = _read_schedule(every, generator)
         self._listed = frozenset(every) if isinstance(every, Collection) else None
 
     def step(self, loss_fn: LossFn) -> Report | None:
@@ -147,7 +147,7 @@ class Teleporter:
         spent = self.spent
         try:
             with self._ranks.together():
-                report = self._teleport(loss_fn) if self._is_due() else None
+                report = self._teleport_now(loss_fn) if self._is_due() else None
         except BaseException:
             if self.generator is not None and drawn is not None:
                 self.generator.set_state(drawn)
@@ -163,23 +163,23 @@ class Teleporter:
         due = 0 in self._ranks.ask(due) if free else due
         return due and self.radius - self.spent > 1e-3 * self.radius
 
-    def _teleport(self, loss_fn: LossFn) -> Report:
+    def _teleport_now(self, loss_fn: LossFn) -> Report:
         if self.symmetry is None:
             self.symmetry = symmetries_of(self.model, loss_fn)
         self._check_held(self.symmetry)
 
-        def commit(model: nn.Module, product: Product, xi: Any, moved: Params, finish: Finish) -> None:
+        def commit_with_state(model: nn.Module, product: Product, xi: Any, moved: Params, finish: Finish) -> None:
             used = [f.group.norm(x) for f, x in zip(product, xi, strict=True) if not f.group.isometry]
             norms: list[float] = []
 
-            def end(numbers: list[Tensor], check: Check) -> None:
-                def both(found: Sequence[float]) -> None:
+            def finish_with_norms(numbers: list[Tensor], check: Check) -> None:
+                def check_both(found: Sequence[float]) -> None:
                     norms.extend(found[: len(used)])
                     check(found[len(used) :])
 
-                finish([*used, *numbers], both)
+                finish([*used, *numbers], check_both)
 
-            move(model, product, xi, self.optimizers, self.state, moved, end)
+            move(model, product, xi, self.optimizers, self.state, moved, finish_with_norms)
             self.spent += max(norms, default=0.0)
 
         return carry_out(
@@ -188,27 +188,27 @@ class Teleporter:
             self.symmetry,
             self.objective,
             maximize=self.maximize,
-            radius=self._share(self.symmetry),
+            radius=self._next_radius(self.symmetry),
             tol=self.tol,
             generator=self.generator,
             search=self.search,
             carries=self.state == "transport",
-            commit=commit,
+            commit=commit_with_state,
         )
 
-    def _share(self, symmetry: Product) -> float:
+    def _next_radius(self, symmetry: Product) -> float:
         """The radius of the next teleport."""
         if all(factor.group.isometry for factor in symmetry):
             return self.radius
         parts = sum(step >= self.steps for step in self._listed) if self._listed else 2
         return (self.radius - self.spent) / parts
 
-    def _held(self) -> set[int]:
+    def _held_ids(self) -> set[int]:
         return {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
 
     def _check_held(self, symmetry: Symmetry) -> None:
         """Check that the optimizers, those of all ranks together, hold what `symmetry` moves."""
-        held = self._held()
+        held = self._held_ids()
         parameters = dict(unwrap_compiled(self._ranks.model, symmetry.names).named_parameters())
         missing = [name for name in symmetry.names if id(parameters[name]) not in held]
         if self._ranks.ask(bool(missing)):  # on some rank; another one may hold them
@@ -229,7 +229,7 @@ class Teleporter:
             TeleportError: when its entries are others, or when one has a generator and the other has none.
         """
         if not isinstance(state, Mapping) or state.keys() != self.state_dict().keys():
-            got = f"the keys {[*state]}" if isinstance(state, Mapping) else described(state)
+            got = f"the keys {[*state]}" if isinstance(state, Mapping) else describe_value(state)
             remedy = "pass what Teleporter.state_dict gave"
             raise TeleportError(f"a state with the keys {[*self.state_dict()]}", got, remedy)
         if (state["generator"] is None) != (self.generator is None):
@@ -246,7 +246,7 @@ class Teleporter:
         return f"Teleporter({names}; {self._when}; {goal}; state: {self.state}; {self.steps} steps)"
 
 
-def _optimizers(given: Any) -> list[Optimizer]:
+def _list_optimizers(given: Any) -> list[Optimizer]:
     """The optimizers as a list."""
     found = [given] if isinstance(given, Optimizer) else list(given) if isinstance(given, Iterable) else []
     if not found or not all(isinstance(o, Optimizer) for o in found):
@@ -261,7 +261,7 @@ def _optimizers(given: Any) -> list[Optimizer]:
     return found
 
 
-def _schedule(every: Any, generator: torch.Generator | None) -> tuple[Callable[[int], bool], str]:
+def _read_schedule(every: Any, generator: torch.Generator | None) -> tuple[Callable[[int], bool], str]:
     """Whether it is time at a step, as a function and in words."""
     if callable(every):
         return every, f"when {getattr(every, '__name__', type(every).__name__)} says so"

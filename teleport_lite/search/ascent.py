@@ -42,7 +42,7 @@ def ascent(
     sign = 1.0 if maximize else -1.0
     groups = [f.group for f in symmetry]
 
-    def slope(xi: tuple[Tensor, ...]) -> tuple[Tensor, Sequence[Tensor]]:
+    def value_and_directions(xi: tuple[Tensor, ...]) -> tuple[Tensor, Sequence[Tensor]]:
         points = [x.detach().requires_grad_() if g.dim else x for x, g in zip(xi, groups, strict=True)]
         free = [x for x in points if x.requires_grad]
         with torch.enable_grad(), unfused_attention():
@@ -56,27 +56,27 @@ def ascent(
 
     best, best_value = starts[0], None
     for xi in starts:
-        value, directions = slope(xi)
+        value, directions = value_and_directions(xi)
         step = torch.full_like(value, radius / 2)
         for _ in range(STEPS):
-            trial = _advanced(groups, xi, directions, step, radius)
-            trial_value, trial_directions = slope(trial)
+            trial = _take_steps(groups, xi, directions, step, radius)
+            trial_value, trial_directions = value_and_directions(trial)
             better = trial_value > value
-            xi = _where(better, trial, xi)
-            directions = _where(better, trial_directions, directions)
+            xi = _select_where(better, trial, xi)
+            directions = _select_where(better, trial_directions, directions)
             value = torch.where(better, trial_value, value)
             step = torch.where(better, 1.5 * step, step / 3)
         keep = torch.ones_like(value, dtype=torch.bool) if best_value is None else ~(value <= best_value)
-        best = _where(keep, xi, best)
+        best = _select_where(keep, xi, best)
         best_value = value if best_value is None else torch.where(keep, value, best_value)
     return best
 
 
-def _where(chosen: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _select_where(chosen: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(torch.where(chosen.to(a.device), a, b) for a, b in zip(new, old, strict=True))
 
 
-def _advanced(
+def _take_steps(
     groups: list[Group], xi: Sequence[Tensor], directions: Sequence[Tensor], step: Tensor, radius: float
 ) -> tuple[Tensor, ...]:
     """A step of this length along each direction, within the radius; matrices of one size together, on the CPU."""

@@ -98,16 +98,16 @@ class NeuronSymmetry(Symmetry):
 
     def moved_by(self, params: Params, g: Tensor, dual: Tensor) -> Params:
         """`move`, by an element of the group and that of the dual representation."""
-        return self._shifted(self._apply(self._shifted(params, 1), g, dual), -1)
+        return self._with_offsets(self._apply_to_legs(self._with_offsets(params, 1), g, dual), -1)
 
-    def _shifted(self, params: Params, sign: int) -> Params:
+    def _with_offsets(self, params: Params, sign: int) -> Params:
         """`params` with the offsets of the legs added or taken away."""
         for leg in (leg for leg in self.legs if leg.offset):
             part = self.axis(params[leg.name], leg) + sign * leg.offset
             params = {**params, leg.name: self.put(params[leg.name], part, leg)}
         return params
 
-    def _apply(self, params: Params, g: Tensor, dual: Tensor) -> Params:
+    def _apply_to_legs(self, params: Params, g: Tensor, dual: Tensor) -> Params:
         """The entries that move, with `g` applied to the legs that are not dual and `dual` to those that are."""
         moved = {name: params[name] for name in (*self.names, *self.buffers) if name in params}
         for leg in (leg for leg in self.legs if leg.name in moved):
@@ -132,7 +132,7 @@ class NeuronSymmetry(Symmetry):
 
     def carried_by(self, grads: Params, g: Tensor, dual: Tensor) -> Params:
         """The moved entries of `transport`, by an element of the group and that of the dual representation."""
-        return self._apply(grads, dual, g)
+        return self._apply_to_legs(grads, dual, g)
 
     def spread(self, tensors, xi, entry, *, dual=True, params=None):
         self.check(tensors)
@@ -140,7 +140,7 @@ class NeuronSymmetry(Symmetry):
         pair = self.group.pair(xi)
         if not isinstance(self.group, Permutation):  # whose entries are 0 and 1
             pair = entry(pair[0]), entry(pair[1])
-        return {**tensors, **self._apply(tensors, *(reversed(pair) if dual else pair))}
+        return {**tensors, **self._apply_to_legs(tensors, *(reversed(pair) if dual else pair))}
 
     def check(self, params: Params) -> None:
         super().check(params)
@@ -157,7 +157,7 @@ class NeuronSymmetry(Symmetry):
         """The slice of a parameter-like tensor on which the group acts, with the hidden axis first: [n, ...]."""
         dim = leg.dim
         if leg.groups > 1:
-            parts, dim = _parts(tensor, leg), 0
+            parts, dim = _axis_parts(tensor, leg), 0
             if leg.run:
                 return parts.narrow(1, leg.start, leg.run).flatten(0, 1)
             tensor = parts.flatten(0, 1)
@@ -167,7 +167,7 @@ class NeuronSymmetry(Symmetry):
     def put(self, tensor: Tensor, part: Tensor, leg: Leg) -> Tensor:
         """`tensor` with `part` in place of its `axis`."""
         if leg.groups > 1:
-            parts = _parts(tensor, leg)
+            parts = _axis_parts(tensor, leg)
             if leg.run:
                 new = part.unflatten(0, (leg.groups, -1))
                 parts = parts.slice_scatter(new, 1, leg.start, leg.start + leg.run)
@@ -204,10 +204,10 @@ class NeuronSymmetry(Symmetry):
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> NeuronSymmetry:
         """What `to_dict` gave."""
-        return cls(cls._group(**saved["group"]), [Leg(**leg) for leg in saved["legs"]])
+        return cls(cls._group_of_kind(**saved["group"]), [Leg(**leg) for leg in saved["legs"]])
 
     @staticmethod
-    def _group(kind: str, n: int, blocks: int, **options: bool) -> Group:
+    def _group_of_kind(kind: str, n: int, blocks: int, **options: bool) -> Group:
         if kind == "mixing":
             return GeneralLinear(n // blocks, blocks)
         return PairRotations(n, **options) if "halves" in options else GROUPS[kind](n, **options)
@@ -228,12 +228,12 @@ class NeuronSymmetry(Symmetry):
 SAVED["neurons"] = NeuronSymmetry
 
 
-def _parts(tensor: Tensor, leg: Leg) -> Tensor:
+def _axis_parts(tensor: Tensor, leg: Leg) -> Tensor:
     """The parts of dimension 0, and then dimension `dim`: [groups, shape[dim], rows of a part, ...]."""
     return tensor.unflatten(0, (leg.groups, -1)).movedim(leg.dim + 1, 1)
 
 
-def _legs(incoming: str, outgoing: str, bias: str | None) -> list[Leg]:
+def _dense_legs(incoming: str, outgoing: str, bias: str | None) -> list[Leg]:
     biases = [] if bias is None else [Leg(bias, 0)]
     return [Leg(incoming, 0), *biases, Leg(outgoing, 1, dual=True)]
 
@@ -253,7 +253,7 @@ def scaling(width: int, incoming: str, outgoing: str, bias: str | None = None) -
     >>> scaling(16, "0.weight", "2.weight", bias="0.bias")
     NeuronSymmetry(0.weight, 0.bias -> 2.weight; (R>0)^16, dim 16, all inputs)
     """
-    return NeuronSymmetry(PositiveScaling(width), _legs(incoming, outgoing, bias))
+    return NeuronSymmetry(PositiveScaling(width), _dense_legs(incoming, outgoing, bias))
 
 
 def mixing(width: int, incoming: str, outgoing: str, bias: str | None = None) -> NeuronSymmetry:
@@ -264,7 +264,7 @@ def mixing(width: int, incoming: str, outgoing: str, bias: str | None = None) ->
     >>> mixing(8, "0.weight", "1.weight").dim
     64
     """
-    return NeuronSymmetry(GeneralLinear(width), _legs(incoming, outgoing, bias))
+    return NeuronSymmetry(GeneralLinear(width), _dense_legs(incoming, outgoing, bias))
 
 
 def permutation(width: int, incoming: str, outgoing: str, bias: str | None = None) -> NeuronSymmetry:
@@ -275,7 +275,7 @@ def permutation(width: int, incoming: str, outgoing: str, bias: str | None = Non
     >>> permutation(8, "0.weight", "2.weight").group
     S(8)
     """
-    return NeuronSymmetry(Permutation(width), _legs(incoming, outgoing, bias))
+    return NeuronSymmetry(Permutation(width), _dense_legs(incoming, outgoing, bias))
 
 
 def sign(width: int, incoming: str, outgoing: str, bias: str | None = None) -> NeuronSymmetry:
@@ -286,4 +286,4 @@ def sign(width: int, incoming: str, outgoing: str, bias: str | None = None) -> N
     >>> sign(8, "0.weight", "2.weight").group
     {1,-1}^8
     """
-    return NeuronSymmetry(Signs(width), _legs(incoming, outgoing, bias))
+    return NeuronSymmetry(Signs(width), _dense_legs(incoming, outgoing, bias))

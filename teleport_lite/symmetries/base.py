@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_map
 from teleport_lite.errors import ParameterError, ShapeError, TeleportError, UnknownNameError
 from teleport_lite.functional import Params
 from teleport_lite.groups import Group
-from teleport_lite.runtime import described
-from teleport_lite.symmetries.rank import rank
+from teleport_lite.runtime import describe_value
+from teleport_lite.symmetries.rank import tangent_rank
 
 KINDS = ("scaling", "mixing", "rotation", "shear", "translation", "permutation", "sign")  # of groups
 SAVED: dict[str, Any] = {}  # by the name that a saved symmetry carries, its class
@@ -107,19 +107,21 @@ class Symmetry(ABC):
         point = tensors if params is None else params
         self.check(point)
 
-        def flat(p: Params) -> Tensor:
+        def flatten_entries(p: Params) -> Tensor:
             return torch.cat([p[name].reshape(-1) for name in self.names])
 
-        def whole(vector: Tensor) -> Params:
+        def split_entries(vector: Tensor) -> Params:
             parts = vector.split([point[name].numel() for name in self.names])
             return {**tensors, **{n: part.view_as(point[n]) for n, part in zip(self.names, parts, strict=True)}}
 
-        jacobian = torch.func.jacrev(lambda w: flat(self.move({**point, **whole(w)}, xi)))(flat(point))
-        return whole(entry(torch.linalg.inv(jacobian).mT if dual else jacobian) @ flat(tensors))
+        jacobian = torch.func.jacrev(lambda w: flatten_entries(self.move({**point, **split_entries(w)}, xi)))(
+            flatten_entries(point)
+        )
+        return split_entries(entry(torch.linalg.inv(jacobian).mT if dual else jacobian) @ flatten_entries(tensors))
 
     def velocity(self, params: Params, xi: Any) -> Params:
         r"""The infinitesimal action $A_\xi w = \frac{d}{dt} e^{t\xi} \cdot w$ at t = 0, for the entries in `names`."""
-        return torch.func.jvp(lambda z: self.move(params, z), (_origin(xi),), (xi,))[1]
+        return torch.func.jvp(lambda z: self.move(params, z), (_identity_coordinates(xi),), (xi,))[1]
 
     def jet(self, params: Params, xi: Any) -> tuple[Params, Params]:
         r"""First and second derivative of the curve $t \mapsto e^{t\xi} \cdot w$ at t = 0, for the entries in `names`.
@@ -131,21 +133,21 @@ class Symmetry(ABC):
             first = self.velocity(params, xi)
             return first, self.velocity(first, xi)
 
-        def slope(z: Any) -> Params:
+        def velocity_at(z: Any) -> Params:
             return torch.func.jvp(lambda y: self.move(params, y), (z,), (xi,))[1]
 
-        return torch.func.jvp(slope, (_origin(xi),), (xi,))[:2]
+        return torch.func.jvp(velocity_at, (_identity_coordinates(xi),), (xi,))[:2]
 
     def zeros(self, params: Params) -> Any:
         """Coordinates of the identity."""
-        return self.group.zeros(self._like(params))
+        return self.group.zeros(self._widest_parameter(params))
 
     def sample(self, params: Params, *, radius: float = 1.0, generator: torch.Generator | None = None) -> Any:
         """Random coordinates of operator norm at most `radius`; for a finite group a uniform element.
 
         It is the identity where a buffer that has to move along is not among the `params`.
         """
-        xi = self.group.sample(self._like(params), radius=check_radius(radius), generator=generator)
+        xi = self.group.sample(self._widest_parameter(params), radius=check_radius(radius), generator=generator)
         return self.zeros(params) if self.missing(params) else xi
 
     def inverse(self, xi: Any) -> Any:
@@ -177,7 +179,7 @@ class Symmetry(ABC):
         It is below `dim` where factors overlap, as a low-rank term that the weight beside it absorbs, and the mixing of
         its two matrices. A dense matrix [dim, entries] is made for each set of factors that move common parameters.
         """
-        return rank([self], params)
+        return tangent_rank([self], params)
 
     def check(self, params: Params) -> None:
         """Refuse parameters that the action cannot move.
@@ -212,9 +214,9 @@ class Symmetry(ABC):
 
     def _check_coordinates(self, params: Params, xi: Any) -> None:
         if not isinstance(xi, Tensor) or xi.shape != self.group.shape:
-            raise ShapeError("xi", self.group.shape, described(xi), "take xi from sample or zeros")
+            raise ShapeError("xi", self.group.shape, describe_value(xi), "take xi from sample or zeros")
 
-    def _like(self, params: Params) -> Tensor:
+    def _widest_parameter(self, params: Params) -> Tensor:
         """The moved parameter of the widest type: in that one `xi` lives."""
         self.check(params)
         return max((params[name] for name in self.names), key=lambda p: torch.finfo(p.dtype).bits)
@@ -226,7 +228,7 @@ class Symmetry(ABC):
         return f"{type(self).__name__}({self}; {self.group}, dim {self.dim}, {self.holds})"
 
 
-def _origin(xi: Any) -> Any:
+def _identity_coordinates(xi: Any) -> Any:
     """The coordinates of the identity, one for all that `vmap` runs together."""
     return tree_map(lambda x: torch.zeros(x.shape, dtype=x.dtype, device=x.device), xi)
 
@@ -239,7 +241,7 @@ def check_radius(radius: Any) -> float:
     """
     number = isinstance(radius, (int, float)) or (isinstance(radius, Tensor) and radius.numel() == 1)
     if not number or isinstance(radius, bool):
-        raise TeleportError("a positive finite radius", described(radius), "pass a number, such as radius=1.0")
+        raise TeleportError("a positive finite radius", describe_value(radius), "pass a number, such as radius=1.0")
     if not 0 < radius < float("inf"):
         remedy = "an orbit without a bound may have no best point: pass radius=1.0"
         raise TeleportError("a positive finite radius", radius, remedy if radius > 0 else "pass radius=1.0")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from teleport_lite.functional import Params
 from teleport_lite.groups import Group
-from teleport_lite.groups.base import wide
+from teleport_lite.groups.base import element_dtype
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
 from teleport_lite.symmetries.base import SAVED, Symmetry
 
@@ -45,15 +45,15 @@ class GainedSymmetry(NeuronSymmetry):
 
     def move(self, params, xi):
         pair, moved = self.group.pair(xi), {name: params[name] for name in self.names}
-        for leg, gain in self._pairs:
-            moved[leg.name] = self._turned(moved[leg.name], pair[leg.dual], leg, self._stretch(params, leg, gain))
+        for leg, gain in self._leg_pairs:
+            moved[leg.name] = self._turn_leg(moved[leg.name], pair[leg.dual], leg, self._gain_of(params, leg, gain))
         return moved
 
     def velocity(self, params, xi):
         pair = self.group.algebra(xi), self.group.algebra(self.group.dual(xi))
         found = {name: torch.zeros_like(params[name]) for name in self.names}
-        for leg, gain in self._pairs:
-            stretch = self._stretch(params, leg, gain)
+        for leg, gain in self._leg_pairs:
+            stretch = self._gain_of(params, leg, gain)
             part = self.group.along(pair[leg.dual], self.axis(params[leg.name], leg) * stretch, 0) / stretch
             part = self.axis(found[leg.name], leg) + part.to(found[leg.name].dtype)
             found[leg.name] = self.put(found[leg.name], part, leg)
@@ -63,7 +63,9 @@ class GainedSymmetry(NeuronSymmetry):
 
     def jet(self, params, xi):
         first = self.velocity(params, xi)
-        return first, self.velocity({**first, **{gain.name: params[gain.name] for _, gain in self._pairs if gain}}, xi)
+        return first, self.velocity(
+            {**first, **{gain.name: params[gain.name] for _, gain in self._leg_pairs if gain}}, xi
+        )
 
     def spread(self, tensors, xi, entry, *, dual=True, params=None):
         if params is None:
@@ -72,12 +74,12 @@ class GainedSymmetry(NeuronSymmetry):
         self._check_coordinates(tensors, xi)
         pair = self.group.pair(xi)
         point, moved = dict(params), dict(tensors)
-        for leg, gain in self._pairs:
+        for leg, gain in self._leg_pairs:
             matrix, carried = pair[leg.dual], pair[leg.dual != dual]
             g, diagonal = entry(carried), carried.diagonal()
-            stretch, x, old = self._stretch(params, leg, gain), *(self.axis(p[leg.name], leg) for p in (point, moved))
-            point[leg.name] = self._turned(point[leg.name], matrix, leg, stretch)
-            moved[leg.name] = self._turned(moved[leg.name], g, leg, entry(1 / stretch if dual else stretch))
+            stretch, x, old = self._gain_of(params, leg, gain), *(self.axis(p[leg.name], leg) for p in (point, moved))
+            point[leg.name] = self._turn_leg(point[leg.name], matrix, leg, stretch)
+            moved[leg.name] = self._turn_leg(moved[leg.name], g, leg, entry(1 / stretch if dual else stretch))
             if gain is None:
                 continue
             # y_k = A_kj e_j x_j / e_k has the derivative (A_kj x_j - [k = j] y_k) / e_k by e_j, which is slope * gain_j
@@ -96,18 +98,18 @@ class GainedSymmetry(NeuronSymmetry):
         return moved
 
     @property
-    def _pairs(self) -> Iterator[tuple[Leg, Leg | None]]:
+    def _leg_pairs(self) -> Iterator[tuple[Leg, Leg | None]]:
         return zip(self.legs, self.gains, strict=True)
 
-    def _stretch(self, params: Params, leg: Leg, gain: Leg | None) -> Tensor:
+    def _gain_of(self, params: Params, leg: Leg, gain: Leg | None) -> Tensor:
         """What a leg is multiplied by, along its axis, before it is turned, and divided by after that: [n, 1, ...]."""
         if gain is None:
             return params[leg.name].new_ones(())
         vector = self.axis(params[gain.name], gain).flatten()
-        vector = vector.to(wide(vector.dtype)) + gain.offset
+        vector = vector.to(element_dtype(vector.dtype)) + gain.offset
         return (vector if leg.dual else 1 / vector).reshape(-1, *[1] * (self.axis(params[leg.name], leg).ndim - 1))
 
-    def _turned(self, tensor: Tensor, g: Tensor, leg: Leg, stretch: Tensor) -> Tensor:
+    def _turn_leg(self, tensor: Tensor, g: Tensor, leg: Leg, stretch: Tensor) -> Tensor:
         part = self.group.along(g, self.axis(tensor, leg) * stretch, 0) / stretch
         return self.put(tensor, part.to(tensor.dtype), leg)
 
@@ -119,7 +121,7 @@ class GainedSymmetry(NeuronSymmetry):
     def from_dict(cls, saved: dict[str, Any]) -> GainedSymmetry:
         """What `to_dict` gave."""
         legs = [Leg(**leg) for leg in saved["legs"]]
-        return cls(cls._group(**saved["group"]), legs, [gain and Leg(**gain) for gain in saved["gains"]])
+        return cls(cls._group_of_kind(**saved["group"]), legs, [gain and Leg(**gain) for gain in saved["gains"]])
 
 
 SAVED["gained"] = GainedSymmetry

@@ -49,11 +49,11 @@ def hidden_layers(probe: nn.Module, inputs: Inputs) -> tuple[list[Hidden], list[
 
     names = {module: name for name, module in probe.named_modules() if not list(module.children())}
 
-    def note(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def note_call(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         if len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor):
             calls.append((names[module], module, args[0], output, output.detach().clone()))
 
-    with traced(names, note), torch.no_grad(), kept_random_state(probe):
+    with traced(names, note_call), torch.no_grad(), kept_random_state(probe):
         probe(*inputs)
 
     hidden: list[Hidden] = []
@@ -85,33 +85,33 @@ def other_effect(probe: nn.Module, inputs: Inputs, hidden: Hidden) -> str:
     draw = torch.Generator().manual_seed(0)
     others = {n: w + torch.randn(w.shape, generator=draw, dtype=w.dtype).to(w) for n, w in weights.items()}
 
-    def observe(params: Params, held: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def observe_layer(params: Params, held: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The inputs of the layer, what its outgoing map gave, of which the first is `held`, and the outputs."""
         inside: list[Tensor] = []
         given: list[Tensor] = []
         outside: list[Tensor] = []
 
-        def note(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        def note_call(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
             if module is first:
                 inside.append(args[0])
             if module is second:
                 given.append(output)
             return held if module is second and len(given) == 1 else None
 
-        def run(net: nn.Module) -> Tensor:
+        def run_model(net: nn.Module) -> Tensor:
             outside.extend(tensors_of(net(*inputs)))
             return torch.zeros(())
 
-        with torch.no_grad(), traced({first, second}, note):
-            Evaluation(probe, run)(params)
+        with torch.no_grad(), traced({first, second}, note_call):
+            Evaluation(probe, run_model)(params)
         return inside, given, outside
 
     try:
         for mode in ("evaluation", "training"):
             probe.train(mode == "training")
             try:
-                inside, given, outside = observe(weights)
-                moved, _, after = observe(others, next(iter(given), None))
+                inside, given, outside = observe_layer(weights)
+                moved, _, after = observe_layer(others, next(iter(given), None))
             except Exception:  # a batch norm in training needs two samples
                 if mode == "evaluation":
                     raise

@@ -64,7 +64,7 @@ class MiniBatchMixing(Symmetry):
 
     def __init__(self, model: nn.Module, inputs: object, hidden: Hidden, *, minimum_change: bool = True) -> None:
         self.model, self.inputs, self.minimum_change = model, as_inputs(inputs), minimum_change
-        self.activation = _single(hidden)
+        self.activation = _single_activation(hidden)
         self.layer = hidden.incoming
         self.group = GeneralLinear(hidden.width)
         first, second = model.get_submodule(hidden.incoming), model.get_submodule(hidden.outgoing)
@@ -77,11 +77,11 @@ class MiniBatchMixing(Symmetry):
         """The inputs X of the layer on the batch, [k, in_features], with a column of ones when it has a bias."""
         seen: list[Tensor] = []
 
-        def stop(module, args):
+        def stop_at_input(module, args):
             seen.append(args[0])
             raise _Stop
 
-        with suppress(_Stop), self.model.get_submodule(self.layer).register_forward_pre_hook(stop):
+        with suppress(_Stop), self.model.get_submodule(self.layer).register_forward_pre_hook(stop_at_input):
             Evaluation(self.model, lambda net: net(*self.inputs))(params)
         return self.widened(seen[0].flatten(0, -2))
 
@@ -133,7 +133,7 @@ class MiniBatchMixing(Symmetry):
             "compute the gradient at the moved parameters instead",
         )
 
-    def _towards(self, matrix: Tensor, old: Tensor, now: Tensor, target: Tensor) -> Tensor:
+    def _solve_towards(self, matrix: Tensor, old: Tensor, now: Tensor, target: Tensor) -> Tensor:
         """The solution W of matrix @ W.T = target: nearest to `old`, which gives `now`, or the one of least norm."""
         inverse = torch.linalg.pinv(matrix)
         return old + (inverse @ (target - now)).mT if self.minimum_change else (inverse @ target).mT
@@ -153,7 +153,7 @@ class OutgoingMixing(MiniBatchMixing):
     def solve(self, x, v, u, xi):
         v_new = self.group.exp(xi) @ v
         before, after = self.activation(x @ v.mT), self.activation(x @ v_new.mT)
-        return v_new, self._towards(after, u, after @ u.mT, before @ u.mT)
+        return v_new, self._solve_towards(after, u, after @ u.mT, before @ u.mT)
 
     def rank_matrix(self, x, v):
         return self.activation(x @ v.mT)
@@ -179,7 +179,7 @@ class IncomingMixing(MiniBatchMixing):
         g, g_inverse = self.group.exp(xi), self.group.exp(-xi)
         hidden = self.activation(x @ v.mT)
         now, target = (INVERSES[type(self.activation)](self.activation, a) for a in (hidden, hidden @ g.mT))
-        return self._towards(x, v, now, target), u @ g_inverse
+        return self._solve_towards(x, v, now, target), u @ g_inverse
 
     def rank_matrix(self, x, v):
         return x
@@ -237,7 +237,7 @@ def minibatch_symmetries(
     return Product(factors, reasons)
 
 
-def _single(hidden: Hidden) -> nn.Module:
+def _single_activation(hidden: Hidden) -> nn.Module:
     """The one activation of a hidden layer."""
     modules = [m for m in hidden.between if not isinstance(m, (nn.Identity, nn.Dropout))]
     if len(modules) > 1 or any(list(m.parameters()) for m in modules):

@@ -12,11 +12,11 @@ from torch.utils._pytree import register_pytree_node
 
 from teleport_lite.errors import TeleportError, UnknownNameError
 from teleport_lite.functional import Params
-from teleport_lite.groups.base import pairs
-from teleport_lite.runtime import described
+from teleport_lite.groups.base import element_pairs
+from teleport_lite.runtime import describe_value
 from teleport_lite.symmetries.axes import NeuronSymmetry
 from teleport_lite.symmetries.base import KINDS, SAVED, Symmetry
-from teleport_lite.symmetries.rank import rank
+from teleport_lite.symmetries.rank import tangent_rank
 from teleport_lite.symmetries.shifts import Shift
 
 
@@ -58,14 +58,14 @@ class Product(Symmetry, Sequence):
         self.homogeneous = all(f.homogeneous for f in self.factors)
         self.monomial = all(f.monomial for f in self.factors)
 
-    def _steps(self, xi: Any) -> list[tuple[Symmetry, Any]]:
+    def _factor_steps(self, xi: Any) -> list[tuple[Symmetry, Any]]:
         """The factors with their coordinates, in the order in which they are applied."""
         steps = list(zip(self.factors, xi, strict=True))
         return steps[::-1] if isinstance(xi, Inverse) else steps
 
-    def _elements(self, params: Params, xi: Any) -> list[tuple[Any, Any, tuple[Tensor, Tensor] | None]]:
-        """The `_steps`; with them the elements of linear actions by matrices, whose exponentials are taken together."""
-        steps, linear, together = self._steps(xi), [], []
+    def _factor_elements(self, params: Params, xi: Any) -> list[tuple[Any, Any, tuple[Tensor, Tensor] | None]]:
+        """The `_factor_steps`, with the elements of linear actions by matrices, exponentials taken together."""
+        steps, linear, together = self._factor_steps(xi), [], []
         for factor, x in steps:
             own = isinstance(factor, NeuronSymmetry) and factor.linear and factor.group.matrices
             if own:
@@ -73,28 +73,28 @@ class Product(Symmetry, Sequence):
                 factor._check_coordinates(params, x)
                 linear.append((factor.group, x))
             together.append(own)
-        found = iter(pairs(*zip(*linear, strict=True)) if linear else ())
+        found = iter(element_pairs(*zip(*linear, strict=True)) if linear else ())
         return [(f, x, next(found) if own else None) for (f, x), own in zip(steps, together, strict=True)]
 
     def move(self, params, xi):
-        for factor, x, pair in self._elements(params, xi):
+        for factor, x, pair in self._factor_elements(params, xi):
             params = {**params, **factor.moved_by(params, *pair)} if pair else factor.act(params, x)
         return {name: params[name] for name in (*self.names, *self.buffers) if name in params}
 
     def transport(self, grads, xi, params=None):
         self._check_coordinates(grads, xi)
-        for factor, x, pair in self._elements(grads, xi):
+        for factor, x, pair in self._factor_elements(grads, xi):
             grads = {**grads, **factor.carried_by(grads, *pair)} if pair else factor.transport(grads, x, params)
             params = None if params is None else factor.act(params, x)
         return grads
 
     def spread(self, tensors, xi, entry, *, dual=True, params=None):
-        return self._carried(lambda f, t, x, p: f.spread(t, x, entry, dual=dual, params=p), tensors, xi, params)
+        return self._carry_through(lambda f, t, x, p: f.spread(t, x, entry, dual=dual, params=p), tensors, xi, params)
 
-    def _carried(self, carry: Callable[..., Params], tensors: Params, xi: Any, params: Params | None) -> Params:
+    def _carry_through(self, carry: Callable[..., Params], tensors: Params, xi: Any, params: Params | None) -> Params:
         """`carry` by one factor after the other, from where those before have moved the parameters."""
         self._check_coordinates(tensors, xi)
-        for factor, x in self._steps(xi):
+        for factor, x in self._factor_steps(xi):
             tensors = carry(factor, tensors, x, params)
             params = None if params is None else factor.act(params, x)
         return tensors
@@ -106,7 +106,7 @@ class Product(Symmetry, Sequence):
             return super().jet(params, xi)
         zero = {name: torch.zeros_like(params[name]) for name in self.names}
         first, second = zero, zero
-        for factor, x in self._steps(xi):  # (e^{tA} w(t))'' = w'' + 2 A w' + A A w
+        for factor, x in self._factor_steps(xi):  # (e^{tA} w(t))'' = w'' + 2 A w' + A A w
             once, twice = factor.jet(params, x)
             cross = factor.bend(params, x, first) if isinstance(factor, Shift) else factor.velocity(first, x)
             first = {**first, **{n: first[n] + once[n] for n in once}}
@@ -196,7 +196,7 @@ class Product(Symmetry, Sequence):
         return tuple(dict.fromkeys(name for f in self.factors for name in f.moved))
 
     def rank(self, params: Params) -> int:
-        return rank(self.factors, params)
+        return tangent_rank(self.factors, params)
 
     @property
     def continuous(self) -> Product:
@@ -206,7 +206,7 @@ class Product(Symmetry, Sequence):
     def _check_coordinates(self, params, xi):
         if not isinstance(xi, (tuple, list)) or len(xi) != len(self.factors):
             raise TeleportError(
-                f"xi to be a tuple of {len(self)} tensors", described(xi), "take xi from sample or zeros"
+                f"xi to be a tuple of {len(self)} tensors", describe_value(xi), "take xi from sample or zeros"
             )
 
     def __len__(self) -> int:
@@ -223,7 +223,7 @@ class Product(Symmetry, Sequence):
         head = f"Product of {len(self)} symmetr{'y' if len(self) == 1 else 'ies'}, dim {self.dim}"
         head += f", rank {self.dim - self.overlap}" if self.overlap else ""
         rows = [("parameters", "group", "dim", "holds on")]
-        rows += [(_brief(str(f)), str(f.group), str(f.dim), f.holds) for f in self.factors]
+        rows += [(_abbreviate_names(str(f)), str(f.group), str(f.dim), f.holds) for f in self.factors]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         table = ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         notes = [f"  left out: {reason}" for reason in self.reasons]
@@ -232,10 +232,10 @@ class Product(Symmetry, Sequence):
     __str__ = __repr__
 
 
-def _brief(names: str) -> str:
+def _abbreviate_names(names: str) -> str:
     """Names in two lists, each of at most four, or shortened.
 
-    >>> _brief("a, b, c, d, e -> f, g")
+    >>> _abbreviate_names("a, b, c, d, e -> f, g")
     'a, b, ... 2 more, e -> f, g'
     """
     sides = (side.split(", ") for side in names.split(" -> "))
@@ -261,5 +261,5 @@ the objective is passed as objective=...
         return Product([symmetry])
     listed = isinstance(symmetry, (list, tuple)) and all(isinstance(f, Symmetry) for f in symmetry)
     remedy = "pass what find_symmetries gives; the objective is passed as objective=..."
-    got = f"a {type(symmetry).__name__} of symmetries" if listed else described(symmetry)
+    got = f"a {type(symmetry).__name__} of symmetries" if listed else describe_value(symmetry)
     raise TeleportError("a symmetry", got, "pass tl.Product(...) of them" if listed else remedy)

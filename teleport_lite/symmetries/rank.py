@@ -17,7 +17,7 @@ S = TypeVar("S", bound="Symmetry")
 DEPENDENT = 1e-8  # relative, of singular values
 
 
-def components(factors: Iterable[S], meet: Callable[[S, S], bool] | None = None) -> list[list[S]]:
+def connected_factors(factors: Iterable[S], meet: Callable[[S, S], bool] | None = None) -> list[list[S]]:
     """Those that `meet`, by default in a parameter that both move, directly or through others, taken together."""
     meet = meet or (lambda a, b: bool({*a.moved} & {*b.moved}))
     parts: list[list[S]] = []
@@ -28,7 +28,7 @@ def components(factors: Iterable[S], meet: Callable[[S, S], bool] | None = None)
     return parts
 
 
-def tangents(factors: Sequence[Symmetry], params: Params) -> Tensor:
+def tangent_rows(factors: Sequence[Symmetry], params: Params) -> Tensor:
     """The directions in which the coordinates move the parameters: unit rows [dim, entries], in float64, on the CPU."""
     wide = {name: params[name].detach().cpu().double() for f in factors for name in f.names}
     moved = list(dict.fromkeys(name for f in factors for name in f.moved))
@@ -43,15 +43,15 @@ def tangents(factors: Sequence[Symmetry], params: Params) -> Tensor:
     return found / torch.linalg.vector_norm(found, dim=1, keepdim=True).clamp(min=torch.finfo(found.dtype).tiny)
 
 
-def rank(factors: Sequence[Symmetry], params: Params) -> int:
+def tangent_rank(factors: Sequence[Symmetry], params: Params) -> int:
     """The rank of the tangents of continuous factors, component by component."""
-    matrices = (tangents(part, params) for part in components([f for f in factors if f.dim]))
+    matrices = (tangent_rows(part, params) for part in connected_factors([f for f in factors if f.dim]))
     sizes = [torch.linalg.svdvals(m) for m in matrices]
     return sum(int((s > DEPENDENT * s.max()).sum()) for s in sizes)
 
 
-def cost(factors: Sequence[Symmetry], params: Params) -> int:
-    """About how many operations `rank` takes."""
-    parts = components([f for f in factors if f.dim])
+def rank_cost(factors: Sequence[Symmetry], params: Params) -> int:
+    """About how many operations `tangent_rank` takes."""
+    parts = connected_factors([f for f in factors if f.dim])
     entries = [sum(params[n].numel() for n in {n for f in part for n in f.moved}) for part in parts]
     return sum(n * sum(f.dim for f in part) ** 2 for part, n in zip(parts, entries, strict=True))

@@ -105,11 +105,11 @@ class Shift(Symmetry):
         return tuple(dict.fromkeys(m.name for m in self.moves))
 
     def move(self, params, xi):
-        return self._add(params, self.velocity(params, xi))
+        return self._add_values(params, self.velocity(params, xi))
 
     def velocity(self, params, xi):
         found = {name: torch.zeros_like(params[name]) for name in self.names}
-        return self._add(found, self._values(self._rows(params, xi), xi, params))
+        return self._add_values(found, self._shift_values(self._operand_rows(params, xi), xi, params))
 
     def jet(self, params, xi):
         first = self.velocity(params, xi)
@@ -123,18 +123,18 @@ class Shift(Symmetry):
         here, there = self.velocity(direction, xi), self.velocity({n: 0 * direction[n] for n in self.names}, xi)
         return {name: here[name] - there[name] for name in here}
 
-    def _add(self, params: Params, values: Params) -> Params:
+    def _add_values(self, params: Params, values: Params) -> Params:
         added = {name: (params[name] + v.to(params[name].device)).to(params[name].dtype) for name, v in values.items()}
         return {name: added.get(name, params[name]) for name in self.names}
 
-    def _rows(self, params: Params, xi: Tensor) -> dict[Operand, Tensor]:
+    def _operand_rows(self, params: Params, xi: Tensor) -> dict[Operand, Tensor]:
         """What the einsums take."""
         return {
             o: o.basis(params, xi) if isinstance(o, Kernel) else params[o[0]].narrow(0, o[1], o[2]).to(xi) ** o[3]
             for o in self._operands
         }
 
-    def _values(self, rows: dict[Operand, Tensor], xi: Tensor, like: Params, entry: Any = None) -> Params:
+    def _shift_values(self, rows: dict[Operand, Tensor], xi: Tensor, like: Params, entry: Any = None) -> Params:
         """What is added to each parameter that moves; with the `entry` of each scale in its place."""
         found: Params = {}
         for m in self.moves:
@@ -164,14 +164,14 @@ class Shift(Symmetry):
         if self.monomial:
             return {**tensors}
         point, like = tensors if params is None else params, xi
-        rows = self._rows(point, xi)
+        rows = self._operand_rows(point, xi)
         slopes = {
             o: entry(torch.ones_like(r) if o[3] == 1 else -r.square())
             for o, r in rows.items()
             if not isinstance(o, Kernel)
         }
         rows, xi = {o: entry(r) for o, r in rows.items()}, entry(xi)
-        values = partial(self._values, xi=xi, like=tensors, entry=entry)
+        values = partial(self._shift_values, xi=xi, like=tensors, entry=entry)
         if not dual:
             tangents = {
                 o: o.tangent(point, tensors, entry, like)
@@ -179,7 +179,7 @@ class Shift(Symmetry):
                 else slopes[o] * tensors[o[0]].narrow(0, o[1], o[2]).to(rows[o])
                 for o in rows
             }
-            return {**tensors, **self._add(tensors, torch.func.jvp(values, (rows,), (tangents,))[1])}
+            return {**tensors, **self._add_values(tensors, torch.func.jvp(values, (rows,), (tangents,))[1])}
         like, pull = torch.func.vjp(values, rows)[:2]
         found = {name: tensors[name].clone() for name in self.names}
         for o, part in pull({name: tensors[name].to(v) for name, v in like.items()})[0].items():
@@ -216,7 +216,7 @@ class Shift(Symmetry):
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Shift:
         """What `to_dict` gave."""
-        moves = [Move(**{**m, "steps": tuple(map(_step, m["steps"]))}) for m in _fixed(saved["moves"])]
+        moves = [Move(**{**m, "steps": tuple(map(_step, m["steps"]))}) for m in _as_tuples(saved["moves"])]
         return cls(saved["n"], moves, saved["of"])
 
     def __eq__(self, other: object) -> bool:
@@ -240,14 +240,14 @@ def _step(saved: dict[str, Any]) -> Step:
     return Step(**{**saved, "operands": operands})
 
 
-def _fixed(saved: Any) -> Any:
+def _as_tuples(saved: Any) -> Any:
     """Tuples in place of lists, in what JSON gave."""
     if isinstance(saved, dict):
-        return {key: _fixed(value) for key, value in saved.items()}
-    return tuple(map(_fixed, saved)) if isinstance(saved, (list, tuple)) else saved
+        return {key: _as_tuples(value) for key, value in saved.items()}
+    return tuple(map(_as_tuples, saved)) if isinstance(saved, (list, tuple)) else saved
 
 
-def joined(shifts: list[Shift]) -> Shift:
+def join_shifts(shifts: list[Shift]) -> Shift:
     """Several translations that do not read what others move, as one."""
     starts = accumulate((s.group.n for s in shifts), initial=0)
     moves = [replace(m, start=m.start + first) for s, first in zip(shifts, starts, strict=False) for m in s.moves]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import PERM, negative
+from teleport_lite.discovery.constraints import PERM, negate_labels
 from teleport_lite.discovery.labels import Labels, along_last, are_stacked, order_along
 from teleport_lite.discovery.operation import Operation, RuleMisfit
 from teleport_lite.discovery.registry import RULES, Rule
@@ -35,7 +35,7 @@ def einsum_rule(equation: str, biased: bool = False) -> Rule:
         biased: whether the product's arguments come after a tensor that is added to it.
     """
 
-    def rule(op: Operation) -> list[Labels]:
+    def einsum_labels(op: Operation) -> list[Labels]:
         factors = op.args[int(biased) : int(biased) + 2]
         letters = equation.replace(" ", "").split("->")[0].split(",")
         if [getattr(x, "ndim", None) for x in factors] != [*map(len, letters)]:
@@ -46,7 +46,7 @@ def einsum_rule(equation: str, biased: bool = False) -> Rule:
         bias = op.args[0] if biased and op["beta"] != 0 else None
         return [op.add_bias(contract(op, equation, a, b), bias, along_last(op.out))]
 
-    return rule
+    return einsum_labels
 
 
 RULES.update({f"aten::{name}": einsum_rule(equation) for name, equation in PRODUCTS.items()})
@@ -74,10 +74,10 @@ def contract(op: Operation, equation: str, a: Tensor, b: Tensor) -> Labels:
         meeting: Labels = []
         single = all(sizes[letters[d]] == 1 for d in summed)
         scalars: Labels = []
-        fixed = not any(_over(x, theirs, letters).shape[d] > 1 for x in op.labels(other) for d in summed)
+        fixed = not any(_over_letters(x, theirs, letters).shape[d] > 1 for x in op.labels(other) for d in summed)
         fixed &= not op.memory.is_tracked(tensor)  # stacked weights have one axis for each matrix
         for x in _factor_labels(op, tensor, other):
-            spread = _over(x, own, letters)
+            spread = _over_letters(x, own, letters)
             if are_stacked(spread, summed, free):
                 spread = op.constraints.tie_along(spread, summed)
             elif fixed and any(spread.shape[d] > 1 for d in summed) and any(spread.shape[d] > 1 for d in free):
@@ -94,7 +94,7 @@ def contract(op: Operation, equation: str, a: Tensor, b: Tensor) -> Labels:
             passing += scalars[: len(scalars) - last]
             meeting += scalars[len(scalars) - last :]
         sides.append(op.constraints.sum_labels([op.constraints.tie_along(x, free) for x in meeting]))
-    cancel(op, *sides)
+    cancel_axes(op, *sides)
     for x in [*(side for side in sides if side is not None), *passing]:
         for d in shared:
             if x.shape[d] > 1:  # one product for each index: nothing moves from one to another
@@ -113,15 +113,15 @@ def _factor_labels(op: Operation, tensor: Tensor, other: Tensor) -> Labels:
     return op.labels(tensor)
 
 
-def _over(x: Tensor, own: str, letters: list[str]) -> Tensor:
+def _over_letters(x: Tensor, own: str, letters: list[str]) -> Tensor:
     """Labels of a tensor with the indices `own`, over all letters."""
     x = x.permute([own.index(k) for k in letters if k in own])
     return x.reshape([x.shape[[k for k in letters if k in own].index(k)] if k in own else 1 for k in letters])
 
 
-def cancel(op: Operation, a: Tensor | None, b: Tensor | None) -> None:
+def cancel_axes(op: Operation, a: Tensor | None, b: Tensor | None) -> None:
     """Two axes that are summed over together move inversely to each other."""
     if a is not None and b is not None:
-        op.constraints.equate(a, negative(b))
+        op.constraints.equate(a, negate_labels(b))
     else:
         op.fix([x for x in (a, b) if x is not None], "what they are multiplied with is fixed")

@@ -5,22 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import MIX, PERM, SCALE, SIGN, negative
+from teleport_lite.discovery.constraints import MIX, PERM, SCALE, SIGN, negate_labels
 from teleport_lite.discovery.labels import Labels, along_channels
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.registry import rule_for
-from teleport_lite.discovery.rules.contraction import cancel
+from teleport_lite.discovery.rules.contraction import cancel_axes
 
 
 @rule_for("convolution convolution_overrideable _convolution")
-def convolve(op: Operation) -> list[Labels]:
+def convolution_rule(op: Operation) -> list[Labels]:
     """Channels that come in meet those of the weight; the weight's rows leave. All pixels of a channel move alike."""
     bias, transposed, groups = op["bias"], op["transposed"], op["groups"]
     arriving = _channels_of_input(op, op["input"])
     within, leaving = _sides_of_weight(op, op["weight"], transposed)
     if groups > 1:
         within, leaving = _split_in_groups(op, arriving, within, leaving)
-    cancel(op, arriving, within)
+    cancel_axes(op, arriving, within)
     fit = along_channels(op.out)
     return [op.add_bias([] if leaving is None else [fit(leaving)], bias, fit)]
 
@@ -69,7 +69,7 @@ def _split_in_groups(
         elif labels is not None:
             op.constraints.distinguish(labels, systems=MIX)
     if depthwise and axis is None:  # the weight is no parameter itself: a product, channel by channel
-        return _multiplied(op, arriving, leaving)
+        return _depthwise_sides(op, arriving, leaving)
     if depthwise and arriving is not None and leaving is not None:
         op.constraints.equate(arriving, leaving, PERM)
     elif not depthwise and axis is not None:
@@ -77,14 +77,16 @@ def _split_in_groups(
     return within, leaving
 
 
-def _multiplied(op: Operation, arriving: Tensor | None, leaving: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _depthwise_sides(
+    op: Operation, arriving: Tensor | None, leaving: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """The two sides of a weight that multiplies each channel by one row: nothing is summed over."""
     x, weight = op["input"], op["weight"]
     if arriving is not None and leaving is not None:
-        return negative(arriving), op.constraints.sum_of(arriving, leaving)
+        return negate_labels(arriving), op.constraints.sum_of(arriving, leaving)
     if arriving is not None:
         op.color_by_values(weight, arriving.view(-1, *[1] * (weight.ndim - 1)))
-        return negative(arriving), arriving
+        return negate_labels(arriving), arriving
     if leaving is not None:
         op.color_by_values(x, along_channels(x)(leaving))
     return None, leaving

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from teleport_lite.discovery.constraints import SCALE, SIGN, rational
-from teleport_lite.discovery.labels import Labels, lift
+from teleport_lite.discovery.constraints import SCALE, SIGN, nearest_fraction
+from teleport_lite.discovery.labels import Labels, lift_labels
 from teleport_lite.discovery.operation import Operation, RuleMisfit
 
 SCALES = (1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12)  # magnitudes at which a function is tried
@@ -53,7 +53,7 @@ class Operands:
     labels: dict[int, Labels]
 
     @property
-    def floating(self) -> list[int]:
+    def floating_bearers(self) -> list[int]:
         """The bearers that can be multiplied: all but masks."""
         return [i for i in self.bearers if self.leaves[i].is_floating_point()] or self.bearers
 
@@ -68,20 +68,20 @@ def operands_of(op: Operation) -> Operands:
     at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
     if len(op.results()) != 1:
         raise RuleMisfit("an elementwise function with several results")
-    labels = {i: [lift(a, op.out.ndim) for a in op.labels(leaves[i])] for i in at}
+    labels = {i: [lift_labels(a, op.out.ndim) for a in op.labels(leaves[i])] for i in at}
     bearers = [i for i in at if labels[i]]
     return Operands(leaves, spec, bearers, [leaves[i] for i in at if not labels[i]], labels)
 
 
 def ask_once(op: Operation, found: Operands, which: list[int]) -> Equivariance:
-    """The answer of `_probe`, kept for the next call of the same function with the same kinds of arguments."""
+    """The answer of `_try_multiples`, kept for the next call of the same function with the same kinds of arguments."""
     kinds = tuple(
         f"{x.dtype}{_named_number(op, found, i)}" if isinstance(x, Tensor) else repr(x)
         for i, x in enumerate(found.leaves)
     )
     key = (op.func, kinds, tuple(which))
     if key not in op.answers:
-        op.answers[key] = _probe(op, found, which)
+        op.answers[key] = _try_multiples(op, found, which)
     return op.answers[key]
 
 
@@ -92,44 +92,45 @@ def _named_number(op: Operation, found: Operands, i: int) -> float | None:
     return float(x) if named else None
 
 
-def _probe(op: Operation, found: Operands, which: list[int]) -> Equivariance:
+def _try_multiples(op: Operation, found: Operands, which: list[int]) -> Equivariance:
     """Try an elementwise function, at all `SCALES`, on multiples and on sums of the arguments `which`."""
     draw = torch.Generator().manual_seed(0)
     moving = [i for i in which if found.leaves[i].is_floating_point()]
 
-    def normal() -> Tensor:
+    def draw_normal() -> Tensor:
         return torch.randn(64, generator=draw, dtype=torch.float64)
 
-    def sample(i: int, x: Any, scale: float) -> Any:
+    def draw_argument(i: int, x: Any, scale: float) -> Any:
         if not isinstance(x, Tensor):
             return x
         if not x.is_floating_point():
             return torch.randint(0, 2, (64,), generator=draw).to(x.dtype)
         if (number := _named_number(op, found, i)) is not None:
             return torch.full((64,), number, dtype=torch.float64)
-        return (scale if i in which else 1.0) * normal()
+        return (scale if i in which else 1.0) * draw_normal()
 
-    def value(arguments: list) -> Tensor:
+    def function_value(arguments: list) -> Tensor:
         args, kwargs = tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in arguments], found.spec)
         return op.func(*args, **kwargs).double()
 
     holds, degree = dict.fromkeys(("degree", "odd", "even", "linear"), True), 1.0
     for scale in SCALES:
-        trial = [sample(i, x, scale) for i, x in enumerate(found.leaves)]
-        other = [scale * normal() if i in moving else x for i, x in enumerate(trial)]
+        trial = [draw_argument(i, x, scale) for i, x in enumerate(found.leaves)]
+        other = [scale * draw_normal() if i in moving else x for i, x in enumerate(trial)]
         one, big, small, flipped, none = (
-            value([c * x if i in moving else x for i, x in enumerate(trial)]) for c in (1.0, 3.7, 0.3, -1.0, 0.0)
+            function_value([c * x if i in moving else x for i, x in enumerate(trial)])
+            for c in (1.0, 3.7, 0.3, -1.0, 0.0)
         )
         size = one.abs().nan_to_num(0, torch.inf).max()
         if scale == SCALES[0] and 0 < size < torch.inf:
-            degree = rational(float((big.abs().nan_to_num(0).max() / size).log()) / math.log(3.7))
-        total = value([x + y if i in moving else x for i, (x, y) in enumerate(zip(trial, other, strict=True))])
+            degree = nearest_fraction(float((big.abs().nan_to_num(0).max() / size).log()) / math.log(3.7))
+        total = function_value([x + y if i in moving else x for i, (x, y) in enumerate(zip(trial, other, strict=True))])
         for claim, got, expected in (
             ("degree", big / 3.7**degree, one),
             ("degree", small / 0.3**degree, one),
             ("odd", flipped, -one),
             ("even", flipped, one),
-            ("linear", total, one + value(other)),
+            ("linear", total, one + function_value(other)),
             ("linear", none, 0 * none),
         ):
             holds[claim] &= _is_close(got, expected, size)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from teleport_lite.discovery.labels import Labels, cluster_by_dims, lift
+from teleport_lite.discovery.labels import Labels, cluster_by_dims, lift_labels
 from teleport_lite.discovery.operation import Operation, RuleMisfit
 from teleport_lite.discovery.registry import rule_for
 from teleport_lite.discovery.rules.reductions import REDUCTIONS
@@ -72,7 +72,7 @@ def write_along(op: Operation) -> list[Labels]:
     kind = KINDS[op["reduce"]] if op.has("reduce") else "sum" if kind.endswith("add") else "copy"
     if base.ndim == 0 or (op.has("alpha") and op["alpha"] == 0):
         raise RuleMisfit("nothing to write along")
-    return [_write(op, base, source, {dim % base.ndim - base.ndim}, kind)]
+    return [_write_labels(op, base, source, {dim % base.ndim - base.ndim}, kind)]
 
 
 @rule_for("index_put _index_put_impl _unsafe_index_put")
@@ -91,11 +91,13 @@ def write_at(op: Operation) -> list[Labels]:
     covered = sum(i.ndim if i.dtype.is_floating_point or str(i.dtype) == "torch.bool" else 1 for i in given)
     rest = base.ndim - covered
     return [
-        _write(op, base, values, set(range(-max(base.ndim, values.ndim), -rest)), "sum" if op["accumulate"] else "copy")
+        _write_labels(
+            op, base, values, set(range(-max(base.ndim, values.ndim), -rest)), "sum" if op["accumulate"] else "copy"
+        )
     ]
 
 
-def _write(op: Operation, base: Tensor, source: Any, dims: set[int], kind: str) -> Labels:
+def _write_labels(op: Operation, base: Tensor, source: Any, dims: set[int], kind: str) -> Labels:
     """The labels of `base` after `source` is written, added, ... to entries chosen by an index along `dims`.
 
     What is written has to move as what stands beside it. Labels that vary along `dims` stay, since the index is free.
@@ -105,7 +107,7 @@ def _write(op: Operation, base: Tensor, source: Any, dims: set[int], kind: str) 
     old = op.constraints.fresh_axes(base.shape) if op.is_zero(base) and new else op.labels(base)
     nothing = op.is_zero(source) or (not isinstance(source, Tensor) and source == 0)
     found: Labels = []
-    for cluster in cluster_by_dims([[lift(a, ndim) for a in old], [lift(a, ndim) for a in new]]):
+    for cluster in cluster_by_dims([[lift_labels(a, ndim) for a in old], [lift_labels(a, ndim) for a in new]]):
         a, b = (op.constraints.sum_labels(part) for part in cluster)
         there = [x for x in (a, b) if x is not None]
         if any(x.shape[d] > 1 for x in there for d in dims if -d <= x.ndim):

@@ -13,7 +13,7 @@ from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.registry import rule_for
 
 
-def _normalize(
+def _normalized_labels(
     op: Operation,
     labels: Labels,
     gain: Tensor | None,
@@ -67,14 +67,14 @@ def batch_norm(op: Operation) -> list[Labels]:
             signed = None if statistic is mean else signed
             for a in labels if not training else ():
                 op.color_by_values(fit(statistic), a)
-    return [_normalize(op, labels, gain, shift, fit, signed)]
+    return [_normalized_labels(op, labels, gain, shift, fit, signed)]
 
 
 @rule_for("native_layer_norm")
 def layer_norm(op: Operation) -> list[Labels]:
     """Over the last dimensions."""
     x = op["input"]
-    return [_normalize(op, op.labels(x), op["weight"], op["bias"], along_last(x))]
+    return [_normalized_labels(op, op.labels(x), op["weight"], op["bias"], along_last(x))]
 
 
 @rule_for("native_group_norm")
@@ -85,7 +85,7 @@ def group_norm(op: Operation) -> list[Labels]:
     labels = _channel_labels(op, x)
     for a in labels:
         op.constraints.distinguish(a, fit(torch.arange(x.shape[1]) // (x.shape[1] // groups)), PERM)
-    return [_normalize(op, labels, op["weight"], op["bias"], fit)]
+    return [_normalized_labels(op, labels, op["weight"], op["bias"], fit)]
 
 
 def _channel_labels(op: Operation, x: Tensor) -> Labels:

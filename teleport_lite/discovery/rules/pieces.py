@@ -25,7 +25,7 @@ decomposition_of("addcdiv")(partial(_add_scaled, torch.div))
 
 
 @decomposition_of("lerp")
-def _lerp(x: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
+def _decompose_lerp(x: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
     return x + weight * (end - x)
 
 
@@ -36,7 +36,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @decomposition_of("_trilinear")
-def _trilinear(
+def _decompose_trilinear(
     a: Tensor, b: Tensor, c: Tensor, expand1: list, expand2: list, expand3: list, sumdim: list, unroll_dim: int = 1
 ) -> Tensor:
     for dims, k in ((expand1, 0), (expand2, 1), (expand3, 2)):

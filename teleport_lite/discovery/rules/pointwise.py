@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.constraints import MIX, PERM, SCALE, SIGN, TURN, negative
+from teleport_lite.discovery.constraints import MIX, PERM, SCALE, SIGN, TURN, negate_labels
 from teleport_lite.discovery.labels import (
     Labels,
     are_stacked,
     cluster_by_dims,
     common_shape,
-    compact,
+    compact_labels,
     order_along,
     varying_dims,
 )
@@ -25,31 +25,31 @@ from teleport_lite.discovery.rules.equivariance import NEITHER, Ask, Equivarianc
 UNMARKED = ("add", "pow", "square")  # after which an axis may still be rotated, as where squares are summed over it
 
 
-def pointwise(op: Operation) -> list[Labels]:
+def pointwise_rule(op: Operation) -> list[Labels]:
     """An elementwise function: what it commutes with is tried out."""
     found = operands_of(op)
-    return [_commute(op, found, partial(ask_once, op, found))]
+    return [_commuting_labels(op, found, partial(ask_once, op, found))]
 
 
-def declared(equivariance: Equivariance, op: Operation) -> list[Labels]:
+def declared_rule(equivariance: Equivariance, op: Operation) -> list[Labels]:
     """An elementwise function whose equivariance is known."""
-    return [_commute(op, operands_of(op), lambda which: equivariance)]
+    return [_commuting_labels(op, operands_of(op), lambda which: equivariance)]
 
 
 WORDS.update(
-    pointwise=pointwise,
-    homogeneous=partial(declared, Equivariance(1, None)),
-    odd=partial(declared, Equivariance(None, 1)),
-    linear=partial(declared, Equivariance(1, 1, linear=True)),
+    pointwise=pointwise_rule,
+    homogeneous=partial(declared_rule, Equivariance(1, None)),
+    odd=partial(declared_rule, Equivariance(None, 1)),
+    linear=partial(declared_rule, Equivariance(1, 1, linear=True)),
 )
-rule_for("max.other min.other")(pointwise)
+rule_for("max.other min.other")(pointwise_rule)
 
 
 @rule_for("rrelu_with_noise")
 def leaky_relu_in_evaluation(op: Operation) -> list[Labels]:
     """The noise is read in training only."""
     found = replace(operands_of(op), constants=[])
-    return [_commute(op, found, partial(ask_once, op, found))]
+    return [_commuting_labels(op, found, partial(ask_once, op, found))]
 
 
 @rule_for("add.Tensor sub.Tensor rsub.Tensor")
@@ -58,18 +58,18 @@ def add_labels(op: Operation) -> list[Labels]:
     found = operands_of(op)
     if len(found.bearers) == 1 and found.constants and all(map(op.is_zero, found.constants)):
         return [found.labels[found.bearers[0]]]
-    labels = pointwise(op)
+    labels = pointwise_rule(op)
     if (
         op.short_name == "add"
         and isinstance(op.args[1], (int, float))
         and op.args[1]
         and op.memory.is_tracked(op.args[0])
     ):
-        return [[_shifted(op, a, float(op.args[1])) for a in labels[0]]]
+        return [[_add_constant(op, a, float(op.args[1])) for a in labels[0]]]
     return labels
 
 
-def _shifted(op: Operation, labels: Tensor, number: float) -> Tensor:
+def _add_constant(op: Operation, labels: Tensor, number: float) -> Tensor:
     """Labels of a parameter w to which a number was added: the sum moves as a gain, and w with it."""
     for shifted, parameter, added in op.constraints.offsets:
         if added == number and torch.equal(parameter, labels):
@@ -93,7 +93,7 @@ def multiply_labels(op: Operation) -> list[Labels]:
         unlabelled = [a for d, a in enumerate(axes) if a.numel() > 1 and all(b.shape[d] == 1 for b in labels)]
         return [[_free_product(op, a) for a in labels] + unlabelled]
     if op.kwargs or len(found.bearers) < 2:
-        return pointwise(op)
+        return pointwise_rule(op)
     out: Labels = []
     for cluster in cluster_by_dims([found.labels[i] for i in found.bearers]):
         a, b = parts = [op.constraints.sum_labels(part) for part in cluster]
@@ -103,13 +103,13 @@ def multiply_labels(op: Operation) -> list[Labels]:
         inverse = "div" in op.name
         if a is not None and b is not None:
             a, b = _one_each(op, a, b), _one_each(op, b, a)
-            product = op.constraints.sum_of(a, negative(b) if inverse else b)
+            product = op.constraints.sum_of(a, negate_labels(b) if inverse else b)
             op.keep_entries_apart([product, a, b])
             out.append(product)
         elif a is not None:
             out.append(a)
         elif b is not None:
-            out.append(negative(b) if inverse else b)
+            out.append(negate_labels(b) if inverse else b)
     return [out]
 
 
@@ -144,7 +144,7 @@ def _tell_apart(op: Operation, found: Operands, parts: list[Tensor | None]) -> N
                 op.constraints.distinguish(a, order_along(a, seen))
 
 
-def _commute(op: Operation, found: Operands, ask: Ask) -> Labels:
+def _commuting_labels(op: Operation, found: Operands, ask: Ask) -> Labels:
     """The labels of an elementwise function, cluster by cluster of dimensions along which its arguments vary.
 
     A label passes where the function commutes with multiplying all floating arguments that have labels. Where it does
@@ -160,24 +160,26 @@ def _commute(op: Operation, found: Operands, ask: Ask) -> Labels:
         for a in others:
             op.constraints.equate(first, a, PERM)
         if not joint.linear or len(there) > len(
-            [i for i in there if i in found.floating]
+            [i for i in there if i in found.floating_bearers]
         ):  # a mask holds entry by entry
             op.keep_entries_apart(there.values(), MIX if op.short_name in UNMARKED else MIX | TURN)
         shape = common_shape(a.shape for a in there.values())
-        moving = {i: a for i, a in there.items() if i in found.floating} or there
-        answer, passing = _answer(op, found, ask, moving)
+        moving = {i: a for i, a in there.items() if i in found.floating_bearers} or there
+        answer, passing = _answer_of_leaves(op, found, ask, moving)
         result = next(iter(moving.values())) if passing is None else passing
         if answer.scale not in (1, None) or answer.sign == 0:
             result = op.constraints.fresh(*shape)
             op.constraints.equate(result, first, PERM)
-        _restrict(op, result.expand(shape), moving if passing is None else {0: passing}, answer)
-        out.append(compact(result.expand(shape)))
+        _restrict_labels(op, result.expand(shape), moving if passing is None else {0: passing}, answer)
+        out.append(compact_labels(result.expand(shape)))
     return out
 
 
-def _answer(op: Operation, found: Operands, ask: Ask, moving: dict[int, Tensor]) -> tuple[Equivariance, Tensor | None]:
+def _answer_of_leaves(
+    op: Operation, found: Operands, ask: Ask, moving: dict[int, Tensor]
+) -> tuple[Equivariance, Tensor | None]:
     """How the function answers, and the labels of the one argument that may move where not all may."""
-    floating = found.floating
+    floating = found.floating_bearers
     joint = ask(found.bearers)
     refused = replace(NEITHER, linear=joint.linear)
     joint = joint if len(moving) == len(floating) else refused
@@ -193,7 +195,7 @@ def _answer(op: Operation, found: Operands, ask: Ask, moving: dict[int, Tensor])
     return joint, None
 
 
-def _restrict(op: Operation, result: Tensor, moving: dict[int, Tensor], answer: Equivariance) -> None:
+def _restrict_labels(op: Operation, result: Tensor, moving: dict[int, Tensor], answer: Equivariance) -> None:
     """Write down what an answer asks of the labels that go in and of the result's."""
     for system, how, word in answer.systems:
         if how:

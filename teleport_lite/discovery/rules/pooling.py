@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from teleport_lite.discovery.constraints import SIGN
-from teleport_lite.discovery.labels import Labels, compact
+from teleport_lite.discovery.labels import Labels, compact_labels
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.registry import rule_for
 
@@ -43,7 +43,7 @@ def pad_labels(op: Operation) -> list[Labels]:
     """Zeros may stand beside anything and move with it; another constant stays."""
     x, pad = op.args[0], op["pad"]
     if op["value"]:
-        return [[compact(torch.nn.functional.pad(a.expand(x.shape), pad)) for a in op.labels(x)]]
+        return [[compact_labels(torch.nn.functional.pad(a.expand(x.shape), pad)) for a in op.labels(x)]]
     found: Labels = []
     for a in op.labels(x):
         sizes = [p if a.shape[a.ndim - 1 - i // 2] > 1 else 0 for i, p in enumerate(pad)]

@@ -12,9 +12,9 @@ from teleport_lite.discovery.labels import (
     Labels,
     cluster_by_dims,
     common_shape,
-    compact,
+    compact_labels,
     laid_out_as,
-    lift,
+    lift_labels,
     vary_together,
     varying_dims,
 )
@@ -51,7 +51,7 @@ def keep_labels(op: Operation) -> list[Labels]:
 @rule_for("copy")
 def copy_labels(op: Operation) -> list[Labels]:
     """What is copied into a tensor, broadcast to its shape."""
-    return [[lift(a, op.out.ndim) for a in op.labels(op.args[1])]]
+    return [[lift_labels(a, op.out.ndim) for a in op.labels(op.args[1])]]
 
 
 @rule_for(VIEW_OPS)
@@ -71,11 +71,11 @@ def move_labels(op: Operation) -> list[Labels]:
     sides = [op.labels(t) for t in inputs]
     for cluster in [[[a]] for a in sides[0]] if len(inputs) == 1 else cluster_by_dims(sides):
         parts = [op.constraints.sum_labels(part) for part in cluster]
-        spread = common_shape(_lengths(a) for a in parts if a is not None)
+        spread = common_shape(_varying_lengths(a) for a in parts if a is not None)
         stand_ins = [_stand_in(op, a, t, spread) for a, t in zip(parts, inputs, strict=True)]
         for labels, moved, result in zip(found, op.replay(stand_ins), op.results(), strict=True):
             if result.numel():
-                labels.append(compact(moved))
+                labels.append(compact_labels(moved))
                 if op.short_name in CHOOSING_OPS.split():
                     _tell_chosen_apart(op, [a for a in parts if a is not None], labels[-1])
             else:
@@ -89,7 +89,7 @@ def move_labels(op: Operation) -> list[Labels]:
     return found
 
 
-def _lengths(labels: Tensor) -> tuple[int, ...]:
+def _varying_lengths(labels: Tensor) -> tuple[int, ...]:
     """2 along each dimension on which labels vary, 1 along the others."""
     return tuple(min(n, 2) for n in labels.shape)
 
