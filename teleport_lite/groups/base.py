@@ -104,8 +104,8 @@ class Group(ABC):
         return xi.new_zeros((), dtype=torch.get_default_dtype())
 
     def clip(self, xi: Tensor, radius: float) -> Tensor:
-        """The nearest coordinates with `norm` at most `radius`."""
-        return xi
+        """The nearest coordinates with `norm` at most `radius`; of a finite group, all."""
+        return xi * (radius / self.norm(xi).clamp(min=radius)) if self.dim else xi
 
     def __repr__(self) -> str:
         return self.symbol

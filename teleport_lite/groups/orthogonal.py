@@ -67,9 +67,6 @@ class SpecialOrthogonal(Group):
     def norm(self, xi):
         return spectral_norm(self.algebra(xi))
 
-    def clip(self, xi, radius):
-        return xi * (radius / self.norm(xi).clamp(min=radius))
-
 
 class PairRotations(Group):
     r"""$SO(2)^{n/2}$: `xi` of shape [n/2], the angles by which pairs of entries turn.

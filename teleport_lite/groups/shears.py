@@ -73,9 +73,6 @@ class Shears(Group):
     def norm(self, xi):
         return self.n**0.5 * torch.linalg.vector_norm(xi)
 
-    def clip(self, xi, radius):
-        return xi * (radius / self.norm(xi).clamp(min=radius))
-
 
 def _exponential_quotient(t: Tensor) -> Tensor:
     r"""$(e^t - 1) / t = \sum_k t^k / (k + 1)!$, by ten terms near zero, where it is to be smooth."""

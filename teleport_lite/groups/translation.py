@@ -33,6 +33,3 @@ class Translation(Group):
 
     def norm(self, xi):
         return torch.linalg.vector_norm(xi)
-
-    def clip(self, xi, radius):
-        return xi * (radius / self.norm(xi).clamp(min=radius))
