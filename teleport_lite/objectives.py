@@ -65,7 +65,7 @@ class Objective:
             return problem.along(self, symmetry)(symmetry.zeros(problem.params)).detach()
         return norm(problem.gradient if self.quadratic == "gradient" else problem.params)
 
-    def goes_up(self, maximize: bool | None) -> bool:
+    def goes_up(self, maximize: object) -> bool:
         """The direction that `maximize` asks for; None is the natural one.
 
         Raises:
@@ -74,10 +74,12 @@ class Objective:
         >>> OBJECTIVES["weight_norm"].goes_up(None)
         False
         """
-        if maximize is not None and not isinstance(maximize, bool):
-            remedy = "pass maximize=True to go up, maximize=False to go down"
-            raise TeleportError("True, False or None as maximize", repr(maximize), remedy)
-        return self.maximize if maximize is None else maximize
+        if maximize is None:
+            return self.maximize
+        if isinstance(maximize, bool):
+            return maximize
+        remedy = "pass maximize=True to go up, maximize=False to go down"
+        raise TeleportError("True, False or None as maximize", repr(maximize), remedy)
 
     def __repr__(self) -> str:
         return f"Objective({self.name})"
