@@ -104,10 +104,11 @@ def level_set_teleport(
             slope += gamma * excess_of(c)
             if radius is not None:  # the largest share that stays inside, with one per cent kept for the way back
                 room = max((0.99 * radius) ** 2 - ee, 0.0)
-                share = min(1.0, (math.sqrt(ed**2 + dd * room) - ed) / (dd or 1.0))
-                if share * math.sqrt(dd) < 1e-3 * radius:
+                inside = (math.sqrt(ed**2 + dd * room) - ed) / (dd or 1.0)
+                if dd and inside * math.sqrt(dd) < 1e-3 * radius:
                     stopped = "radius reached"
                     break
+                share = min(1.0, inside) if dd else 1.0
             for _ in range(HALVINGS):
                 q = walk.at(p.x + share * d)
                 if merit_function(q) >= merit_function(p) + 1e-4 * share * slope:

@@ -199,7 +199,7 @@ def test_the_long_trainings():
     """The ratio of Chapter 15, by Student's t test of the ratios' logarithms, from scipy."""
     runs = record("learned_long")["runs"]
     best = {}
-    for arm in ("update", "update, tele", "update, random tele"):
+    for arm in ("update", "update, tele", "update, random tele", "update, exact tele"):
         first = [r for r in runs if r["arm"] == arm and r["seed"] == 0]
         rate = sorted(first, key=lambda r: r["tuning"]["loss"][-1])[0]["rate"]
         best[arm] = {r["seed"]: r["test"]["as trained"]["loss"] for r in runs if (r["arm"], r["rate"]) == (arm, rate)}
@@ -208,6 +208,8 @@ def test_the_long_trainings():
     for arm, base in (
         ("update, tele", "update"),
         ("update, random tele", "update"),
+        ("update, exact tele", "update"),
+        ("update, exact tele", "update, tele"),
         ("update, tele", "update, random tele"),
     ):
         for step in (10, 30, 100):

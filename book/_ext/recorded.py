@@ -257,7 +257,7 @@ for goal in ("flatter", "sharper", "more curved", "less curved"):
 for step in (10, 30, 100):
     for arm, base in LEARNED.items():
         NUMBERS[f"{arm} at {step}"] = partial(ratio, learned_along, arm, base, step)
-    for kind in ("tele", "random tele"):
+    for kind in ("tele", "random tele", "exact tele"):
         NUMBERS[f"long {kind} at {step}"] = partial(ratio, long_ratio, f"update, {kind}", step)
 NUMBERS["long seeds"] = lambda: str(len(long_runs("update, tele").keys() & long_runs("update").keys()))
 for family in ("scaling", "mixing"):
