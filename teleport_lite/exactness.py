@@ -119,7 +119,8 @@ def why_refused(
         LossError: when the loss changes by itself.
         ParameterError: when a parameter is not finite.
     """
-    before, after, old, new, gap, most, false = numbers
+    before, after, old, new, gap, explained, false = numbers  # explained is 0 where rounding was not measured
+    most = min(LARGEST * tol, explained or LARGEST * tol)
     finite = torch.tensor([before, after, old, new]).isfinite().tolist()
     if not finite[0] or not finite[2]:
         check_finite(problem.params)

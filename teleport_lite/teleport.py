@@ -15,7 +15,6 @@ from teleport_lite.discovery import find_symmetries
 from teleport_lite.distributed import Ranks
 from teleport_lite.errors import LossError, NoSymmetryError, ParameterError, TeleportError, UnknownNameError
 from teleport_lite.exactness import (
-    LARGEST,
     MOVED,
     RefusedError,
     change_by_rounding,
@@ -224,11 +223,10 @@ def carry_out(
             dtype = _coarsest_of(loss, product, params)
             allowed = tol or TOLERANCES[dtype]
             ranks.check_same(tolerance=allowed)
-            most = zero + LARGEST * allowed
-            if same and not tol and torch.finfo(dtype).bits < 32:
-                most = torch.minimum(most, change_by_rounding(now, loss, new_outputs, dtype))
+            half = same and not tol and torch.finfo(dtype).bits < 32
+            explained = change_by_rounding(now, loss, new_outputs, dtype) if half else zero
             loss.rest()
-            table = (loss_before, loss_after, *scores, gap, most, false)
+            table = (loss_before, loss_after, *scores, gap, explained, false)
             numbers[:] = as_vector([*table, *more]).tolist()  # the one time that the host waits
             check(numbers[len(table) :])
             del numbers[len(table) :]

@@ -50,18 +50,30 @@ def widened(model: nn.Module, inputs: object) -> object:
 
 READERS = 3 * 8 + 12  # rows of weights that read the norms of a block, with biases
 WRITERS = 8 + 12 + 1  # columns, and a bias, of what a block writes into its stream; without a bias for attention
+UNREAD = 24 * (8 - 3)  # weights of attention that read, beside the three directions of what was embedded, others
 TRANSLATIONS = {  # biases undone by biases + weights behind norms + constants in streams that norms read
-    "MLP, identity": 6 + 4,
+    "MLP, identity": 6 + 4 + (6 + 1),  # the last: what writes five numbers of which four are read
     "ResNet": 6,
     "ResNet without norms": 6,
     "ConvNeXt": 6 + 12 + 1 + 6,  # the last: a bias behind the gain of the layer
     "Group and instance norm": 2 + 6,
-    "Encoder, post-norm, ReLU": 2 * 8 + 8 + (READERS - 3 * 8) + READERS + 2,  # keys; one head; the first block reads x
+    "Encoder, post-norm, ReLU": 2 * 8
+    + 8
+    + (READERS - 3 * 8)
+    + READERS
+    + 2
+    + UNREAD,  # keys; one head; the first block reads x
     "Encoder, pre-norm, GELU": 2 * (8 + 2 * 8 + READERS),
     "Decoder, GPT-2 style": 8 + 2 * (8 + 8 + 12) + 9 + 8 + 2 * WRITERS,  # attention has no biases, keys are unseen
     "Decoder, post-norm, ReLU": 8 + 2 * (8 + 12) + 8 + 2 * WRITERS + 1,
     "Decoder, tied embedding": 2 * (8 + 8 + 12) + 6 + 2 * WRITERS,
-    "Encoder and decoder": 4 * 8 + 8 + (2 * 12 + 2 * 8) + 8 + 2 + 2,  # keys, norms, what reads norms, constants
+    "Encoder and decoder": 4 * 8
+    + 8
+    + (2 * 12 + 2 * 8)
+    + 8
+    + 2
+    + 2
+    + 2 * UNREAD,  # keys, norms, what reads norms, constants
     "Vision transformer": 2 * 8 + (8 + 8 + 12) + 8 + 3 + (1 + 5 + 16 + 1) + WRITERS,
     "LSTM": 4 * 5,
     "GRU": 2 * 5,

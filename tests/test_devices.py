@@ -631,7 +631,7 @@ KERNELS = {  # at most, in those of a gradient
     ("linear maps", "gradient_norm"): 15,
     ("linear maps", "curvature"): 26,
     ("attention", "gradient_norm"): 12,
-    ("attention", "curvature"): 29,
+    ("attention", "curvature"): 31,  # sixteen groups
 }
 
 

@@ -274,7 +274,7 @@ def test_groups_are_those_derived_by_hand_and_span_the_fibre(name):
     symmetry, params = tl.find_symmetries(net, inputs), params_of(net)
     assert dims(symmetry) == case.groups
     counted = fibre(net, inputs)
-    assert counted.output_gap > 4
+    assert counted.gap > 4
     assert symmetry.rank(params) + case.rest == counted.dim, case.why
     before, generator = outputs(net, params, inputs), torch.Generator().manual_seed(1)
     for _ in range(10):

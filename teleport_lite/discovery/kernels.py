@@ -43,6 +43,7 @@ def kernel_shifts(
     params: Params, gradients: list[Params], products: dict[str, tuple], generator: torch.Generator
 ) -> Iterator[tuple[Shift, Kernel]]:
     """The translations that gradients propose, with the kernel that each is in: of each slice that with fewest rows."""
+    params = {name: p for name, p in params.items() if p.is_floating_point()}
     after = dict(zip(params, [*list(params)[1:], ""], strict=True))
     slices = _slices(params, gradients, after, generator)
     found = dict.fromkeys(_kernels(params, products, after, slices))

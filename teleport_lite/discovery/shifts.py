@@ -79,8 +79,8 @@ class Shifts(DispatchMode):
             alike = (1,) * p.ndim
             shapes = [alike, (*alike[1:], p.shape[-1]), tuple(p.shape)][: 2 + (p.numel() <= WHOLE)]
             self._own[name] = [self._new_source(name, s, torch.Size(s).numel()) for s in dict.fromkeys(shapes)]
-        part = x.numel() < p.numel()  # whose other entries may go elsewhere: then those of a source that moves it alone
-        for s in reversed(self._own[name]) if part else self._own[name]:
+        row = x.numel() == p.shape[-1] < p.numel()  # others may go elsewhere: then a source that moves it alone
+        for s in reversed(self._own[name]) if row else self._own[name]:
             t = s.c.view(s.shape)
             if x is not p:
                 laid = torch.empty_strided(p.size(), p.stride(), dtype=p.dtype, device=p.device).copy_(t)
