@@ -514,3 +514,13 @@ def test_a_bias_in_a_deep_network_is_not_free_because_all_inputs_turn_its_neuron
     for factor in tl.find_symmetries(model, x):
         moved = factor.act(params, factor.sample(params, generator=generator))
         assert relative(functional_call(model, moved, (x,)), model(x)) < 1e-9, factor
+
+
+@pytest.mark.parametrize("activation", [nn.Hardsigmoid, nn.Hardtanh, nn.ReLU6, nn.Hardswish, nn.Softshrink])
+def test_an_activation_that_is_linear_in_the_small_leaves_no_translation(activation):
+    """Inputs as small as these leave it linear, thirty times larger ones flat: gradients alone see a kernel."""
+    for seed in (*range(8), 21, 28):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(5, 8), activation(), nn.Linear(8, 3))
+        example = torch.ones(2, 5) if seed % 2 else torch.randn(4, 5)
+        assert not tl.find_symmetries(net, example).select(kind="translation"), seed
