@@ -543,7 +543,7 @@ class Lower(nn.Module):
 
     def forward(self, x):
         with torch.autocast("cpu", torch.bfloat16):
-            return self.inner(x.float()).float()
+            return self.inner(x.float()).to(x)  # as the targets are
 
 
 def with_dropout():
