@@ -14,7 +14,7 @@ from teleport_lite.symmetries.base import Symmetry
 
 DRAWN = 2  # random elements of small finite groups
 FAR = 3  # how far each coordinate of a translation goes, about
-BEYOND = 300  # likewise in a kernel: gradients alone propose it, and activations with flat parts are linear in the small
+BEYOND = 300  # likewise in a kernel, which gradients alone propose, also where an activation is linear in the small
 
 
 def random_element(symmetry: Symmetry, turn: int, params: Params) -> Tensor:
