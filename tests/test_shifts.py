@@ -524,3 +524,29 @@ def test_an_activation_that_is_linear_in_the_small_leaves_no_translation(activat
         net = nn.Sequential(nn.Linear(5, 8), activation(), nn.Linear(8, 3))
         example = torch.ones(2, 5) if seed % 2 else torch.randn(4, 5)
         assert not tl.find_symmetries(net, example).select(kind="translation"), seed
+
+
+@pytest.mark.parametrize("between", [lambda z: z.clamp(-5, 5), nn.Hardtanh(-20, 20), nn.Threshold(-2.0, 0.0)])
+def test_a_bound_that_no_run_meets_leaves_no_translation(between):
+    """The runs stay on one side of it, so that it does nothing there; a translation goes to the other side."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        parts = {"e": nn.Linear(3, 8), "u": nn.Linear(8, 6), "v": nn.Linear(6, 8), "h": nn.Linear(8, 2)}
+        model = Bounded(between, **parts)
+        found = tl.find_symmetries(model, 0.1 * torch.randn(6, 3)).select(kind="translation")
+        params, x = params_of(model.double()), torch.randn(200, 3, dtype=torch.float64) * 40
+        for factor in found:
+            xi = factor.sample(params, radius=20.0, generator=torch.Generator().manual_seed(seed))
+            after = torch.func.functional_call(model, factor.act(params, xi), x)
+            torch.testing.assert_close(after, model(x), rtol=1e-9, atol=1e-9)
+
+
+class Bounded(nn.Module):
+    def __init__(self, between, **parts):
+        super().__init__()
+        self.between = between
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x):
+        return self.h(self.v(self.between(self.u(self.e(x)))))

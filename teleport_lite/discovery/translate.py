@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import permutations
 from typing import Any
 
@@ -14,11 +14,13 @@ from teleport_lite.discovery.exercised import exercised_entries
 from teleport_lite.discovery.kernels import kernel_shifts
 from teleport_lite.discovery.probe import Probe, randn_like, scattered
 from teleport_lite.discovery.shifts import Shifts
+from teleport_lite.discovery.trial import Trial
 from teleport_lite.discovery.verify import Verifier
 from teleport_lite.functional import Params, norm
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.shifts import Move, Shift, Step, join_shifts
 
+FAR_OUT, COARSELY = 300.0, 1e-3  # coordinates of translations, and relative changes of outputs that are none there
 ROUNDING = 1e-8  # the cosine of what is orthogonal
 
 
@@ -51,7 +53,26 @@ def verified_translations(probe: Probe, check: Verifier, generator: torch.Genera
     family = {**unseen, **{s: -k for k, s in enumerate(low_rank, 1)}}
     kinds = list(dict.fromkeys(in_kernels.values()))
     family |= {s: -len(low_rank) - 1 - kinds.index(k) for s, k in in_kernels.items()}
-    return {s: family.get(s, 0) for s in check.at_given(check.keep(proposed, lambda *_: None))}
+    kept = _hold_far_out(check.at_given(check.keep(proposed, lambda *_: None)), probe, calm[0], generator)
+    return {s: family.get(s, 0) for s in kept}
+
+
+def _hold_far_out(shifts: Iterable[Shift], probe: Probe, trial: Trial, generator: torch.Generator) -> list[Shift]:
+    """Those that hold `FAR_OUT` from here: a true one goes as far as one likes, a bound such as a clamp's stops others.
+
+    Rounding grows with the distance, so outputs are compared coarsely here, after they were compared closely nearby.
+    """
+    kept, params = list(shifts), probe.params
+
+    def gap(tried: list[Shift]) -> float:
+        moved = params
+        for s in tried:
+            c = randn_like(params[s.names[0]].new_empty(s.group.n), generator)
+            moved = s.act(moved, c * FAR_OUT)
+        with probe.at(moved):
+            return trial.output_gap(COARSELY)
+
+    return [s for s in kept if not gap([s])] if kept and gap(kept) else kept
 
 
 def combine_translations(found: dict[Shift, int]) -> list[Shift]:
