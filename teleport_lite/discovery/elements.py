@@ -14,7 +14,6 @@ from teleport_lite.symmetries.base import Symmetry
 
 DRAWN = 2  # random elements of small finite groups
 FAR = 3  # how far each coordinate of a translation goes, about
-BEYOND = 300  # likewise in a kernel, which gradients alone propose, also where an activation is linear in the small
 
 
 def random_element(symmetry: Symmetry, turn: int, params: Params) -> Tensor:
@@ -28,8 +27,7 @@ def random_element(symmetry: Symmetry, turn: int, params: Params) -> Tensor:
         order = torch.arange(n, device=like.device)
         return order.roll(1) if two == 0 else torch.cat([order[:2].flip(0), order[2:]])
     if not isinstance(symmetry, NeuronSymmetry):  # a translation so far that nothing saturates
-        far = BEYOND if getattr(symmetry, "in_kernel", False) else FAR
-        radius = far * n**0.5 if isinstance(symmetry.group, Translation) else 1.0
+        radius = FAR * n**0.5 if isinstance(symmetry.group, Translation) else 1.0
         return symmetry.sample(
             params, generator=_drawn_for(f"{getattr(symmetry, 'moves', symmetry)} {turn}"), radius=radius
         )
