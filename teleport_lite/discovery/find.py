@@ -69,7 +69,7 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
             not see. Classes are the last dimension of the outputs, and the second one of those with more than three.
 
     Returns:
-        A `Product`; empty, with `fixing_reasons`, when there is no symmetry. What was left out is listed there too.
+        A `Product`; empty, with `reasons`, when there is no symmetry. What was left out is listed there too.
 
     Raises:
         EmptyModelError: when the model has no parameters.
