@@ -302,29 +302,34 @@ NUMBERS["statuses"] = statuses
 
 
 DEVICES = RESULTS.parent.parent / "benchmarks" / "results"
+COSTS = {
+    "time": "Time, in gradients",
+    "waits": "Waits of the host",
+    "kernels": "Kernels, in those of a gradient",
+    "memory": "Memory, in copies",
+}
 
 
 def device_tables() -> str:
-    """What `make bench` has recorded, a table for each device."""
+    """What `make bench` has recorded: for each device a table of each cost, calls by models."""
     tables = []
     for path in sorted(DEVICES.glob("*.json")):
         found = json.loads(path.read_text("utf8"))
         threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
-        lines = [
-            f"**{found['device']}**, PyTorch {found['torch']}, {threads}; counted on {found['counted on']}.",
-            "",
-            "| Model | Precision | Call | Time | Kernels | Waits | Memory |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        one = found["rows"][0]
+        tables.append(f"**{found['device']}**, PyTorch {found['torch']}, {threads}; counted on {found['counted on']}.")
+        rows: dict[str, dict[str, Any]] = {}  # by call and model
         for row in found["rows"]:
-            one = row if row["call"] == "gradient" else one
-            model = f"{row['model']}, {row['parameters'] / 1e6:.2g} M"
-            ratios = f"{row['time']:.3g} | {row['kernels'] / one['kernels']:.3g}"
-            lines.append(
-                f"| {model} | {row['precision']} | {row['call']} | {ratios} | {row['waits']} | {row['memory']:.3g} |"
-            )
-        tables.append("\n".join(lines))
+            precision = "" if row["precision"] == "float32" else f", {row['precision']}"
+            model = f"{row['model']}, {row['parameters'] / 1e6:.2g} M{precision}"
+            rows.setdefault(row["call"], {})[model] = row
+        one = rows["gradient"]
+        for cost, title in COSTS.items():
+            lines = [f"| {title} | {' | '.join(one)} |", "|---" * (len(one) + 1) + "|"]
+            for call, by_model in rows.items():
+                numbers = [r[cost] / (one[m]["kernels"] if cost == "kernels" else 1) for m, r in by_model.items()]
+                cells = (f"{n:.2g}" if n < 100 else f"{n:.0f}" for n in numbers)
+                lines.append(f"| {call} | {' | '.join(cells)} |")
+            tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
 
