@@ -291,14 +291,14 @@ STATUSES = ("proved", "confirmed", "corrected", "not confirmed", "not decided")
 STATUS = re.compile(rf"\*\*({'|'.join(STATUSES)})\*\*", re.I)
 
 
-def statuses() -> str:
+def statuses() -> Counter[str]:
     """How many rows of the scorecard have each status; a row counts once, by the first that it names."""
     rows = [line for line in (RESULTS.parent / "scorecard.md").read_text("utf8").split("\n") if line[:2] == "| "]
-    first = Counter(found[1].lower() for row in rows if (found := STATUS.search(row)))
-    return ", ".join(f"**{status}** {first[status]}" for status in STATUSES)
+    return Counter(found[1].lower() for row in rows if (found := STATUS.search(row)))
 
 
-NUMBERS["statuses"] = statuses
+for status in STATUSES:
+    NUMBERS[f"rows {status}"] = lambda status=status: str(statuses()[status])
 
 
 DEVICES = RESULTS.parent.parent / "benchmarks" / "results"
