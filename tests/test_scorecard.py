@@ -145,7 +145,7 @@ def rows_with(status: str) -> str:
 
 
 def printed_p(name: str) -> float:
-    """The p-value that a chapter prints for a number of the scorecard, after Holm; 1 where a best rate is at an edge."""
+    """The p-value that a chapter prints for a number of the scorecard, by Holm; 1 where a best rate is at an edge."""
     if match := re.fullmatch(
         r"(Fashion-MNIST |CIFAR-10 |)(sgd|momentum|adagrad|rmsprop|adam) (\w+)(, all rates)?", name
     ):
