@@ -336,9 +336,12 @@ def device_tables() -> str:
 NUMBERS["devices"] = device_tables
 
 
-def fill_in(markdown: str) -> str:
-    """A page with its numbers."""
-    return ROLE.sub(lambda match: NUMBERS[match[1]](), markdown)
+INSIDE = re.compile(r" (?=±|\[)|(?<=±) |(?<=\d,) (?=[−\d])")  # the spaces of a number and its interval
+
+
+def fill_in(markdown: str, space: str = " ") -> str:
+    """A page with its numbers, whose intervals are set with this space."""
+    return ROLE.sub(lambda match: INSIDE.sub(space, NUMBERS[match[1]]()), markdown)
 
 
 def badges(markdown: str) -> str:
@@ -362,7 +365,7 @@ def on_source_read(app, docname: str, source: list[str]) -> None:
     """Fill in a page, and read it again when a record changes."""
     if ROLE.search(source[0]):
         record.cache_clear()
-        source[0] = fill_in(source[0])
+        source[0] = fill_in(source[0], space="\N{NO-BREAK SPACE}")
         if docname.endswith("scorecard"):
             source[0] = badges(source[0])
         for path in (*RESULTS.glob("*.json"), *DEVICES.glob("*.json")):
