@@ -678,7 +678,11 @@ def test_the_page_says_what_these_tests_say():
     there = "".join(path.read_text("utf8") for path in root.glob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", page):
         assert f"def {name}(" in there, name
-    rows = [f"| {name} | {face} | {waits} |" for (name, face), waits in WAITS.items()]
+    counted = {key: waits for key, waits in WAITS.items() if waits != 1}  # "every other call waits once"
+    for row in json.loads((RESULTS / "cpu.json").read_text("utf8"))["rows"]:
+        if row["model"] == "transformer" and row["call"] in ("gradient_norm", "weight_norm"):
+            counted["transformer", row["call"]] = row["waits"]
+    rows = [f"| {name} | {face} | {waits} |" for (name, face), waits in counted.items()]
     assert re.findall(r"^\| [\w ]+ \| [\w ]+ \| \d+ \|$", page, re.M) == rows
 
 

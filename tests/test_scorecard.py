@@ -16,7 +16,7 @@ BOOK = Path(__file__).resolve().parent.parent / "book"
 sys.path.insert(0, str(BOOK / "_ext"))
 recorded = importlib.import_module("recorded")
 
-from test_records import final, tuned  # noqa: E402
+from test_records import FIVE_OPTIMIZERS, final, printed, tuned  # noqa: E402
 from test_records_generalization import cifar_minima, fisher, partial, tuned_minima  # noqa: E402
 
 record = recorded.record  # as it is stored
@@ -132,13 +132,38 @@ def change() -> str:
     return re.sub("e-0", "e-", f"{max(move['held_out_output_change'] for move in moves):.0e}")
 
 
-def statuses() -> str:
-    """By columns: the second of the theory's four, the last of the optimizers' six, the fourth of the others' five."""
-    rows = [line.split("|")[1:-1] for line in (BOOK / "scorecard.md").read_text("utf8").splitlines() if "](0" in line]
-    found = Counter(row[{4: 1, 5: 3, 6: 5}[len(row)]].split("**")[1] for row in rows if row)
-    names = "proved", "confirmed", "corrected", "not confirmed", "not decided"
-    assert set(found) <= set(names)
-    return ", ".join(f"**{name}** {found[name]}" for name in names)
+def rows_with(status: str) -> str:
+    """By the columns whose head is Status: how often it is the first word in bold."""
+    found, column = Counter(), None
+    for line in (BOOK / "scorecard.md").read_text("utf8").splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if not cells or "Status" in cells:
+            column = cells.index("Status") if cells else None
+        elif column is not None and set(line) - set("|-"):
+            found[cells[column].split("**")[1]] += 1
+    return str(found[status])
+
+
+def is_called_clear(name: str) -> bool:
+    """Whether the chapter of a number of the scorecard prints it as clear, after Holm and with no rate at an edge."""
+    if match := re.fullmatch(
+        r"(Fashion-MNIST |CIFAR-10 |)(sgd|momentum|adagrad|rmsprop|adam) (\w+)(, all rates)?", name
+    ):
+        data, optimizer, arm, over = match.groups()
+        tables = printed(FIVE_OPTIMIZERS).split("each at its best rate")
+        label = {"sgd": "SGD", "adagrad": "AdaGrad", "rmsprop": "RMSProp", "adam": "Adam"}.get(optimizer, optimizer)
+        row = re.search(rf"^ +{label} +{arm} .*$", tables[1 + list(DATA).index(data)], re.M)[0]
+        return float(re.findall(r"± \d\.\d+ +(\d\.\d+)", row)[bool(over)]) < 0.05
+    if match := re.fullmatch(r"cifar (.+?)(, all rates)?", name):
+        text = printed(BOOK / "04-generalization/teleporting-minima.ipynb")
+        row = re.search(rf"^{match[1]} +[+−]\d.*$", text, re.M)[0]
+        p = float(re.findall(r"± \d\.\d+ +(\d\.\d+)", row)[bool(match[2])])
+        return p < 0.05 and not row.endswith("(edge)")
+    if match := re.fullmatch(r"long (.+) at (\d+)", name):
+        text = printed(BOOK / "05-learning/learning-to-teleport.ipynb")
+        row = re.search(rf"^update, {match[1]} / update .*$", text, re.M)[0]
+        return re.findall(r"\](\*?)", row)[(10, 30, 100).index(int(match[2]))] == "*"
+    return False  # small trainings, correlations, counts: nothing is called clear there
 
 
 RULES = {
@@ -154,7 +179,7 @@ RULES = {
     r"gain (.+)": gain,
     r"mnist slow": slow,
     r"mnist change": change,
-    r"statuses": statuses,
+    r"rows (.+)": rows_with,
 }
 PAGES = [path for path in BOOK.glob("*.md") if recorded.ROLE.search(path.read_text("utf8"))]
 SAID = sorted({name for path in PAGES for name in recorded.ROLE.findall(path.read_text("utf8"))})
@@ -169,3 +194,10 @@ def test_a_number_that_is_said_is_that_of_the_record(name):
 
 def test_the_scorecard_and_the_first_page_say_numbers():
     assert len(SAID) > 100 and {path.name for path in PAGES} >= {"scorecard.md", "intro.md"}
+
+
+def test_bold_numbers_of_the_scorecard_are_the_clear_ones():
+    page = (BOOK / "scorecard.md").read_text("utf8")
+    said = [name for name in recorded.ROLE.findall(page) if not recorded.NUMBERS[name]().startswith("none")]
+    bold = re.findall(r"\*\*\{recorded\}`([^`]+)`\*\*", page)
+    assert bold and set(bold) == {name for name in said if is_called_clear(name)}

@@ -291,49 +291,57 @@ STATUSES = ("proved", "confirmed", "corrected", "not confirmed", "not decided")
 STATUS = re.compile(rf"\*\*({'|'.join(STATUSES)})\*\*", re.I)
 
 
-def statuses() -> str:
+def statuses() -> Counter[str]:
     """How many rows of the scorecard have each status; a row counts once, by the first that it names."""
     rows = [line for line in (RESULTS.parent / "scorecard.md").read_text("utf8").split("\n") if line[:2] == "| "]
-    first = Counter(found[1].lower() for row in rows if (found := STATUS.search(row)))
-    return ", ".join(f"**{status}** {first[status]}" for status in STATUSES)
+    return Counter(found[1].lower() for row in rows if (found := STATUS.search(row)))
 
 
-NUMBERS["statuses"] = statuses
+for status in STATUSES:
+    NUMBERS[f"rows {status}"] = lambda status=status: str(statuses()[status])
 
 
 DEVICES = RESULTS.parent.parent / "benchmarks" / "results"
+COSTS = {
+    "time": "Time, in gradients",
+    "waits": "Waits of the host",
+    "kernels": "Kernels, in those of a gradient",
+    "memory": "Memory, in copies",
+}
 
 
 def device_tables() -> str:
-    """What `make bench` has recorded, a table for each device."""
+    """What `make bench` has recorded: for each device a table of each cost, calls by models."""
     tables = []
     for path in sorted(DEVICES.glob("*.json")):
         found = json.loads(path.read_text("utf8"))
         threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
-        lines = [
-            f"**{found['device']}**, PyTorch {found['torch']}, {threads}; counted on {found['counted on']}.",
-            "",
-            "| Model | Precision | Call | Time | Kernels | Waits | Memory |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        one = found["rows"][0]
+        tables.append(f"**{found['device']}**, PyTorch {found['torch']}, {threads}; counted on {found['counted on']}.")
+        rows: dict[str, dict[str, Any]] = {}  # by call and model
         for row in found["rows"]:
-            one = row if row["call"] == "gradient" else one
-            model = f"{row['model']}, {row['parameters'] / 1e6:.2g} M"
-            ratios = f"{row['time']:.3g} | {row['kernels'] / one['kernels']:.3g}"
-            lines.append(
-                f"| {model} | {row['precision']} | {row['call']} | {ratios} | {row['waits']} | {row['memory']:.3g} |"
-            )
-        tables.append("\n".join(lines))
+            precision = "" if row["precision"] == "float32" else f", {row['precision']}"
+            model = f"{row['model']}, {row['parameters'] / 1e6:.2g} M{precision}"
+            rows.setdefault(row["call"], {})[model] = row
+        one = rows["gradient"]
+        for cost, title in COSTS.items():
+            lines = [f"| {title} | {' | '.join(one)} |", "|---" * (len(one) + 1) + "|"]
+            for call, by_model in rows.items():
+                numbers = [r[cost] / (one[m]["kernels"] if cost == "kernels" else 1) for m, r in by_model.items()]
+                cells = (f"{n:.2g}" if n < 100 else f"{n:.0f}" for n in numbers)
+                lines.append(f"| {call} | {' | '.join(cells)} |")
+            tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
 
 NUMBERS["devices"] = device_tables
 
 
-def fill_in(markdown: str) -> str:
-    """A page with its numbers."""
-    return ROLE.sub(lambda match: NUMBERS[match[1]](), markdown)
+INSIDE = re.compile(r" (?=±|\[)|(?<=±) |(?<=\d,) (?=[−\d])")  # the spaces of a number and its interval
+
+
+def fill_in(markdown: str, space: str = " ") -> str:
+    """A page with its numbers, whose intervals are set with this space."""
+    return ROLE.sub(lambda match: INSIDE.sub(space, NUMBERS[match[1]]()), markdown)
 
 
 def badges(markdown: str) -> str:
@@ -357,7 +365,7 @@ def on_source_read(app, docname: str, source: list[str]) -> None:
     """Fill in a page, and read it again when a record changes."""
     if ROLE.search(source[0]):
         record.cache_clear()
-        source[0] = fill_in(source[0])
+        source[0] = fill_in(source[0], space="\N{NO-BREAK SPACE}")
         if docname.endswith("scorecard"):
             source[0] = badges(source[0])
         for path in (*RESULTS.glob("*.json"), *DEVICES.glob("*.json")):

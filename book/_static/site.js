@@ -2,7 +2,8 @@
 document.addEventListener("DOMContentLoaded", () => {
   for (const table of document.querySelectorAll(".bd-article table")) {
     const heads = [...table.querySelectorAll("thead th")].map((th) => th.textContent.trim());
-    if (heads.length < 3) continue;
+    const cells = [...table.querySelectorAll("tbody td:not(:first-child)")];
+    if (heads.length < 3 || cells.every((td) => td.textContent.length < 14)) continue; // numbers alone fit side by side
     table.classList.add("tl-cards");
     for (const row of table.querySelectorAll("tbody tr")) {
       [...row.children].forEach((cell, i) => {
