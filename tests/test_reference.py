@@ -4,7 +4,9 @@ import doctest
 import importlib
 import inspect
 import re
+import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,25 @@ def test_the_pages_name_what_exists_and_the_book_uses_most_of_it():
     chapters = {place.page for places in used.values() for place in places}
     assert len(chapters) == len([c for c in reference.chapters(ROOT) if (ROOT / f"{c}.ipynb").is_file()])
     assert sum(map(bool, used.values())) > len(documented) / 3
+
+
+SHOWN = [ROOT / "README.md", BOOK / "intro.md", *sorted(FOLDER.glob("*.md"))]
+SHOWN = [page for page in SHOWN if "```python" in page.read_text("utf8")]
+
+
+@pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.name)
+def test_the_snippets_of_a_page_print_what_it_shows(page):
+    """Run one after the other: the text that follows a snippet is its output, but for the seconds of a report."""
+    fences = re.findall(r"^```(\w*).*?\n(.*?)^```$", page.read_text("utf8"), re.M | re.S)
+    code = "print(chr(0))\n".join(text for kind, text in fences if kind == "python")
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    outputs = iter(re.sub(r"  seconds .*\n", "", done.stdout).split("\0"))
+    for (kind, _), (follows, shown) in pairwise([*fences, ("", "")]):
+        if kind == "python":
+            printed = next(outputs).strip()
+            assert follows != "text" or printed == shown.strip()
 
 
 # --- the machinery ----------------------------------------------------------------------------------------------------
