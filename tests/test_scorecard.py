@@ -17,7 +17,7 @@ sys.path.insert(0, str(BOOK / "_ext"))
 recorded = importlib.import_module("recorded")
 
 from test_records import FIVE_OPTIMIZERS, final, printed, tuned  # noqa: E402
-from test_records_generalization import cifar_minima, fisher, partial, tuned_minima  # noqa: E402
+from test_records_generalization import fisher, minima, partial, tuned_minima  # noqa: E402
 
 record = recorded.record  # as it is stored
 SETS = {"": "generalization", "fashion ": "generalization-fashion_mnist", "cifar ": "generalization-cifar10"}
@@ -66,17 +66,12 @@ def given_the_training_loss(data: str | None) -> str:
     return f"{partial(networks['hessian_trace_exact'], fresh, networks['train_loss']):+.2f}"
 
 
-def of_minimum(arm: str) -> str:
-    runs = {(r["arm"], r["seed"]): r["test_loss"][-1] for r in record("minima")["runs"]}
-    return minus(*({seed: runs[a, seed] for seed in range(10)} for a in (arm, "plain")))
-
-
-def of_cifar_minimum(arm: str, over: str | None) -> str:
-    _, last = cifar_minima()
+def of_minimum(data: str, arm: str, over: str | None) -> str:
+    _, last = minima(data)
     ends = [tuned_minima(last, a) for a in (arm, "plain")]
     if over:
         tables = [last(a, "test_loss") for a in (arm, "plain")]
-        good = [k for k in range(3) if all(row[k] < GUESS for table in tables for row in table)]
+        good = [k for k in range(len(tables[0][0])) if all(row[k] < GUESS for table in tables for row in table)]
         ends = [[st.fmean(row[k] for k in good) if good else math.inf for row in table] for table in tables]
     if math.inf in ends[0]:
         return "none, since trainings fail"
@@ -170,8 +165,7 @@ RULES = {
     r"(Fashion-MNIST |CIFAR-10 |)(sgd|momentum|adagrad|rmsprop|adam) (\w+)(, all rates)?": of_optimizer,
     r"(interval|r) (fashion |cifar )?(\w+?)( gap)?": of_network,
     r"given (fashion |cifar )?trace": given_the_training_loss,
-    r"minimum (.+)": of_minimum,
-    r"cifar ((?:scaling|published), .+?)(, all rates)?": of_cifar_minimum,
+    r"(mnist|cifar) ((?:scaling|published), .+?)(, all rates)?": of_minimum,
     r"(LSTM.+) at (\d+)": of_learned,
     r"long (.+) at (\d+)": of_long,
     r"long seeds": lambda: str(len(long_losses("update, tele").keys() & long_losses("update").keys())),
