@@ -149,10 +149,12 @@ def is_called_clear(name: str) -> bool:
         label = {"sgd": "SGD", "adagrad": "AdaGrad", "rmsprop": "RMSProp", "adam": "Adam"}.get(optimizer, optimizer)
         row = re.search(rf"^ +{label} +{arm} .*$", tables[1 + list(DATA).index(data)], re.M)[0]
         return float(re.findall(r"± \d\.\d+ +(\d\.\d+)", row)[bool(over)]) < 0.05
-    if match := re.fullmatch(r"cifar (.+?)(, all rates)?", name):
+    if match := re.fullmatch(r"(cifar|mnist) ((?:scaling|published), .+?)(, all rates)?", name):
         text = printed(BOOK / "04-generalization/teleporting-minima.ipynb")
-        row = re.search(rf"^{match[1]} +[+−]\d.*$", text, re.M)[0]
-        p = float(re.findall(r"± \d\.\d+ +(\d\.\d+)", row)[bool(match[2])])
+        title = {"cifar": "CIFAR-10", "mnist": "MNIST"}[match[1]]
+        tables = [part for part in re.split(r"^(?=CIFAR-10[:,]|MNIST[:,])", text, flags=re.M) if part.startswith(title)]
+        row = next(m[0] for part in tables if (m := re.search(rf"^{match[2]} +[+−]\d.*$", part, re.M)))
+        p = float(re.findall(r"± \d\.\d+ +(\d\.\d+)", row)[bool(match[3])])
         return p < 0.05 and not row.endswith("(edge)")
     if match := re.fullmatch(r"long (.+) at (\d+)", name):
         text = printed(BOOK / "05-learning/learning-to-teleport.ipynb")
