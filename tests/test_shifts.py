@@ -550,3 +550,38 @@ class Bounded(nn.Module):
 
     def forward(self, x):
         return self.h(self.v(self.between(self.u(self.e(x)))))
+
+
+BOUNDS = {  # far beyond what inputs of usual size meet
+    "hardtanh": nn.Hardtanh(-100, 100),
+    "clamp": lambda z: z.clamp(max=500),
+    "minimum": lambda z: torch.minimum(z, torch.full_like(z, 150)),
+    "where": lambda z: torch.where(z.abs() < 200, z, 0 * z),
+    "masked": lambda z: z.masked_fill(z > 2000, 0.0),
+    "relu": lambda z: torch.relu(z + 1e4) - 1e4,
+    "softplus": lambda z: nn.functional.softplus(z + 300) - 300,
+}
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("body", ["linear", "two layers", "convolution"])
+def test_a_bound_far_away_stops_translations_and_shears(bound, body):
+    torch.manual_seed(0)
+    between = Bounded(BOUNDS[bound], u=nn.Identity(), e=nn.Identity(), v=nn.Identity(), h=nn.Identity())
+    x = torch.randn(6, 5)
+    match body:
+        case "linear":
+            model = nn.Sequential(nn.Linear(5, 8), between, nn.Linear(8, 3))
+        case "two layers":
+            model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), between, nn.Linear(8, 3))
+        case "convolution":
+            model = nn.Sequential(nn.Conv1d(2, 4, 3), between, nn.Conv1d(4, 3, 2))
+            x = torch.randn(6, 2, 9)
+    found = tl.find_symmetries(model, x)
+    params = params_of(model.double())
+    for factor in (f for f in found if f.dim):
+        moved = factor.act(params, factor.sample(params, generator=torch.Generator().manual_seed(1)))
+        for size in (1.0, 1e2, 1e3, 1e5):
+            far = size * torch.randn(100, *x.shape[1:], dtype=torch.float64)
+            before, after = model(far), torch.func.functional_call(model, moved, (far,))
+            assert (after - before).abs().max() < 1e-9 * before.abs().max(), (factor, size)

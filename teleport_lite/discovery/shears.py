@@ -16,7 +16,7 @@ from teleport_lite.discovery.constraints import SCALE
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.rotations import axis_multipliers
 from teleport_lite.discovery.solve import solve_scalings
-from teleport_lite.discovery.translate import to_first_order
+from teleport_lite.discovery.translate import hold_far_out, to_first_order
 from teleport_lite.discovery.verify import Verifier
 from teleport_lite.functional import Params, norm
 from teleport_lite.groups import GeneralLinear, Permutation, PositiveScaling, Shears
@@ -36,7 +36,7 @@ def verified_shears(
     proposed += [s for s in _of_means(found, propagation) if {(leg.name, leg.dim) for leg in s.legs} not in mixed]
     lengths = [float(norm(g)) for g in check.gradients]
     proposed = [s for s in proposed if to_first_order(s, params, check.gradients, lengths) and check.notices_change(s)]
-    return check.at_given(check.keep(proposed, lambda *_: None))
+    return hold_far_out(check.at_given(check.keep(proposed, lambda *_: None)), check)
 
 
 def _behind_norms(found: list[NeuronSymmetry], propagation: Propagation, params: Params) -> Iterator[NeuronSymmetry]:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import permutations
 from typing import Any
 
 import torch
 
 from teleport_lite.discovery.differences import EXACT
+from teleport_lite.discovery.elements import random_element
 from teleport_lite.discovery.exercised import exercised_entries
 from teleport_lite.discovery.kernels import kernel_shifts
 from teleport_lite.discovery.probe import Probe, randn_like, scattered
 from teleport_lite.discovery.shifts import Shifts
-from teleport_lite.discovery.trial import Trial
-from teleport_lite.discovery.verify import Verifier
+from teleport_lite.discovery.verify import S, Verifier
 from teleport_lite.functional import Params, norm
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.shifts import Move, Shift, Step, join_shifts
 
 FAR_OUT, COARSELY = 300.0, 1e-3  # coordinates of translations, and relative changes of outputs that are none there
+FINELY = 1e-8  # the same where inputs are large
 ROUNDING = 1e-8  # the cosine of what is orthogonal
 
 
@@ -53,26 +54,28 @@ def verified_translations(probe: Probe, check: Verifier, generator: torch.Genera
     family = {**unseen, **{s: -k for k, s in enumerate(low_rank, 1)}}
     kinds = list(dict.fromkeys(in_kernels.values()))
     family |= {s: -len(low_rank) - 1 - kinds.index(k) for s, k in in_kernels.items()}
-    kept = _hold_far_out(check.at_given(check.keep(proposed, lambda *_: None)), probe, calm[0], generator)
+    kept = hold_far_out(check.at_given(check.keep(proposed, lambda *_: None)), check)
     return {s: family.get(s, 0) for s in kept}
 
 
-def _hold_far_out(shifts: Iterable[Shift], probe: Probe, trial: Trial, generator: torch.Generator) -> list[Shift]:
-    """Those that hold `FAR_OUT` from here: a true one goes as far as one likes, a bound such as a clamp's stops others.
+def hold_far_out(symmetries: list[S], check: Verifier) -> list[S]:
+    """Those that hold far from here: bounds such as a clamp's, which no usual run meets, stop what is false.
 
-    Rounding grows with the distance, so outputs are compared coarsely here, after they were compared closely nearby.
+    So translations go `FAR_OUT`, where rounding is large and outputs are compared coarsely; and inputs are large.
     """
-    kept, params = list(shifts), probe.params
+    near = check.planned.calm[0]
 
-    def gap(tried: list[Shift]) -> float:
-        moved = params
+    def gap(tried: list[S]) -> float:
+        moved = check.params
         for s in tried:
-            c = randn_like(params[s.names[0]].new_empty(s.group.n), generator)
-            moved = s.act(moved, c * FAR_OUT)
-        with probe.at(moved):
-            return trial.output_gap(COARSELY)
+            c = randn_like(check.params[s.names[0]].new_empty(s.group.n), check.generator) * FAR_OUT
+            moved = s.act(moved, c if isinstance(s, Shift) else random_element(s, 0, check.params))
+        with check.probe.at(moved):
+            return max(
+                [near.output_gap(COARSELY), *(t.output_gap(FINELY) for t in check.planned.far if not t.is_chaotic)]
+            )
 
-    return [s for s in kept if not gap([s])] if kept and gap(kept) else kept
+    return [s for s in symmetries if not gap([s])] if symmetries and gap(symmetries) else symmetries
 
 
 def combine_translations(found: dict[Shift, int]) -> list[Shift]:

@@ -21,6 +21,7 @@ from teleport_lite.host import on_host
 from teleport_lite.outputs import distance, real_numbers
 
 SIZES = (30.0, 1 / 30, -1.0)  # times the inputs, for models that branch on what they read
+FAR = (1e2, 1e3, 1e4, 1e6, 1e8)  # times the inputs, for bounds, as of a clamp, that usual ones do not meet
 MANY = 16  # examples in a batch that is not run as a whole
 SEEDS, OUTSIDE = 3, 16  # for models that draw random numbers, in torch or outside
 PARTS = 8  # runs that leave something out
@@ -42,6 +43,7 @@ class Trials:
         self.probe, self.generator = probe, generator
         self.notes: list[str] = []
         self.whole: list[Trial] = []
+        self.far: list[Trial] = []
         self.limit = 1.0
         self.calm = self._vary_calls(example.map(on_host))
         self.trials = list(self.calm) if self._repeats_exactly(self.calm[0]) else []
@@ -72,6 +74,7 @@ class Trials:
         if noisy and self._has_real(noisy.call):
             one = self._accept_trial(inputs.resize_axes(noisy.call, inputs.batch_length(noisy.call), 1, 0)) or noisy
             found += self._all_accepted(inputs.scale_inputs(one.call, size) for size in SIZES)
+            self.far = [*self._all_accepted(inputs.scale_inputs(noisy.call, size) for size in FAR)]
         base = noisy or given
         found += self._all_accepted(inputs.drop_optional(base.call))
         longest = self._grow_axes(base, {size for size, _ in inputs.axis_lengths(whole.call)})
