@@ -180,6 +180,13 @@ def test_the_radius_bounds_the_distance(radius):
     assert 0.9 * radius < float((flat(model) - before).norm()) <= radius
 
 
+def test_a_radius_that_is_never_reached_changes_nothing():
+    free, bounded = (mlp([9, 12, 3], nn.Tanh()) for _ in range(2))
+    for model, radius in ((free, None), (bounded, 1e9)):
+        assert tl.level_set_teleport(model, loss_fn, steps=8, radius=radius).accepted
+    assert torch.equal(flat(free), flat(bounded))
+
+
 def test_no_maximum_means_no_end():
     gains = []
     for steps in (5, 20, 80):
@@ -454,6 +461,14 @@ def test_rcond_trades_exactness_for_room():
     assert not refused.accepted and "beyond the relative tolerance" in refused.reason
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_the_unit_of_the_inputs_does_not_matter(unit):
+    """Without biases, whose input is 1."""
+    model = mlp([9, 4, 3], nn.Identity(), bias=False)
+    report = tl.null_space_teleport(model, lambda net: net(unit * X[:3]).square().sum(), steps=1)
+    assert report.dimension == 4 * (9 - 3) + 3 * (4 - 3)
+
+
 def test_no_null_space_and_no_layer():
     x = torch.randn(50, 9, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     with pytest.raises(BatchError, match="use fewer samples"):
@@ -516,6 +531,16 @@ def test_an_interrupt_during_the_commit(teleport, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         teleport(model, loss_fn, steps=3)
     assert same(model, before)
+
+
+@pytest.mark.parametrize("teleport", BOTH)
+def test_the_unit_of_the_loss_does_not_matter(teleport):
+    ends = []
+    for unit in (1, 2**20):
+        model = mlp([9, 12, 3], nn.Tanh())
+        assert teleport(model, lambda net, unit=unit: unit * loss_fn(net), steps=8).accepted
+        ends.append(flat(model))
+    assert relative(*ends) < 1e-9
 
 
 @pytest.mark.parametrize("teleport", BOTH)
@@ -730,4 +755,4 @@ def test_where_nothing_moves_nothing_is_reported():
         model = mlp([9, 4, 3], nn.Tanh(), dtype=dtype)
         report = tl.null_space_teleport(model, lambda net: F.mse_loss(net(X.to(net[0].weight)), Y.to(net[0].weight)))
         assert not report.accepted and report.objective_after == report.objective_before
-        assert report.loss_after == report.loss_before
+        assert report.loss_after == report.loss_before and report.invariance_error == 0

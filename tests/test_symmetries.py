@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from teleport_lite.errors import ParameterError, ShapeError, TeleportError, Unkn
 from teleport_lite.functional import loss_of, value_and_grad
 from teleport_lite.groups import (
     GeneralLinear,
+    PairRotations,
     Permutation,
     PositiveScaling,
     Shears,
@@ -106,16 +106,25 @@ def test_group_laws(case, widths, seed):
             assert largest_gap(twice, factor.act(factor.act(params, b), a)) <= 1e-12
 
 
-TRANSPOSED = partial(Shears, transposed=True)
+GROUPS = [
+    PositiveScaling(6),
+    GeneralLinear(6),
+    GeneralLinear(3, blocks=2),
+    SpecialOrthogonal(6),
+    SpecialOrthogonal(6, centered=True),
+    PairRotations(6),
+    PairRotations(6, halves=True),
+    Shears(6),
+    Shears(6, transposed=True),
+    Permutation(6),
+    Signs(6),
+]
 
 
-@pytest.mark.parametrize(
-    "kind", [PositiveScaling, GeneralLinear, SpecialOrthogonal, Shears, TRANSPOSED, Permutation, Signs]
-)
-def test_groups(kind, generator):
-    group = kind(5)
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: f"{type(group).__name__} {group}")
+def test_groups(group, generator):
     like = torch.zeros(1, dtype=torch.float64)
-    vectors = torch.randn(3, 5, 2, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(3, 6, 2, generator=generator, dtype=torch.float64)
     a, b = (group.sample(like, radius=0.7, generator=generator) for _ in range(2))
     g, h = group.exp(a), group.exp(b)
 
@@ -130,6 +139,7 @@ def test_groups(kind, generator):
     assert group.isometry == (abs(float(acted(g).norm() / vectors.norm()) - 1) < 1e-12)
     if group.dim:
         assert float(group.norm(a)) <= 0.7
+        assert 0.5 < max(float(group.norm(group.sample(like, generator=generator))) for _ in range(30)) <= 1.0
         far = 10 * a / group.norm(a)
         assert float(group.norm(group.clip(far, 0.5))) == pytest.approx(0.5)
         assert relative(group.clip(-far, 0.5), -group.clip(far, 0.5)) < 1e-12
@@ -233,6 +243,11 @@ def test_legs_may_be_slices_of_a_longer_axis(generator):
     assert torch.equal(moved["0.weight"][5:], params["0.weight"][5:])
     x = torch.randn(7, 4, generator=generator, dtype=torch.float64)
     assert relative(functional_call(model, moved, x), model(x)) < 1e-14
+
+
+def test_at_a_fixed_point_there_is_no_direction():
+    symmetry, zero = scaling(3, "a", "b"), {"a": torch.zeros(3, 2), "b": torch.zeros(1, 3)}
+    assert symmetry.rank(zero) == 0 and symmetry.rank({n: p + 1 for n, p in zero.items()}) == symmetry.dim
 
 
 def test_errors_carry_their_facts():
