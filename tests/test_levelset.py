@@ -180,6 +180,15 @@ def test_the_radius_bounds_the_distance(radius):
     assert 0.9 * radius < float((flat(model) - before).norm()) <= radius
 
 
+def test_the_way_back_to_the_level_set_may_not_leave_the_radius():
+    """A valley in which a step of the length that is left ends far from the level set."""
+    model = Place(-2.0921489179404444, 0.31577380878588107)
+    before = bits(model)
+    report = tl.level_set_teleport(model, lambda net: net()[0] + torch.sin(5 * net()[1]) + 4, 30, radius=0.774)
+    assert report.stopped == "the way back to the level set leaves the radius"
+    assert not report.accepted and same(model, before)
+
+
 def test_a_radius_that_is_never_reached_changes_nothing():
     free, bounded = (mlp([9, 12, 3], nn.Tanh()) for _ in range(2))
     for model, radius in ((free, None), (bounded, 1e9)):

@@ -266,6 +266,9 @@ def test_errors_carry_their_facts():
             tl.Product([symmetry]).act(params, xi)
     with pytest.raises(ShapeError, match=r"xi of shape \(3,\), got 'a'; take xi from sample"):
         symmetry.act(params, "a")
+    for leg in (Leg("c", 0, groups=2), Leg("c", 1, groups=4)):  # along the groups themselves; of groups that differ
+        with pytest.raises(ShapeError, match="c of shape at least"):
+            NeuronSymmetry(PositiveScaling(2), [leg]).act({"c": torch.ones(6, 2)}, torch.zeros(2))
     with pytest.raises(TeleportError, match="positive finite radius"):
         symmetry.sample(params, radius=float("inf"))
     with pytest.raises(TeleportError, match="at least one leg"):
