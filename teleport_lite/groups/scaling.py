@@ -60,8 +60,8 @@ class PositiveScaling(Group):
 
         Convex: the maximum is at $\pm r$, the minimum where $\log \sum_{p>0} p u_p e^{2p\xi}$ equals the same for
         the negative powers, clipped. Both are linear in $\xi$ with one power each, which gives
-        $\tfrac14 \log(d / u)$ for $u e^{2\xi} + d e^{-2\xi}$. With more powers Newton's method converges from anywhere: the
-        slope is the sum of a rising and a falling term, and so no step leaves the bracket of those before.
+        $\tfrac14 \log(d / u)$ for $u e^{2\xi} + d e^{-2\xi}$. With more powers Newton's method converges from
+        anywhere: the slope is the sum of a rising and a falling term, so no step leaves the bracket of those before.
         Where all coefficients are zero the coordinate stays at zero, and so it does where there is no minimum.
 
         >>> PositiveScaling(1).extremum(torch.tensor([1.0]), torch.tensor([16.0]), maximize=False, radius=1.0)
