@@ -171,7 +171,7 @@ def test_the_sublevel_version_may_go_down():
     assert report.objective_after == pytest.approx(math.sqrt(36 * report.loss_before), rel=1e-5)
 
 
-@pytest.mark.parametrize("radius", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("radius", [0.1, 0.5, 4.0])
 def test_the_radius_bounds_the_distance(radius):
     model = mlp([9, 12, 3], nn.Tanh())
     before = flat(model)

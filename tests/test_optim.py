@@ -778,7 +778,10 @@ def test_what_moves_must_be_held(model):
                 tl.Teleporter(model, optimizer, symmetry).step(loss_fn)
             assert caught.value.name == names
             assert_equal(copy.deepcopy(model.state_dict()), before)
-    head = optim.SGD(model[4].parameters(), lr=0.1)  # each remedy
+    head = optim.SGD(model[4].parameters(), lr=0.1)
+    with pytest.raises(ParameterError, match="0.weight, 0.bias, 2.weight"):  # nothing of it
+        tl.Teleporter(model, head, scaling(12, "0.weight", "2.weight", bias="0.bias"))
+    # each remedy
     assert tl.Teleporter(model, [cases["4.weight"], head]).step(loss_fn).accepted
     part = scaling(12, "0.weight", "2.weight", bias="0.bias")
     assert tl.Teleporter(model, cases["4.weight"], part).step(loss_fn).accepted
