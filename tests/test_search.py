@@ -140,6 +140,8 @@ def test_mixing_minimum_where_a_form_is_singular():
         p, q = basis[:, left:], basis[:, : 5 - right]
         up, down = p @ p.mT @ a @ p @ p.mT, q @ q.mT @ b @ q @ q.mT
         xi = group.extremum(up, down, maximize=False, radius=20.0)
+        for unit in (1e-12, 1e12):  # what counts as zero is relative
+            assert torch.allclose(group.extremum(unit * up, unit * down, maximize=False, radius=20.0), xi, atol=1e-8)
         kernels = torch.cat([basis[:, :left], basis[:, 5 - right :]], 1)
         assert float((xi @ kernels).abs().max()) < 1e-10
         rest = basis[:, left : 5 - right].mT
