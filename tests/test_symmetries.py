@@ -245,6 +245,18 @@ def test_legs_may_be_slices_of_a_longer_axis(generator):
     assert relative(functional_call(model, moved, x), model(x)) < 1e-14
 
 
+@pytest.mark.parametrize("offset", [1.0, -0.5, 2.0])
+def test_a_leg_with_an_offset_moves_as_the_sum(offset, generator):
+    """What multiplies is c + w, as in a norm with the gain 1 + w."""
+    plain, shifted = (
+        NeuronSymmetry(PositiveScaling(3), [Leg("a", 0, offset=c), Leg("b", 1, True)]) for c in (0, offset)
+    )
+    params = {"a": torch.randn(3, 2, generator=generator), "b": torch.randn(1, 3, generator=generator)}
+    xi = shifted.sample(params, generator=generator)
+    expected = plain.act({**params, "a": params["a"] + offset}, xi)
+    assert largest_gap(shifted.act(params, xi), {**expected, "a": expected["a"] - offset}) < 1e-6
+
+
 def test_at_a_fixed_point_there_is_no_direction():
     symmetry, zero = scaling(3, "a", "b"), {"a": torch.zeros(3, 2), "b": torch.zeros(1, 3)}
     assert symmetry.rank(zero) == 0 and symmetry.rank({n: p + 1 for n, p in zero.items()}) == symmetry.dim
