@@ -87,7 +87,7 @@ def level_set_teleport(
             return math.log(p.norm) - gamma * excess_of(p.loss - start.loss) if 0 < p.norm < math.inf else -math.inf
 
         if not p.norm:
-            return p, 0.0, {"stopped": "the gradient is zero", "dimension": walk.x.numel() - 1}
+            return p, 0.0, {"steps": 0, "stopped": "the gradient is zero", "dimension": walk.x.numel() - 1}
         h, tangent, multiplier, residual = optimality_conditions(walk, p, c, near)
         for taken in range(steps + 1):
             if residual <= kkt_tol and excess_of(c) <= near:
@@ -121,7 +121,7 @@ def level_set_teleport(
             h, tangent, multiplier, residual = optimality_conditions(walk, p, c, near)
             ss, sy = dot_products((step, step), (step, tangent - old))
             rho *= share
-            rho = min(max(ss / abs(sy), 0.1 * rho), 10 * rho) if sy else 2 * rho
+            rho = min(max(ss / abs(sy) if sy else math.inf, 0.1 * rho), 10 * rho)
         moved = p
         for _ in range(HALVINGS):  # Newton's method for c = 0, along g
             if excess_of(c) <= near or not 0 < p.norm < math.inf:

@@ -23,7 +23,7 @@ HALVINGS = 30  # of a step that does not improve
 DONE, SPENT, STUCK = "KKT residual reached", "all steps are taken", "no step along the direction improves"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LevelSetReport(Report):
     """What a teleport without a group did.
 
@@ -36,12 +36,12 @@ class LevelSetReport(Report):
         stopped: why no more steps were taken.
     """
 
-    dimension: int = 0
-    steps: int = 0
-    gradients: int = 0
-    products: int = 0
-    kkt_residual: float = math.nan
-    stopped: str = ""
+    dimension: int
+    steps: int
+    gradients: int
+    products: int
+    kkt_residual: float
+    stopped: str
 
     def __str__(self) -> str:
         cost = f"{self.steps} steps, {self.gradients} gradients, {self.products} Hessian-vector products"
@@ -148,7 +148,7 @@ def run_walk(walk: Walk, search: Callable[[Walk], tuple[Point, float, dict]], su
         LossError: when the loss changes from call to call.
     """
     p: Point | None = None
-    facts: dict[str, Any] = {"stopped": "a number was not finite"}
+    facts: dict[str, Any] = {"steps": 0, "stopped": "a number was not finite", "dimension": 0}
     residual = after = new = math.nan
     reason = "the loss or its gradient is not finite"
 

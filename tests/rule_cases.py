@@ -129,6 +129,12 @@ def convolution(n: int, transposed: bool, groups: bool = False) -> Callable[[Dra
     return make
 
 
+def unflattened(draw: Draw) -> Case:
+    """A convolution of an axis that was cut into channels and pixels."""
+    a, weight = draw.normal(draw.size(1, 2), 2 * 3 * 3), draw.normal(draw.size(1, 2), 2, 2, 2)
+    return of(lambda a, w: F.conv2d(a.view(len(a), 2, 3, 3), w), draw, a=a, w=weight)
+
+
 def depthwise(draw: Draw, fixed: bool = False) -> Case:
     """A convolution of each channel, whose weight is a view of a parameter, or a constant."""
     n = draw.size(2)
@@ -188,6 +194,18 @@ def written(how: str) -> Callable[[Draw], Case]:
         return of(function, draw, {"index": index}, a=draw.normal(*shape), b=source)
 
     return make
+
+
+def erased(draw: Draw) -> Case:
+    """Zeros that go where an index, which is anything, says."""
+    shape = [draw.size(2, 3) for _ in range(draw.size(1, 3))]
+    dim = draw.randrange(len(shape))
+
+    def function(a: Tensor, index: Tensor) -> Tensor:
+        spread = index.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        return a.scatter(dim, spread.expand([2 if d == dim else n for d, n in enumerate(shape)]), 0.0)
+
+    return of(function, draw, {"index": lambda draw: draw.index(shape[dim], 2)}, a=draw.normal(*shape))
 
 
 def filled(draw: Draw) -> Case:
@@ -384,6 +402,7 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     ),
     "batch norm, training": normed(lambda x, gain, shift: F.batch_norm(x, None, None, gain, shift, True, eps=0.5), 1),
     "group norm": normed(lambda x, gain, shift: F.group_norm(x, 2, gain, shift, 0.5), 1),
+    "conv2d of an axis": unflattened,
     "max_pool2d": pooled(lambda a: F.max_pool2d(a, 2)),
     "avg_pool2d": pooled(lambda a: F.avg_pool2d(a, 2)),
     "adaptive pool": pooled(lambda a: F.adaptive_avg_pool2d(a, 1)),
@@ -395,6 +414,7 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "embedding_bag": bag,
     "segment_reduce": segments,
     **{how: written(how) for how in ("index_add", "index_copy", "scatter_add", "in place", "index_put", "mask")},
+    "scatter of zeros": erased,
     **{f"scatter_reduce {how}": written(how) for how in ("sum", "mean", "amax", "prod")},
 }
 

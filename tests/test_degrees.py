@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -210,6 +211,15 @@ def test_the_extremum_of_several_powers(generator):
         assert (xi[0] == 0) == (not maximize)
         best = values.amax(1) if maximize else values.amin(1)
         assert ((found - best)[1:] * (1 if maximize else -1) >= -1e-12 * best[1:]).all()
+
+
+@pytest.mark.parametrize("powers", [(1.0, -1.0), (3.0, -2.0), (0.5, 2.0, -1.0)], ids=str)
+def test_the_maximum_is_the_better_end(powers, generator):
+    us = torch.randn(len(powers), 2000, generator=generator, dtype=torch.float64).exp()
+    xi = PositiveScaling(2000).extremum(*us, powers=powers, maximize=True, radius=0.3)
+    left, right = (sum(u * math.exp(2 * p * end) for p, u in zip(powers, us, strict=True)) for end in (-0.3, 0.3))
+    assert torch.equal(xi > 0, right > left) and bool((xi.abs() == 0.3).all())
+    assert bool((right > left).any()) and bool((right < left).any())
 
 
 def test_conserved_quantities():

@@ -171,13 +171,29 @@ def test_the_sublevel_version_may_go_down():
     assert report.objective_after == pytest.approx(math.sqrt(36 * report.loss_before), rel=1e-5)
 
 
-@pytest.mark.parametrize("radius", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("radius", [0.1, 0.5, 4.0])
 def test_the_radius_bounds_the_distance(radius):
     model = mlp([9, 12, 3], nn.Tanh())
     before = flat(model)
     report = tl.level_set_teleport(model, loss_fn, steps=50, radius=radius)
     assert report.accepted and report.stopped == "radius reached" and report.invariance_error <= 1e-6
     assert 0.9 * radius < float((flat(model) - before).norm()) <= radius
+
+
+def test_the_way_back_to_the_level_set_may_not_leave_the_radius():
+    """A valley in which a step of the length that is left ends far from the level set."""
+    model = Place(-2.0921489179404444, 0.31577380878588107)
+    before = bits(model)
+    report = tl.level_set_teleport(model, lambda net: net()[0] + torch.sin(5 * net()[1]) + 4, 30, radius=0.774)
+    assert report.stopped == "the way back to the level set leaves the radius"
+    assert not report.accepted and same(model, before)
+
+
+def test_a_radius_that_is_never_reached_changes_nothing():
+    free, bounded = (mlp([9, 12, 3], nn.Tanh()) for _ in range(2))
+    for model, radius in ((free, None), (bounded, 1e9)):
+        assert tl.level_set_teleport(model, loss_fn, steps=8, radius=radius).accepted
+    assert torch.equal(flat(free), flat(bounded))
 
 
 def test_no_maximum_means_no_end():
@@ -454,6 +470,14 @@ def test_rcond_trades_exactness_for_room():
     assert not refused.accepted and "beyond the relative tolerance" in refused.reason
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_the_unit_of_the_inputs_does_not_matter(unit):
+    """Without biases, whose input is 1."""
+    model = mlp([9, 4, 3], nn.Identity(), bias=False)
+    report = tl.null_space_teleport(model, lambda net: net(unit * X[:3]).square().sum(), steps=1)
+    assert report.dimension == 4 * (9 - 3) + 3 * (4 - 3)
+
+
 def test_no_null_space_and_no_layer():
     x = torch.randn(50, 9, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     with pytest.raises(BatchError, match="use fewer samples"):
@@ -516,6 +540,16 @@ def test_an_interrupt_during_the_commit(teleport, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         teleport(model, loss_fn, steps=3)
     assert same(model, before)
+
+
+@pytest.mark.parametrize("teleport", BOTH)
+def test_the_unit_of_the_loss_does_not_matter(teleport):
+    ends = []
+    for unit in (1, 2**20):
+        model = mlp([9, 12, 3], nn.Tanh())
+        assert teleport(model, lambda net, unit=unit: unit * loss_fn(net), steps=8).accepted
+        ends.append(flat(model))
+    assert relative(*ends) < 1e-9
 
 
 @pytest.mark.parametrize("teleport", BOTH)
@@ -730,4 +764,4 @@ def test_where_nothing_moves_nothing_is_reported():
         model = mlp([9, 4, 3], nn.Tanh(), dtype=dtype)
         report = tl.null_space_teleport(model, lambda net: F.mse_loss(net(X.to(net[0].weight)), Y.to(net[0].weight)))
         assert not report.accepted and report.objective_after == report.objective_before
-        assert report.loss_after == report.loss_before
+        assert report.loss_after == report.loss_before and report.invariance_error == 0

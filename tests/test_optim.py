@@ -239,6 +239,15 @@ def test_a_centred_variance_stays_positive_under_mixing(generator):
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+def test_a_centred_variance_of_zero_stays_zero(generator):
+    model, symmetry = built("mixing")
+    optimizer = optim.RMSprop(model.parameters(), lr=0.0, centered=True, alpha=0.0)  # which remembers one gradient
+    train(model, optimizer)
+    move(model, symmetry, symmetry.sample(params_of(model), generator=generator), [optimizer])
+    for slots in optimizer.state.values():
+        assert relative(slots["square_avg"], slots["grad_avg"].square()) < 1e-12
+
+
 @pytest.mark.skipif("Adafactor" not in CASES, reason="this version of torch has no Adafactor")
 @pytest.mark.parametrize("kind", ["scaling", "permutation", "sign", "mixing"])
 def test_the_square_of_adafactor_moves_exactly(kind, generator):
@@ -274,10 +283,13 @@ def test_the_average_of_asgd_moves_as_weights_do(generator):
     assert relative(*outputs) < 1e-12
 
 
+@pytest.mark.parametrize("spare", [True, False])
 @pytest.mark.parametrize("kind", SYMMETRIES)
-def test_the_pairs_of_lbfgs_move_exactly(kind, generator):
-    model, symmetry = built(kind)
-    model.register_parameter("unused", nn.Parameter(torch.ones(2, dtype=torch.float64)))  # not moved, but in the vector
+def test_the_pairs_of_lbfgs_move_exactly(kind, spare, generator):
+    model = mlp(WIDTHS, SYMMETRIES[kind][1], bias=spare)
+    symmetry = hidden_product(SYMMETRIES[kind][0], model)
+    if spare:  # not moved, but in the vector
+        model.register_parameter("unused", nn.Parameter(torch.ones(2, dtype=torch.float64)))
     optimizer = CASES["LBFGS"](list(model.parameters()))
     train(model, optimizer, 2)
     (slots,) = optimizer.state.values()
@@ -295,7 +307,7 @@ def test_the_pairs_of_lbfgs_move_exactly(kind, generator):
         assert largest_gap(split(y), symmetry.transport(split(y_old), xi)) < 1e-12
         assert largest_gap(split(s), symmetry.act(split(s_old), xi)) < 1e-12  # the action is linear
         assert float(y.dot(s) * ro) == pytest.approx(1, rel=1e-10)
-    assert len(slots["old_dirs"]) > 1 and "unused" not in symmetry.names
+    assert len(slots["old_dirs"]) > 1 and (len(symmetry.names) == len(sizes)) == (not spare)
     assert largest_gap(split(slots["d"]), symmetry.act(split(before["d"]), xi)) < 1e-12
     assert largest_gap(split(slots["prev_flat_grad"]), symmetry.transport(split(before["prev_flat_grad"]), xi)) < 1e-12
     assert float(slots["H_diag"]) == pytest.approx(float(y.dot(s) / y.dot(y)), rel=1e-12)
@@ -766,7 +778,10 @@ def test_what_moves_must_be_held(model):
                 tl.Teleporter(model, optimizer, symmetry).step(loss_fn)
             assert caught.value.name == names
             assert_equal(copy.deepcopy(model.state_dict()), before)
-    head = optim.SGD(model[4].parameters(), lr=0.1)  # each remedy
+    head = optim.SGD(model[4].parameters(), lr=0.1)
+    with pytest.raises(ParameterError, match="0.weight, 0.bias, 2.weight"):  # nothing of it
+        tl.Teleporter(model, head, scaling(12, "0.weight", "2.weight", bias="0.bias"))
+    # each remedy
     assert tl.Teleporter(model, [cases["4.weight"], head]).step(loss_fn).accepted
     part = scaling(12, "0.weight", "2.weight", bias="0.bias")
     assert tl.Teleporter(model, cases["4.weight"], part).step(loss_fn).accepted

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 import teleport_lite as tl
 from teleport_lite.errors import LossError
 from teleport_lite.host import on_host
+from teleport_lite.rounding import ULPS, jitter_ulps, relative_gap
 from teleport_lite.symmetries.axes import NeuronSymmetry
 
 
@@ -79,6 +80,23 @@ def near_minimum(model, x):
 
 def draws():
     return torch.Generator().manual_seed(0)
+
+
+def test_weights_are_jittered_by_units_in_their_last_place():
+    """Each up or down; the other sign is the mirror image, and another seed another draw."""
+    params, eps = {"w": torch.ones(1000), "n": torch.arange(3)}, torch.finfo(torch.float32).eps
+    up, down, other = (jitter_ulps(params, *how) for how in ((1,), (-1,), (1, 1)))
+    steps, mirrored, anew = ((moved["w"] - 1) / eps for moved in (up, down, other))
+    assert steps.unique().tolist() == [-ULPS, ULPS] and abs(float(steps.mean())) < ULPS / 5
+    assert torch.equal(mirrored, -steps) and not torch.equal(anew, steps) and torch.equal(up["n"], params["n"])
+    assert jitter_ulps(params, 1, share=0.25)["w"].unique().tolist() == [0.75, 1.25]
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1.0, 1e12])
+def test_a_relative_gap_has_no_unit(unit):
+    a, b, zero = unit * torch.tensor([[3.0, 4.0], [3.0, 3.0], [0.0, 0.0]], dtype=torch.float64)
+    assert float(relative_gap(a, b)) == float(relative_gap(b, a)) == pytest.approx(0.2, rel=1e-12)
+    assert float(relative_gap(a, zero)) == 1 and float(relative_gap(zero, zero)) == 0
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -27,6 +27,7 @@ INCOMPLETE = {  # operators with more than their rules say, and why
     "scatter_reduce prod": "a sum of many exponents",
     "median": "that of an odd number of entries commutes with signs",
     "grouped conv1d": "multiples of a whole group",
+    "conv2d of an axis": "multiples of whole examples",
     "grouped conv_transpose1d": "multiples of a whole group",
 }
 STEPS = ("sign", "rounded", "argmax", "any")  # no derivative says what multiples they answer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from teleport_lite.errors import ParameterError, ShapeError, TeleportError, Unkn
 from teleport_lite.functional import loss_of, value_and_grad
 from teleport_lite.groups import (
     GeneralLinear,
+    PairRotations,
     Permutation,
     PositiveScaling,
     Shears,
@@ -106,16 +106,25 @@ def test_group_laws(case, widths, seed):
             assert largest_gap(twice, factor.act(factor.act(params, b), a)) <= 1e-12
 
 
-TRANSPOSED = partial(Shears, transposed=True)
+GROUPS = [
+    PositiveScaling(6),
+    GeneralLinear(6),
+    GeneralLinear(3, blocks=2),
+    SpecialOrthogonal(6),
+    SpecialOrthogonal(6, centered=True),
+    PairRotations(6),
+    PairRotations(6, halves=True),
+    Shears(6),
+    Shears(6, transposed=True),
+    Permutation(6),
+    Signs(6),
+]
 
 
-@pytest.mark.parametrize(
-    "kind", [PositiveScaling, GeneralLinear, SpecialOrthogonal, Shears, TRANSPOSED, Permutation, Signs]
-)
-def test_groups(kind, generator):
-    group = kind(5)
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: f"{type(group).__name__} {group}")
+def test_groups(group, generator):
     like = torch.zeros(1, dtype=torch.float64)
-    vectors = torch.randn(3, 5, 2, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(3, 6, 2, generator=generator, dtype=torch.float64)
     a, b = (group.sample(like, radius=0.7, generator=generator) for _ in range(2))
     g, h = group.exp(a), group.exp(b)
 
@@ -130,6 +139,7 @@ def test_groups(kind, generator):
     assert group.isometry == (abs(float(acted(g).norm() / vectors.norm()) - 1) < 1e-12)
     if group.dim:
         assert float(group.norm(a)) <= 0.7
+        assert 0.5 < max(float(group.norm(group.sample(like, generator=generator))) for _ in range(30)) <= 1.0
         far = 10 * a / group.norm(a)
         assert float(group.norm(group.clip(far, 0.5))) == pytest.approx(0.5)
         assert relative(group.clip(-far, 0.5), -group.clip(far, 0.5)) < 1e-12
@@ -235,6 +245,23 @@ def test_legs_may_be_slices_of_a_longer_axis(generator):
     assert relative(functional_call(model, moved, x), model(x)) < 1e-14
 
 
+@pytest.mark.parametrize("offset", [1.0, -0.5, 2.0])
+def test_a_leg_with_an_offset_moves_as_the_sum(offset, generator):
+    """What multiplies is c + w, as in a norm with the gain 1 + w."""
+    plain, shifted = (
+        NeuronSymmetry(PositiveScaling(3), [Leg("a", 0, offset=c), Leg("b", 1, True)]) for c in (0, offset)
+    )
+    params = {"a": torch.randn(3, 2, generator=generator), "b": torch.randn(1, 3, generator=generator)}
+    xi = shifted.sample(params, generator=generator)
+    expected = plain.act({**params, "a": params["a"] + offset}, xi)
+    assert largest_gap(shifted.act(params, xi), {**expected, "a": expected["a"] - offset}) < 1e-6
+
+
+def test_at_a_fixed_point_there_is_no_direction():
+    symmetry, zero = scaling(3, "a", "b"), {"a": torch.zeros(3, 2), "b": torch.zeros(1, 3)}
+    assert symmetry.rank(zero) == 0 and symmetry.rank({n: p + 1 for n, p in zero.items()}) == symmetry.dim
+
+
 def test_errors_carry_their_facts():
     params = {"a": torch.ones(3, 2), "b": torch.ones(1, 3)}
     symmetry = scaling(3, "a", "b")
@@ -251,6 +278,9 @@ def test_errors_carry_their_facts():
             tl.Product([symmetry]).act(params, xi)
     with pytest.raises(ShapeError, match=r"xi of shape \(3,\), got 'a'; take xi from sample"):
         symmetry.act(params, "a")
+    for leg in (Leg("c", 0, groups=2), Leg("c", 1, groups=4)):  # along the groups themselves; of groups that differ
+        with pytest.raises(ShapeError, match="c of shape at least"):
+            NeuronSymmetry(PositiveScaling(2), [leg]).act({"c": torch.ones(6, 2)}, torch.zeros(2))
     with pytest.raises(TeleportError, match="positive finite radius"):
         symmetry.sample(params, radius=float("inf"))
     with pytest.raises(TeleportError, match="at least one leg"):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import teleport_lite as tl
-from teleport_lite.discovery.inputs import Arguments
+from teleport_lite.discovery.draws import PATTERNS, Draws
+from teleport_lite.discovery.inputs import Arguments, variations
 from teleport_lite.discovery.probe import Probe
 from teleport_lite.discovery.verify import Verifier, describe_error
 from teleport_lite.errors import ParameterError, TeleportError
@@ -454,6 +455,24 @@ def test_a_mask_that_the_model_asserts():
     model = Model(asserted, a=nn.Linear(4, 5), o=nn.Linear(5, 2))
     symmetry = tl.find_symmetries(model, (x(3, 6, 4), (x(3, 6) > 0).float()))
     assert found(symmetry) == ["(R>0)^5", "S(5)"]
+
+
+@pytest.mark.parametrize("x", [[1000.0, 1001.0], [3.0, -1.0, 2.0, 5.0], [[1.0, 9.0], [4.0, 2.0], [2.0, 7.0]]], ids=str)
+def test_variations_are_of_the_size_of_what_was_given(x, generator):
+    """Noise as large as values lie apart, factors that keep signs, mixtures of rows."""
+    x = torch.tensor(x, dtype=torch.float64)
+    noisy, scaled, mixed = (next(kind).args[0] for kind in variations(Arguments.of(x), {}, generator))
+    assert 0 < (noisy - x).abs().max() < 5 * x.std()
+    assert torch.equal(scaled.sign(), x.sign())
+    assert not torch.equal(mixed, x)
+    assert bool(((mixed >= x.amin(0)) & (mixed <= x.amax(0))).all())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_draws_that_are_set_lie_where_uniform_ones_do(pattern):
+    with Draws(pattern=pattern):
+        drawn = [float(torch.rand((), dtype=torch.float64)) for _ in range(2 * len(pattern))]
+    assert drawn == 2 * [*pattern] and min(drawn) > 0 and max(drawn) < 1
 
 
 def test_integers_vary_within_the_table_that_they_index():

@@ -103,7 +103,8 @@ def _corner_extremum(up: Tensor, down: Tensor, radius: float) -> Tensor:
 def _balanced_minimum(up: Tensor, down: Tensor, radius: float) -> Tensor:
     dead = _spectral_projector(_spectral_projector(up) + _spectral_projector(down), kernel=False)
     keep = torch.eye(dead.shape[-1], dtype=dead.dtype, device=dead.device) - dead
-    up, down = (keep @ m @ keep + dead for m in (up, down))
+    sizes = (m.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=torch.finfo(m.dtype).tiny) for m in (up, down))
+    up, down = (keep @ m @ keep + size[..., None, None] * dead for m, size in zip((up, down), sizes, strict=True))
     root, inverse = _square_roots(up)
     middle, _ = _square_roots(root @ down @ root)
     values, vectors = torch.linalg.eigh(inverse @ middle @ inverse)

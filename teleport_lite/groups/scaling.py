@@ -60,7 +60,8 @@ class PositiveScaling(Group):
 
         Convex: the maximum is at $\pm r$, the minimum where $\log \sum_{p>0} p u_p e^{2p\xi}$ equals the same for
         the negative powers, clipped. Both are linear in $\xi$ with one power each, which gives
-        $\tfrac14 \log(d / u)$ for $u e^{2\xi} + d e^{-2\xi}$; with more powers Newton steps are kept within a bracket.
+        $\tfrac14 \log(d / u)$ for $u e^{2\xi} + d e^{-2\xi}$. With more powers Newton's method converges from
+        anywhere: the slope is the sum of a rising and a falling term, so no step leaves the bracket of those before.
         Where all coefficients are zero the coordinate stays at zero, and so it does where there is no minimum.
 
         >>> PositiveScaling(1).extremum(torch.tensor([1.0]), torch.tensor([16.0]), maximize=False, radius=1.0)
@@ -83,14 +84,10 @@ class PositiveScaling(Group):
         positive = sum(power > 0 for power in powers)
         above, below = slice(positive), slice(positive, None)
         xi = torch.zeros_like(u[0])
-        low, high = xi - torch.inf, xi + torch.inf
         start = (u * size).log()
         for _ in range(NEWTON):
             logs = start + 2 * p * xi
             gap = logs[above].logsumexp(0) - logs[below].logsumexp(0)
-            slope = 2 * sum((logs[s].softmax(0) * size[s]).sum(0) for s in (above, below))
-            low, high = torch.where(gap < 0, xi, low), torch.where(gap > 0, xi, high)
-            step = xi - gap / slope
-            xi = torch.where((step >= low) & (step <= high), step, (low + high) / 2)
+            xi = xi - gap / (2 * sum((logs[s].softmax(0) * size[s]).sum(0) for s in (above, below)))
         there = (u[above] > 0).any(0) & (u[below] > 0).any(0)
         return torch.where(there, xi.clamp(-radius, radius), 0.0)

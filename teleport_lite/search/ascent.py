@@ -23,8 +23,8 @@ def ascent(
     symmetry: Product,
     starts: list[tuple[Tensor, ...]],
     *,
-    maximize: bool = True,
-    radius: float = 1.0,
+    maximize: bool,
+    radius: float,
 ) -> tuple[Tensor, ...]:
     """Improve `along` from each of `starts` by clipped gradient steps in the algebra; the best point found.
 

@@ -18,10 +18,10 @@ def search(
     symmetry: Product,
     objective: Objective,
     *,
-    how: str | None = None,
-    maximize: bool = True,
-    radius: float = 1.0,
-    generator: torch.Generator | None = None,
+    how: str | None,
+    maximize: bool,
+    radius: float,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, ...]:
     """Coordinates that improve `objective` along the orbit, within `radius`.
 

@@ -196,10 +196,10 @@ def _sweep_squares(
         inner = sorted((d for n, d in dims if n == name and d != keep), reverse=True)
         if not inner:
             return squares[name].flatten().expand(len(starts), -1)
-        rest = torch.tensordot(vectors[name, inner[0]], squares[name], ([1], [inner[0]]))
+        rest = torch.tensordot(vectors[name, inner[0]], squares[name], ([1], [inner[0]]))[:, None]
         for dim in inner[1:]:
             vector = vectors[name, dim].view(len(starts), *[1] * (rest.ndim - 3), -1, 1)
-            rest = (rest.movedim(dim + 1, -1) @ vector if rest.ndim > 2 else rest[:, None] @ vector)[..., 0]
+            rest = (rest.movedim(dim + 2, -1) @ vector)[..., 0]
         return rest.reshape(len(starts), -1)
 
     for k, xi in enumerate(xis):

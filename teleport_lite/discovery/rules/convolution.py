@@ -32,7 +32,7 @@ def _channels_of_input(op: Operation, x: Tensor) -> Tensor | None:
         tied = op.constraints.tie_along(a, range(2, x.ndim))
         if tied.shape[1] > 1 or (x.shape[1] == 1 and a.numel() == 1):
             coming.append(op.constraints.tie_along(tied, [0]).reshape(-1))
-        elif a.numel() > 1:
+        else:
             op.fix([tied], "convolution")
     return op.constraints.sum_labels(coming)
 

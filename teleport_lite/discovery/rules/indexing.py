@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from teleport_lite.discovery.constraints import MIX, PERM
 from teleport_lite.discovery.labels import Labels, cluster_by_dims, lift_labels
 from teleport_lite.discovery.operation import Operation, RuleMisfit
 from teleport_lite.discovery.registry import rule_for
@@ -110,7 +111,10 @@ def _write_labels(op: Operation, base: Tensor, source: Any, dims: set[int], kind
     for cluster in cluster_by_dims([[lift_labels(a, ndim) for a in old], [lift_labels(a, ndim) for a in new]]):
         a, b = (op.constraints.sum_labels(part) for part in cluster)
         there = [x for x in (a, b) if x is not None]
-        if any(x.shape[d] > 1 for x in there for d in dims if -d <= x.ndim):
+        chosen = any(x.shape[d] > 1 for x in there for d in dims if -d <= x.ndim)
+        if chosen and nothing and b is None:
+            op.keep_entries_apart(there, PERM | MIX)  # multiples of what an index erases are erased, too
+        elif chosen:
             op.fix(there, "an index chooses among them")
         elif a is not None and b is not None:
             n = [slice(0, min(p, q)) if p > 1 and q > 1 else slice(None) for p, q in zip(a.shape, b.shape, strict=True)]
