@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from teleport_lite.discovery.dispatch import leaves_of
+from teleport_lite.discovery.dispatch import leaves_of, map_tensors
 from teleport_lite.symmetries.shifts import Move, Shift, Step
 
 EXACT = 1e-11  # relative, of differences in float64
@@ -134,7 +133,7 @@ def rerun_shifted(
     try:
         runs = []
         for sign in (1.0,) if moving else (1.0, -1.0):
-            new, named = tree_map_only(Tensor, partial(shifted_argument, sign=sign), (args, kwargs))
+            new, named = map_tensors(partial(shifted_argument, sign=sign), (args, kwargs))
             runs.append([x for x in leaves_of(func(*new, **named)) if isinstance(x, Tensor)])
         return runs
     except Exception:

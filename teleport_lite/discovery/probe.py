@@ -187,8 +187,10 @@ def _copy_containers(value: Any) -> Any:
 
 
 def randn_like(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal random numbers of the shape, type and device of `like`."""
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+    """Normal random numbers of the shape, type and device of `like`; those for large tensors repeat, which is cheap."""
+    n = like.numel()
+    drawn = torch.randn(min(n, REPEATED), generator=generator, dtype=like.dtype)
+    return drawn.repeat(-(-n // REPEATED))[:n].view(like.shape).to(like.device)
 
 
 def scattered(params: Params, spread: float, generator: torch.Generator) -> Params:
