@@ -73,7 +73,8 @@ class Probe:
         with torch.no_grad():
             for p in self.params.values():
                 if p.is_floating_point() or p.is_complex():
-                    p.add_(p.abs().square().mean().sqrt().clamp(min=0.1) * randn_like(p, generator))
+                    typical = p.abs().square_().mean().sqrt()
+                    p.add_(randn_like(p, generator).mul_(typical.clamp(min=0.1)))
             for module in self.module.modules():
                 if isinstance(module, _NormBase) and module.running_mean is not None and module.running_var is not None:
                     module.running_mean.add_(0.1 * randn_like(module.running_mean, generator))

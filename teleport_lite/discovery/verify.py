@@ -140,8 +140,8 @@ class Verifier:
                 moved = s.act(moved, random_element(s, 0, self.params))
             return gap_at(moved)
 
-        before = self._outputs_at(trial, given)
-        if not symmetries or not before or gap_alone(symmetries) <= SEEN:
+        before = self._outputs_at(trial, given) if symmetries else []
+        if not before or gap_alone(symmetries) <= SEEN:
             return symmetries
         if gap_at(scattered(given, 1e-15, torch.Generator().manual_seed(0))) > SEEN:  # nothing can be compared here
             return symmetries
