@@ -36,6 +36,7 @@ class Source:
             whether it was seen to end, and whether by being undone.
         born: how many operations had been run when one first computed with it.
         undone: the sources that undo it, and what is made of c there.
+        undoes: whether it is such a source itself.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Source:
     settled: Tensor = field(init=False)
     absorbed: Tensor = field(init=False)
     undone: dict[tuple[Source, Chain], None] = field(default_factory=dict)
+    undoes: bool = False
 
     def __post_init__(self) -> None:
         self.read, self.blocked, self.settled, self.absorbed = torch.zeros(4, len(self.c), dtype=torch.bool)

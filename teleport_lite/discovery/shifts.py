@@ -116,7 +116,12 @@ class Shifts(DispatchMode):
             if owned and (x.ndim < 2 or kind not in PRODUCTS):  # where the shift of a matrix meets the data, it is seen
                 self._enter_parameter(x)
         alive = cluster_by_source(
-            [(x, d) for x in {id(x): x for x in given}.values() for d in self._found.get(id(x), [])]
+            [
+                (x, d)
+                for x in {id(x): x for x in given}.values()
+                for d in self._found.get(id(x), [])
+                if d.source.undoes or bool((d.support & ~d.source.blocked).any())  # else nothing depends on it
+            ]
         )
         call, bias = (func, args, kwargs), args[BIASES[kind][0]] if kind in BIASES else None
         direct = [len(i) == 1 and i[0][0] is bias and bias.ndim == 1 for i in alive]
@@ -247,6 +252,7 @@ class Shifts(DispatchMode):
                 if bool(((undone - v[places]).abs() <= EXACT * v.abs().max()).all()):
                     step = Step(tuple(back.tolist()), scale=-1.0 / choice.scale)
                     s.undone.update(dict.fromkeys((other, extend_chain(c, step)) for c in d.chains))
+                    other.undoes = True
                     s.settled |= d.support
                     s.absorbed |= d.support
                     here.remove(d)
