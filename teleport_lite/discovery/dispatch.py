@@ -35,11 +35,7 @@ def leaves_of(*values: Any) -> list[Any]:
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """An argument of an operator, or all of them, with each tensor in it changed.
-
-    >>> map_tensors(Tensor.neg, [1, (Tensor([1.0]), "a")])
-    [1, (tensor([-1.]), 'a')]
-    """
+    """What an operator takes, with each tensor in it changed."""
     if isinstance(x, (tuple, list)):
         return type(x)([map_tensors(change, part) for part in x])
     if isinstance(x, dict):

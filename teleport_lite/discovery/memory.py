@@ -99,9 +99,8 @@ class Memory:
         """For each group of rows and each index along a dimension of a parameter, whether any entry there was read."""
         start = self._start.get(storage_key(param), 0) + param.storage_offset()
         read = torch.as_strided(self.exercised, param.size(), param.stride(), start)
-        read = read.reshape(groups, -1, *param.shape[1:])
-        rest = [d for d in range(1, read.ndim) if d != dim + 1]
-        return (read.any(rest) if rest else read).flatten()
+        read = read.reshape(groups, -1, *param.shape[1:]).movedim(dim + 1, 1)
+        return read.flatten(2).any(2).flatten() if read.ndim > 2 else read.flatten()
 
     # -- where constants come from
 
