@@ -108,12 +108,11 @@ def _relative_gap(a: Tensor, b: Tensor, fixed: Tensor) -> float:
     if a.shape != b.shape:
         return float("inf")
     finite = b.isfinite()
-    if not bool(((a == b) | finite | (a.isnan() & b.isnan())).all()) or not bool(a[finite].isfinite().all()):
+    if not bool(((a == b) | (finite & a.isfinite()) | (a.isnan() & b.isnan())).all()):
         return float("inf")
-    difference = (a - b).abs()[finite]
+    difference = torch.where(finite, (a - b).abs(), 0)
     if not bool(difference.any()):
         return 0.0
     size = b.abs()
-    usual = size[finite & (size > 0) & ~fixed]
-    typical = usual.median() if usual.numel() else size.new_ones(())
-    return float((difference / size[finite].clamp(min=float(typical))).max())
+    typical = size.masked_fill(~finite | (size == 0) | fixed, torch.nan).nanmedian().nan_to_num(1.0)
+    return float((difference / size.nan_to_num().clamp(min=float(typical))).max())

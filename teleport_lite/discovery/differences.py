@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from teleport_lite.discovery.dispatch import leaves_of
+from teleport_lite.discovery.dispatch import leaves_of, map_tensors
 from teleport_lite.symmetries.shifts import Move, Shift, Step
 
 EXACT = 1e-11  # relative, of differences in float64
@@ -37,6 +36,7 @@ class Source:
             whether it was seen to end, and whether by being undone.
         born: how many operations had been run when one first computed with it.
         undone: the sources that undo it, and what is made of c there.
+        undoes: whether it is such a source itself.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Source:
     settled: Tensor = field(init=False)
     absorbed: Tensor = field(init=False)
     undone: dict[tuple[Source, Chain], None] = field(default_factory=dict)
+    undoes: bool = False
 
     def __post_init__(self) -> None:
         self.read, self.blocked, self.settled, self.absorbed = torch.zeros(4, len(self.c), dtype=torch.bool)
@@ -134,7 +135,7 @@ def rerun_shifted(
     try:
         runs = []
         for sign in (1.0,) if moving else (1.0, -1.0):
-            new, named = tree_map_only(Tensor, partial(shifted_argument, sign=sign), (args, kwargs))
+            new, named = map_tensors(partial(shifted_argument, sign=sign), (args, kwargs))
             runs.append([x for x in leaves_of(func(*new, **named)) if isinstance(x, Tensor)])
         return runs
     except Exception:

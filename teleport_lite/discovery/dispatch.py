@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +32,15 @@ def leaves_of(*values: Any) -> list[Any]:
         else:
             found.append(x)
     return found
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """What an operator takes, with each tensor in it changed."""
+    if isinstance(x, (tuple, list)):
+        return type(x)([map_tensors(change, part) for part in x])
+    if isinstance(x, dict):
+        return {key: map_tensors(change, part) for key, part in x.items()}
+    return change(x) if isinstance(x, Tensor) else x
 
 
 def written_tensors(func: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:

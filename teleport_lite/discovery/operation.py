@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from teleport_lite.discovery.constraints import ALL, MIX, SCALE, SIGN
-from teleport_lite.discovery.dispatch import leaves_of, written_tensors
+from teleport_lite.discovery.dispatch import leaves_of, map_tensors, written_tensors
 from teleport_lite.discovery.labels import Labels, cluster_by_dims, varying_dims
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ class Operation:
         Raises:
             RuleMisfit: when it cannot carry labels, which are integers.
         """
-        args, kwargs = tree_map_only(Tensor, Tensor.cpu, (self.args, self.kwargs))
+        args, kwargs = map_tensors(Tensor.cpu, (self.args, self.kwargs))
         listed = isinstance(args[0], (list, tuple))
         args = (stand_ins, *args[1:]) if listed else (*stand_ins, *args[len(stand_ins) :])
         if self.short_name in ("view", "_unsafe_view", "_reshape_alias"):  # the stand-in has other strides

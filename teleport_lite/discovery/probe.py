@@ -73,7 +73,8 @@ class Probe:
         with torch.no_grad():
             for p in self.params.values():
                 if p.is_floating_point() or p.is_complex():
-                    p.add_(p.abs().square().mean().sqrt().clamp(min=0.1) * randn_like(p, generator))
+                    typical = p.abs().square_().mean().sqrt()
+                    p.add_(randn_like(p, generator).mul_(typical.clamp(min=0.1)))
             for module in self.module.modules():
                 if isinstance(module, _NormBase) and module.running_mean is not None and module.running_var is not None:
                     module.running_mean.add_(0.1 * randn_like(module.running_mean, generator))
@@ -187,8 +188,10 @@ def _copy_containers(value: Any) -> Any:
 
 
 def randn_like(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal random numbers of the shape, type and device of `like`."""
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+    """Normal random numbers of the shape, type and device of `like`; those for large tensors repeat, which is cheap."""
+    n = like.numel()
+    drawn = torch.randn(min(n, REPEATED), generator=generator, dtype=like.dtype)
+    return drawn.repeat(-(-n // REPEATED))[:n].view(like.shape).to(like.device)
 
 
 def scattered(params: Params, spread: float, generator: torch.Generator) -> Params:

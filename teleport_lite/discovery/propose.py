@@ -55,8 +55,8 @@ def solve_and_verify(
     def note_rejected(symmetry: NeuronSymmetry, error: float) -> None:
         reasons.append(f"{symmetry}: {symmetry.group} {describe_error(error)}")
 
-    found: list[NeuronSymmetry] = []
     mixings: list[NeuronSymmetry] = []
+    proposals: list[NeuronSymmetry] = []
     sums, scaled = bool(propagation.constraints.sums), _with_offsets(axes, propagation.constraints)
     terms: tuple[int, ...] = (SECOND, PRODUCT) if sums else (SECOND,)
     for classes, factors in _distinct_solutions(solve_scalings(propagation.constraints, term) for term in terms):
@@ -64,13 +64,13 @@ def solve_and_verify(
         single = _group_classes(
             scaled, places, GeneralLinear, color_signatures(propagation.constraints, classes, MIX), reasons
         )
-        mixed = [s for s in join_side_by_side(list(single)) if s not in found]
+        mixed = [s for s in join_side_by_side(list(single)) if s not in mixings]
         kept = check.keep(mixed, lambda *_: None)
         kept += check.keep([part for s in mixed if s not in kept for part in split_blocks(s)], lambda *_: None)
         mixings += kept
         rest = places.outside(covered_places(axes, mixings))
-        made = [s for s in _group_classes(scaled, rest, PositiveScaling, None, reasons) if s not in found]
-        found += kept + check.keep(made, note_rejected)
+        made = _group_classes(scaled, rest, PositiveScaling, None, reasons)
+        proposals += [s for s in made if s not in proposals]
     constraints, axes = moving.constraints, [a for a in _all_axes(moving) if a[0] in moving.used]
     covered, orders = covered_places(axes, mixings), solve_permutations(constraints)
     terms = (SECOND, FIRST, PRODUCT) if constraints.sums else (SECOND,)
@@ -81,14 +81,10 @@ def solve_and_verify(
         ),
         (Permutation, orders, color_signatures(constraints, orders, PERM)),
     ]
-    proposals: list[NeuronSymmetry] = []
     for kind, classes, signature in kinds:
         rest = places_of(axes, classes, torch.ones(len(classes))).outside(covered)
-        made = [s for s in _group_classes(axes, rest, kind, signature, reasons) if s not in found + proposals]
-        proposals += made
-        if check.planned.trials != check.planned.even or kind is Permutation:  # else all in one go
-            found, proposals = found + check.keep(proposals, note_rejected), []
-    found = [s for s in found if not _is_trivial(s, check)]
+        proposals += [s for s in _group_classes(axes, rest, kind, signature, reasons) if s not in proposals]
+    found = [s for s in mixings + check.keep(proposals, note_rejected) if not _is_trivial(s, check)]
     first = {(a[0], a[1]): i for i, a in reversed(list(enumerate(axes)))}
     rank = [GeneralLinear, PositiveScaling, SpecialOrthogonal, PairRotations, Signs, Permutation]
 

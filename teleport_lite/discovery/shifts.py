@@ -27,7 +27,7 @@ from teleport_lite.discovery.differences import (
     rerun_shifted,
     sum_or_mean,
 )
-from teleport_lite.discovery.dispatch import DispatchMode, leaves_of
+from teleport_lite.discovery.dispatch import DispatchMode, leaves_of, written_tensors
 from teleport_lite.discovery.memory import storage_key
 from teleport_lite.discovery.propagate import MOVING
 from teleport_lite.functional import Params
@@ -106,18 +106,17 @@ class Shifts(DispatchMode):
         kwargs = kwargs or {}
         kind = func._schema.name.removeprefix("aten::").rstrip("_")
         given = [x for x in leaves_of(args, kwargs) if isinstance(x, Tensor)]
-        written = {
-            id(x) for a, x in zip(func._schema.arguments, args, strict=False) if a.alias_info and a.alias_info.is_write
-        }
+        written = {id(x) for x in written_tensors(func, args, kwargs)}
         moving = kind in MOVING and not written
         views = not written and any(r.alias_info for r in func._schema.returns)
         for x in () if views else [args[BIASES[kind][0]]] if kind in BIASES else given:
             owned = isinstance(x, Tensor) and storage_key(x) in self._owners and id(x) not in self._found
             if owned and (x.ndim < 2 or kind not in PRODUCTS):  # where the shift of a matrix meets the data, it is seen
                 self._enter_parameter(x)
-        alive = cluster_by_source(
-            [(x, d) for x in {id(x): x for x in given}.values() for d in self._found.get(id(x), [])]
-        )
+        # nothing depends on a shift that is blocked and undoes no other
+        shifted = [(x, d) for x in {id(x): x for x in given}.values() for d in self._found.get(id(x), [])]
+        shifted = [(x, d) for x, d in shifted if d.source.undoes or bool((d.support > d.source.blocked).any())]
+        alive = cluster_by_source(shifted)
         call, bias = (func, args, kwargs), args[BIASES[kind][0]] if kind in BIASES else None
         direct = [len(i) == 1 and i[0][0] is bias and bias.ndim == 1 for i in alive]
         rows = args[ROWS[kind]] if kind in ROWS and not kwargs and len({*map(id, given)}) == len(given) else None
@@ -247,6 +246,7 @@ class Shifts(DispatchMode):
                 if bool(((undone - v[places]).abs() <= EXACT * v.abs().max()).all()):
                     step = Step(tuple(back.tolist()), scale=-1.0 / choice.scale)
                     s.undone.update(dict.fromkeys((other, extend_chain(c, step)) for c in d.chains))
+                    other.undoes = True
                     s.settled |= d.support
                     s.absorbed |= d.support
                     here.remove(d)

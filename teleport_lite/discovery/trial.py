@@ -53,6 +53,13 @@ class Trial:
         """What the copy returns now."""
         return self.probe.outputs(self.call, self.training, self.seed, self.modes())
 
+    def repeats_exactly(self, rounding: float = 0.0) -> bool:
+        """Whether outputs are those before, bit for bit or up to that much."""
+        try:
+            return distance(self.run(), self.before) <= rounding
+        except Exception:
+            return False
+
     def modes(self) -> tuple[Draws, ...]:
         """The dispatch modes that decide what is drawn."""
         return () if self.draws is None else (Draws(**self.draws),)

@@ -46,7 +46,7 @@ class Trials:
         self.far: list[Trial] = []
         self.limit = 1.0
         self.calm = self._vary_calls(example.map(on_host))
-        self.trials = list(self.calm) if self._repeats_exactly(self.calm[0]) else []
+        self.trials = list(self.calm) if self.calm[0].repeats_exactly(REPEATED) else []
         self.even = list(self.trials)
         if not self.trials:
             self.notes.append("evaluation mode: two runs on the same input differ")
@@ -154,9 +154,6 @@ class Trials:
             self.tables[k] = min(length, self.tables.get(k, length))
         return trial
 
-    def _repeats_exactly(self, trial: Trial) -> bool:
-        return distance(trial.run(), trial.before) <= REPEATED
-
     def add_wide_trial(self) -> bool:
         """Add a trial with many more rows, which are drawn anew, where the model takes them."""
         call = self.calm[-1].call
@@ -199,7 +196,7 @@ class Trials:
         alike = plain.reads == first.reads and not plain.written and distance(plain.before, first.before) == 0
         if not random and alike:
             return
-        if not self._repeats_exactly(plain):
+        if not plain.repeats_exactly(REPEATED):
             self.notes.append("training mode: two runs on the same input differ")
             return
         last = self.calm[-1].call

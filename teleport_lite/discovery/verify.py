@@ -91,7 +91,7 @@ class Verifier:
         """Whether all outputs stay, bit for bit, when these entries are changed."""
         moved = {n: self.params[n] + randn_like(self.params[n], self.generator) * where for n, where in entries.items()}
         with self.probe.at(moved):
-            return all(_outputs_identical(s) for s in self.trials)
+            return all(trial.repeats_exactly() for trial in self.trials)
 
     def is_exercised(self, symmetry: Symmetry) -> bool:
         """Whether all that it moves, and all that may have the same axis, was exercised."""
@@ -140,8 +140,8 @@ class Verifier:
                 moved = s.act(moved, random_element(s, 0, self.params))
             return gap_at(moved)
 
-        before = self._outputs_at(trial, given)
-        if not symmetries or not before or gap_alone(symmetries) <= SEEN:
+        before = self._outputs_at(trial, given) if symmetries else []
+        if not before or gap_alone(symmetries) <= SEEN:
             return symmetries
         if gap_at(scattered(given, 1e-15, torch.Generator().manual_seed(0))) > SEEN:  # nothing can be compared here
             return symmetries
@@ -168,20 +168,21 @@ class Verifier:
 
     def keep(self, symmetries: list[S], drop: Drop) -> list[S]:
         """Those that hold."""
-        symmetries = [s for s in symmetries if self.is_exercised(s)]
-        kinds = [[s for s in symmetries if s.dim], [s for s in symmetries if not s.dim]]
-        return [s for kind in kinds for s in self.bisect_holding(kind, drop)]
+        kinds = self._with_trials([s for s in symmetries if self.is_exercised(s)])
+        return [s for kind, _ in kinds for s in self.bisect_holding(kind, drop)]
 
     def confirm_together(self, *parts: Sequence[Symmetry]) -> bool:
         """Whether all that was found, part by part, holds on whole trials; if not, each is tried on them afterwards."""
         self.thorough = True
-        plans = [self.planned.trials, self.planned.even]
-        if plans[0] == plans[1]:  # nothing is drawn that a permutation would have to move
-            kinds = [(part, plans[0]) for part in parts]
-        else:
-            kinds = [([s for s in part if k == (not s.dim)], plan) for part in parts for k, plan in enumerate(plans)]
+        kinds = (pair for part in parts for pair in self._with_trials(part))
         trials = ((kind, [t for t in self.planned.whole if t in plan]) for kind, plan in kinds)
         return all(self._hold_in_parts(kind, whole) for kind, whole in trials if kind and whole)
+
+    def _with_trials(self, symmetries: Sequence[S]) -> list[tuple[list[S], list[Trial]]]:
+        """What is tried together, and where: permutations apart, if they would have to move what is drawn."""
+        plain, even = self.planned.trials, self.planned.even
+        apart = [s for s in symmetries if isinstance(s.group, Permutation) and plain != even]
+        return [([s for s in symmetries if s not in apart], plain), (apart, even)]
 
     def _hold_in_parts(self, symmetries: Sequence[Symmetry], trials: list[Trial]) -> bool:
         """Whether they hold on these trials: all together or, where rounding adds up, by halves."""
@@ -251,9 +252,9 @@ class Verifier:
 
     def _written_buffers(self, symmetries: Sequence[Symmetry], turn: int, trial: Trial) -> Params:
         """The buffers that a trial changes and that these symmetries move, as the moved model has to leave them."""
-        names = {n for s in symmetries for n in s.buffers if n in trial.written}
-        moved = self._moved_parameters(symmetries, turn, trial.written) if names else {}
-        return {n: moved[n] for n in names}
+        moving = [s for s in symmetries if any(n in trial.written for n in s.buffers)]
+        own = {n: trial.written.get(n, self.params[n]) for s in moving for n in s.buffers}
+        return {n: b for n, b in self._moved_parameters(moving, turn, own).items() if n in trial.written}
 
     def _element_turns(self, symmetries: Sequence[Symmetry]) -> Iterator[Turn]:
         """Which elements to try, by number, on which trials.
@@ -266,9 +267,9 @@ class Verifier:
         later = [] if self.thorough else self.planned.whole
         trials = [t for t in (self.planned.even if shuffled else self.planned.trials) if t not in later]
         yield 0, trials
-        if all(not s.dim for s in symmetries):
+        if finite := [s for s in symmetries if not s.dim]:
             yield 1, trials[::2]
-            small = [s for s in symmetries if s.group.n < SMALL]
+            small = [s for s in finite if s.group.n < SMALL]
             for s in small:
                 self.numbers.setdefault(s, len(self.numbers) + 1)
             bits = max((self.numbers[s] for s in small), default=0).bit_length()
@@ -276,11 +277,12 @@ class Verifier:
             for k in range(DRAWN + bits if len(small) > 1 else 0):
                 yield 2 + k, [smallest]
 
-    def _moved_parameters(self, symmetries: Sequence[Symmetry], turn: int, written: Params | None = None) -> Params:
-        moved = {**self.params, **(written or {})}
+    def _moved_parameters(self, symmetries: Sequence[Symmetry], turn: int, buffers: Params | None = None) -> Params:
+        """What the elements of this turn make of the parameters, or of the `buffers` alone."""
+        moved = self.params if buffers is None else buffers
         for s in symmetries:
-            if turn < 2 + DRAWN or self.numbers.get(s, 0) >> (turn - 2 - DRAWN) & 1:
-                moved = s.act(moved, random_element(s, turn, self.params))
+            if turn == 0 or (not s.dim and (turn < 2 + DRAWN or self.numbers.get(s, 0) >> (turn - 2 - DRAWN) & 1)):
+                moved = {**moved, **s.move(moved, random_element(s, turn, self.params))}
         return moved
 
 
@@ -289,12 +291,3 @@ def describe_error(error: float) -> str:
     if error == float("inf"):
         return "makes outputs not finite, or of another shape"
     return f"changes the outputs, by {error:.1e} relative"
-
-
-def _outputs_identical(trial: Trial) -> bool:
-    """Whether outputs are those before, bit for bit."""
-    try:
-        after = trial.run()
-    except Exception:
-        return False
-    return len(after) == len(trial.before) and distance(after, trial.before) == 0

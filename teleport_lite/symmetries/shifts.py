@@ -105,7 +105,7 @@ class Shift(Symmetry):
         return tuple(dict.fromkeys(m.name for m in self.moves))
 
     def move(self, params, xi):
-        return self._add_values(params, self.velocity(params, xi))
+        return self._add_values(params, self._shift_values(self._operand_rows(params, xi), xi, params))
 
     def velocity(self, params, xi):
         found = {name: torch.zeros_like(params[name]) for name in self.names}
