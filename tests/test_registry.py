@@ -181,3 +181,12 @@ def test_what_is_refused():
         tl.register_rule(op, 3)
     with pytest.raises(TeleportError, match="expected an operator"):
         tl.register_rule(torch.relu, "homogeneous")
+
+
+@pytest.mark.parametrize("rule", [lambda op: None, lambda op: torch.ones(2), lambda op: [torch.ones(2)]])
+def test_a_rule_that_returns_no_labels_is_named(rule, monkeypatch):
+    """As None, where `return` was forgotten: what the operator reads stays, and the reason says why."""
+    name = "aten::tanh"
+    monkeypatch.setitem(registry.RULES, name, rule)
+    found = tl.find_symmetries(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.ones(1, 3))
+    assert not found and any("its rule gives no list of labels" in reason for reason in found.reasons)

@@ -812,3 +812,7 @@ def test_a_long_search_logs_its_steps(monkeypatch, caplog):
     with caplog.at_level("INFO", logger="teleport_lite"):
         tl.find_symmetries(mlp(), x(3, 4))
     assert "2 factors hold" in caplog.text
+
+
+def test_complex_parameters_stay_and_are_no_error():
+    assert not tl.find_symmetries(nn.Linear(3, 3, dtype=torch.complex64), torch.randn(1, 3, dtype=torch.complex64))

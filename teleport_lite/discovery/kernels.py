@@ -44,7 +44,8 @@ def kernel_shifts(
 ) -> Iterator[tuple[Shift, Kernel]]:
     """The translations that gradients propose, with the kernel that each is in: of each slice that with fewest rows."""
     params = {name: p for name, p in params.items() if p.is_floating_point()}
-    after = dict(zip(params, [*list(params)[1:], ""], strict=True))
+    products = {name: product for name, product in products.items() if name in params}  # no complex ones
+    after = dict(zip(params, [*list(params)[1:], ""], strict=False))
     slices = _slices(params, gradients, after, generator)
     found = dict.fromkeys(_kernels(params, products, after, slices))
     kernels = [(k, sum(params[n].numel() // params[n].shape[d] for n, d, _ in k.parts)) for k in found]

@@ -167,9 +167,10 @@ class Propagation(DispatchMode):
         """The labels of the results; none, and all that is read stays, where there is no rule or it does not fit."""
         rule = find_rule(op.func)
         try:
-            if rule is not None:
-                return rule(op)
-            why = UNSUPPORTED.get(op.name, "")
+            labels = [] if rule is None else rule(op)
+            if rule is not None and isinstance(labels, list) and all(isinstance(new, list) for new in labels):
+                return labels
+            why = UNSUPPORTED.get(op.name, "") if rule is None else "its rule gives no list of labels for each result"
         except RuleMisfit as misfit:
             why = str(misfit)
         self.unsupported_ops[op.short_name] = why
