@@ -8,6 +8,7 @@ another parameter, added at the same place, can undo it.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -49,10 +50,13 @@ class Shifts(DispatchMode):
         sources: those.
         products: for each matrix what it is multiplied with, the memory of the result, and its dimensions: out and in,
             "oi", or "io".
+        uses: how many operators compute with each parameter.
     """
 
-    def __init__(self, params: Params, generator: torch.Generator) -> None:
+    def __init__(self, params: Params, generator: torch.Generator, looped: frozenset[str] = frozenset()) -> None:
         super().__init__()
+        self._looped = looped
+        self.uses: Counter[str] = Counter()
         self._params, self._generator = params, generator
         keys = [storage_key(p) for p in params.values()]
         self._owners = {k: n for k, n in zip(keys, params, strict=True) if keys.count(k) == 1}
@@ -152,8 +156,10 @@ class Shifts(DispatchMode):
                     self._attach_difference(x, new_d)
         if kind in ("mm", "addmm"):
             self._read_normalized(args, results[0])
+        names = {self._owners[key] for x in given if (key := storage_key(x)) in self._owners}
+        self.uses.update(names if not views and not moving else ())
         for x in results:
-            self._absorb_shifts(self._found.get(id(x), []))
+            self._absorb_shifts(self._found.get(id(x), []), names)
         return out
 
     def _express_difference(
@@ -224,12 +230,16 @@ class Shifts(DispatchMode):
                     return Step((), equation, (n,), (operand,), 1.0 if abs(scale - 1) < EXACT else scale)
         return None
 
-    def _absorb_shifts(self, here: list[Difference]) -> None:
-        """Let what is shifted by one source be shifted back by another, whose entries are added at the same places."""
+    def _absorb_shifts(self, here: list[Difference], names: set[str]) -> None:
+        """Let what is shifted by one source be shifted back by another, whose entries are added at the same places.
+
+        One that is read again and again, as in a loop, shifts back only right where it is read: elsewhere it has gone
+        other ways, too.
+        """
         for d in [d for d in here if d.v is None]:
             for e in here:
                 s, other, choice = d.source, e.source, e.choice
-                if other.name == s.name or choice is None or other.own:
+                if other.name == s.name or choice is None or other.own or other.name in self._looped - names:
                     continue
                 if bool((other.blocked & e.support).any()) and all(o is not other for o, _ in s.undone):
                     continue  # it went where s did not
@@ -246,7 +256,8 @@ class Shifts(DispatchMode):
                 undone = torch.cat([v, v.new_zeros(1)])[back][entries] * used.to(v)
                 if bool(((undone - v[places]).abs() <= EXACT * v.abs().max()).all()):
                     step = Step(tuple(back.tolist()), scale=-1.0 / choice.scale)
-                    s.undone.update(dict.fromkeys((other, extend_chain(c, step)) for c in d.chains))
+                    for c in d.chains:
+                        s.undone[other, extend_chain(c, step)] = s.undone.get((other, extend_chain(c, step)), 0) + 1
                     s.settled |= d.support
                     s.absorbed |= d.support
                     here.remove(d)

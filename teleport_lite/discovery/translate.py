@@ -28,11 +28,14 @@ ROUNDING = 1e-8  # the cosine of what is orthogonal
 def verified_translations(probe: Probe, check: Verifier, generator: torch.Generator) -> dict[Shift, int]:
     """The translations that hold, each with the number of its family, for `combine_translations`."""
     calm, params = check.planned.calm, probe.params
-    for trial in dict.fromkeys([calm[min(1, len(calm) - 1)], *check.planned.whole[:1]]):
-        mode = Shifts(params, generator)
+    looped: frozenset[str] = frozenset()
+    for trial in [calm[min(1, len(calm) - 1)], *check.planned.whole[:1]] * 2:
+        mode = Shifts(params, generator, looped)
         outputs = probe.outputs(trial.call, trial.training, trial.seed, (*trial.modes(), mode))
-        if all(bool(s.read.all()) for s in mode.sources):
+        again = {o.name for s in mode.sources for (o, _), n in s.undone.items() if mode.uses[o.name] > n} - looped
+        if not again and all(bool(s.read.all()) for s in mode.sources):
             break
+        looped |= again
     readers = {  # behind a norm with that gain
         (s.name, o[0]) for s in mode.sources if s.own for o in s.own[0].operands[:1] if isinstance(o, tuple)
     }
