@@ -141,7 +141,7 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
 
 def _adds(shift: Shift, found: list[Symmetry], params: Params) -> bool:
     """Whether a translation in a kernel has more directions than what was found: mixings of narrow layers make them."""
-    near = [f for f in found if f.dim and {*f.moved} & {*shift.moved}]
+    near = [f for f in found if f.dim and {*f.moved} & {*shift.names}]
     if not near or not shift.in_kernel or rank_cost([*near, shift], params) >= CHEAP:
         return True
     return tangent_rank([*near, shift], params) > tangent_rank(near, params)

@@ -47,7 +47,7 @@ def kernel_shifts(
     after = dict(zip(params, [*list(params)[1:], ""], strict=True))
     slices = _slices(params, gradients, after, generator)
     found = dict.fromkeys(_kernels(params, products, after, slices))
-    kernels = [(k, sum(params[n].numel() // params[n].shape[d] for n, d, _ in k.parts)) for k in found]
+    kernels = [(k, sum(params[n].numel() // params[n].shape[d] for n, d, _ in k.parts) - k.centered) for k in found]
     kernels = [(k, n) for k, n in kernels if n < k.length and n**2 * k.length <= CHEAP]
     done: set[tuple] = set()
     for kernel, _ in sorted(kernels, key=lambda pair: pair[1]):
@@ -121,6 +121,8 @@ def _kernels(
         for dim in range(p.ndim) if p.is_floating_point() and p.numel() else ():
             for n in slices:
                 yield from (Kernel(((name, dim, first),), n) for first in _starts(p.shape[dim], n))
+                if dim == 1 and p.shape[1:] == (2 * n,):  # two streams side by side, in front of a norm
+                    yield from (Kernel(((name, 1, first),), n, True) for first in (0, n))
             if (n := p.shape[dim]) in slices and after[name] and params[after[name]].shape == (n,) and p.ndim > 1:
                 yield Kernel(((name, dim, 0), (after[name], 0, 0)), n)
     readers: dict[tuple, list[tuple[str, int, int]]] = defaultdict(list)

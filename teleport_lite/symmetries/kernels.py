@@ -24,6 +24,7 @@ class Kernel:
     Args:
         parts: what H consists of: parameters, the dimension of each that stands for columns, and the first of these.
         length: n.
+        centered: whether all rows are to give the same in place of zero, as where a LayerNorm reads what H writes.
 
     >>> Kernel((("head", 1, 0),), 3).basis({"head": torch.tensor([[0.0, 0.0, 2.0]])})
     tensor([[1., 0.],
@@ -33,11 +34,13 @@ class Kernel:
 
     parts: tuple[tuple[str, int, int], ...]
     length: int
+    centered: bool = False
 
     def rows(self, params: Params) -> Tensor:
-        """The matrix H."""
+        """The matrix H; if `centered`, its other rows less the first one."""
         parts = (params[name].movedim(dim, -1).narrow(-1, first, self.length) for name, dim, first in self.parts)
-        return torch.cat([part.reshape(-1, self.length) for part in parts])
+        rows = torch.cat([part.reshape(-1, self.length) for part in parts])
+        return rows[1:] - rows[:1] if self.centered else rows
 
     def basis(self, params: Params, like: Tensor | None = None) -> Tensor:
         """The matrix N."""
