@@ -283,7 +283,7 @@ ONE_SIDED = "neurons that are never off"
 STEP = "a step in time, taken back by rates under an exponential"
 WRITTEN = "a matrix that the network writes, and to which the identity is added"
 EACH = "a rotation for each capsule by itself"
-DROPPED = "weights whose results are dropped"
+DROPPED = "weights whose results are dropped, 12, and the mixings of the stream that they would write to, 9, stay"
 LENGTHS = "lengths of directions, which a weight norm takes back"
 MEANS = "the mean of what is added to a stream that is read before and after"
 INDICES = torch.arange(2).remainder(5) + 3
@@ -294,7 +294,7 @@ UNSEEN: dict[str, Family] = {
     "PointNet": Family(PointNet, (_x(3, 7, 3),), rest=9 + 5, why=f"{WRITTEN}; {ONE_SIDED}"),
     "hypernetwork": Family(Hyper, (_x(7, 4), _x(7, 3) + 1)),
     "capsules": Family(Capsules, (_x(7, 6),), rest=12, why=EACH),
-    "WaveNet": Family(WaveNet, (_x(2, 2, 7),), rest=12 + 8, why=f"{DROPPED}; {ONE_SIDED}, and what pads of zeros hide"),
+    "WaveNet": Family(WaveNet, (_x(2, 2, 7),), rest=21 + 8, why=f"{DROPPED}; {ONE_SIDED}"),
     "TCN": Family(TCN, (_x(2, 2, 7),), rest=3, why=LENGTHS),
     "U-ViT": Family(UViT, (_x(2, 1, 6, 6), _x(2, 2)), rest=4, why=MEANS),
     "GATv2": Family(GATv2, (_x(2, 5, 3), _x(2, 5, 5, 2))),

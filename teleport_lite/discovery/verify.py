@@ -99,10 +99,8 @@ class Verifier:
         lengths = {n for name in self.unread for n in self.params[name].shape} - {1} | (self.partly if legs else set())
         own = {self.params[leg.name].shape[leg.dim] for leg in legs} | {symmetry.group.n}
         own |= set() if legs else {n for name in symmetry.moved for n in self.params[name].shape}
-        dropped = {*self.untouched} - {*self.unread} if legs else set()  # by a model that goes on without its result
-        shared = lengths & own or {*symmetry.names} & ({*self.untouched} - dropped) or dropped.issuperset(symmetry.names)
-        live = [leg for leg in legs if not leg.buffer and leg.name not in dropped]
-        if not shared and not any(self._leg_is_idle(symmetry, leg) for leg in live):
+        shared = lengths & own or {*symmetry.names} & {*self.untouched}
+        if not shared and not any(self._leg_is_idle(symmetry, leg) for leg in legs if not leg.buffer):
             return True
         self.withheld[str(symmetry)] = None
         return False
