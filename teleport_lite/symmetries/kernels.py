@@ -36,11 +36,11 @@ class Kernel:
     length: int
     centered: bool = False
 
-    def rows(self, params: Params) -> Tensor:
-        """The matrix H; if `centered`, its other rows less the first one."""
+    def rows(self, params: Params, sign: Tensor | float = -1.0) -> Tensor:
+        """The matrix H; if `centered`, its other rows and, with this sign, the first one."""
         parts = (params[name].movedim(dim, -1).narrow(-1, first, self.length) for name, dim, first in self.parts)
         rows = torch.cat([part.reshape(-1, self.length) for part in parts])
-        return rows[1:] - rows[:1] if self.centered else rows
+        return rows[1:] + sign * rows[:1] if self.centered else rows
 
     def basis(self, params: Params, like: Tensor | None = None) -> Tensor:
         """The matrix N."""
@@ -49,8 +49,9 @@ class Kernel:
     def tangent(self, params: Params, tensors: Params, entry: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
         r"""What N moves by as H does, $-H^+ \dot H N - P \dot H^\top (H^+)^\top$, by the `entry` of each number."""
         inverse, basis, projector = map(entry, self._solved(params, like))
-        moved, first = self.rows(tensors).to(like), basis.shape[1]
-        return entry(-torch.ones_like(like[:1])) * (inverse @ moved @ basis + projector @ moved.mT @ inverse[:first].mT)
+        sign, first = entry(-torch.ones_like(like[:1])), basis.shape[1]
+        moved = self.rows(tensors, sign.to(next(iter(tensors.values())))).to(like)
+        return sign * (inverse @ moved @ basis + projector @ moved.mT @ inverse[:first].mT)
 
     def cotangent(self, params: Params, part: Tensor, entry: Callable[[Tensor], Tensor]) -> Params:
         """The transposed map of `tangent`, but for its sign."""
@@ -58,7 +59,8 @@ class Kernel:
         first = basis.shape[1]
         back = inverse.mT @ part @ basis.mT + inverse[:first].mT @ part.mT @ projector
         own = {name: params[name] for name, *_ in self.parts}
-        rows, pull = torch.func.vjp(self.rows, own)[:2]
+        sign = entry(-torch.ones_like(part[:1, 0]))
+        rows, pull = torch.func.vjp(lambda p: self.rows(p, sign.to(next(iter(p.values())))), own)[:2]
         return pull(back.to(rows))[0]
 
     def _solved(self, params: Params, like: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
