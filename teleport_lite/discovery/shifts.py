@@ -44,7 +44,7 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"
 
 
 class Shifts(DispatchMode):
-    """The sources of a run, and what becomes of them.
+    """The sources of a run, and what becomes of them; parameters that are `looped` are read again and again.
 
     Attributes:
         sources: those.
@@ -55,9 +55,8 @@ class Shifts(DispatchMode):
 
     def __init__(self, params: Params, generator: torch.Generator, looped: frozenset[str] = frozenset()) -> None:
         super().__init__()
-        self._looped = looped
         self.uses: Counter[str] = Counter()
-        self._params, self._generator = params, generator
+        self._params, self._generator, self._looped = params, generator, looped
         keys = [storage_key(p) for p in params.values()]
         self._owners = {k: n for k, n in zip(keys, params, strict=True) if keys.count(k) == 1}
         self._found: dict[int, list[Difference]] = {}
@@ -156,8 +155,8 @@ class Shifts(DispatchMode):
                     self._attach_difference(x, new_d)
         if kind in ("mm", "addmm"):
             self._read_normalized(args, results[0])
-        names = {self._owners[key] for x in given if (key := storage_key(x)) in self._owners}
-        self.uses.update(names if not views and not moving else ())
+        names = {self._owners.get(storage_key(x), "") for x in given}
+        self.uses.update(() if views or moving else names)
         for x in results:
             self._absorb_shifts(self._found.get(id(x), []), names)
         return out
@@ -231,16 +230,12 @@ class Shifts(DispatchMode):
         return None
 
     def _absorb_shifts(self, here: list[Difference], names: set[str]) -> None:
-        """Let what is shifted by one source be shifted back by another, whose entries are added at the same places.
-
-        One that is read again and again, as in a loop, shifts back only right where it is read: elsewhere it has gone
-        other ways, too.
-        """
+        """Let what is shifted by one source be shifted back by another, whose entries are added at the same places."""
         for d in [d for d in here if d.v is None]:
             for e in here:
                 s, other, choice = d.source, e.source, e.choice
                 if other.name == s.name or choice is None or other.own or other.name in self._looped - names:
-                    continue
+                    continue  # what a loop reads has gone elsewhere, too, but right where it is read
                 if bool((other.blocked & e.support).any()) and all(o is not other for o, _ in s.undone):
                     continue  # it went where s did not
                 if d.choice and s.born > other.born:  # what was there before may have gone elsewhere, too
