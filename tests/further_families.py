@@ -1,4 +1,4 @@
-"""More models that were written after the finder, before it was run on any; 446 of 501 were found at first sight."""
+"""More models that were written after the finder, before it was run on any; 68% was found of them at first sight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that were written after the finder, of kinds that no other table has; 497 of 572 were found at first sight."""
+"""Models that were written after the finder, of kinds that no other table has; 80% was found of them at first sight."""
 
 from __future__ import annotations
 
