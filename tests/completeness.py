@@ -395,7 +395,6 @@ def _square(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-LOOP = "a shift of a stream that goes through a loop"
 GAINS = "a curve of gains of a norm, with the same spectrum in the metric of the norm that reads it next"
 INVERSE = "a shift that the next matrices carry to the vector of ones, which a norm forgets"
 CONSTANT = "what asks does not depend on the data, so its weights, and those of what is asked, count in a product only"
@@ -465,5 +464,5 @@ FAMILIES: dict[str, Family] = {
     "RNN, tanh": Family(partial(Recurrent, nn.RNN), (_x(2, 4, 3),)),
     "graph network, scatter": Family(partial(Graph, "scatter"), (_x(2, 5, 3),), seed=1),
     "graph network, matrix": Family(partial(Graph, "matrix"), (_x(2, 5, 3),), seed=1),
-    "neural ODE": Family(Flow, (_x(7, 5),), rest=3, why=LOOP),
+    "neural ODE": Family(Flow, (_x(7, 5),)),
 }

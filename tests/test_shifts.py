@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from completeness import Flow
 from conftest import params_of, relative
 from torch import nn
 from torch.func import functional_call, jacrev
@@ -120,6 +121,20 @@ class WideStream(nn.Module):
         return self.end(self, x + self.down(torch.tanh(self.up(x))))
 
 
+class SideBySide(nn.Module):
+    """What a stream was, and what became of it, side by side in front of a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(IN, D), nn.Linear(D, FF), nn.Linear(FF, D)
+        self.skip, self.norm, self.head = nn.Linear(2 * D, D), nn.LayerNorm(D), nn.Linear(D, OUT)
+
+    def forward(self, x):
+        x = self.first(x)
+        y = x + self.down(torch.tanh(self.up(x)))
+        return self.head(self.norm(self.skip(torch.cat([y, x], -1))))
+
+
 def transformer():
     block = nn.TransformerEncoderLayer(D, H, FF, 0.0, "gelu", batch_first=True, norm_first=True)
     return nn.Sequential(nn.Linear(IN, D), block, nn.LayerNorm(D), nn.Linear(D, OUT))
@@ -167,6 +182,10 @@ CASES = {  # model, inputs, dimension of the translations, and of all symmetries
         WideStream, real(2),
         2 * IN + (IN - 2) * FF + (IN - OUT) * (FF + 1),  # biases; what reads first; what writes last
         3 * IN + (IN + 1) * (FF + OUT) + (FF + 1) * IN - FF * (3 + OUT) - 3 * OUT,  # all weights, but for those of f
+    ),
+    "a loop": (Flow, real(5), 3, 3 * 3 + 3),  # the stream, for each step takes back at its beginning what comes in
+    "two streams in front of a norm": (  # biases; head; norm; skip; what writes last
+        SideBySide, real(IN), 2 * D + D + OUT + (2 * D + 1) + (FF + 1), None,
     ),
     "a low-rank term": (LowRank, real(IN), OUT * 2 + 2 * IN, OUT * 2 + 2 * IN),
 }  # fmt: skip

@@ -23,6 +23,7 @@ from teleport_lite.discovery.probe import Probe, run_settings
 from teleport_lite.discovery.propagate import Propagation
 from teleport_lite.discovery.propose import solve_and_verify
 from teleport_lite.discovery.shears import verified_shears
+from teleport_lite.discovery.solve import connected_axes
 from teleport_lite.discovery.solve import fixing_reasons as reasons_of
 from teleport_lite.discovery.translate import combine_translations, verified_translations
 from teleport_lite.discovery.trial import Trial
@@ -108,11 +109,12 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
             )
             moving.fix_idle_matrices(check.matters)
         check.partly = propagation.partly | moving.partly
+        connected = connected_axes(propagation.constraints, propagation.parameter_axes)
         step("inputs are varied")
         while True:
             factors, reasons = solve_and_verify(propagation, moving, check)
             step(f"{len(factors)} factors hold")
-            shifts = verified_translations(probe, check, generator)
+            shifts = verified_translations(probe, check, connected, generator)
             sheared = verified_shears(factors, shifts, propagation, check)
             step(f"{len(shifts) + len(sheared)} translations and shears hold")
             if check.thorough or check.confirm_together(factors, sheared, [*shifts]):
@@ -124,7 +126,7 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
             probe.of = of
             check_loss = Verifier(probe, Arguments.of(example_inputs), generator)
             check_loss.thorough = True
-            seen = verified_translations(probe, check_loss, generator)
+            seen = verified_translations(probe, check_loss, connected, generator)
             found += [
                 Shift(s.dim, s.moves, of)
                 for s in combine_translations({s: k for s, k in seen.items() if s not in shifts})
@@ -141,7 +143,7 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
 
 def _adds(shift: Shift, found: list[Symmetry], params: Params) -> bool:
     """Whether a translation in a kernel has more directions than what was found: mixings of narrow layers make them."""
-    near = [f for f in found if f.dim and {*f.moved} & {*shift.moved}]
+    near = [f for f in found if f.dim and {*f.moved} & {*shift.names}]
     if not near or not shift.in_kernel or rank_cost([*near, shift], params) >= CHEAP:
         return True
     return tangent_rank([*near, shift], params) > tangent_rank(near, params)

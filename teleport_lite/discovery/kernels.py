@@ -40,22 +40,35 @@ class _Slice(NamedTuple):
 
 
 def kernel_shifts(
-    params: Params, gradients: list[Params], products: dict[str, tuple], generator: torch.Generator
+    params: Params,
+    gradients: list[Params],
+    products: dict[str, tuple],
+    connected: dict[tuple[str, int], Tensor],
+    generator: torch.Generator,
 ) -> Iterator[tuple[Shift, Kernel]]:
-    """The translations that gradients propose, with the kernel that each is in: of each slice that with fewest rows."""
+    """The translations that gradients propose, with the kernel that each is in: of each slice that with fewest rows.
+
+    Where a matrix gives zero matters to what meets it in some product alone: to what is `connected` with it.
+    """
     params = {name: p for name, p in params.items() if p.is_floating_point()}
     products = {name: product for name, product in products.items() if name in params}  # no complex ones
     after = dict(zip(params, [*list(params)[1:], ""], strict=False))
     slices = _slices(params, gradients, after, generator)
     found = dict.fromkeys(_kernels(params, products, after, slices))
-    kernels = [(k, sum(params[n].numel() // params[n].shape[d] for n, d, _ in k.parts)) for k in found]
+    kernels = [(k, sum(params[n].numel() // params[n].shape[d] for n, d, _ in k.parts) - k.centered) for k in found]
     kernels = [(k, n) for k, n in kernels if n < k.length and n**2 * k.length <= CHEAP]
+
+    def numbers_at(name: str, dim: int, first: int) -> set[int]:
+        return {*connected[name, dim][:, first].tolist()} if (name, dim) in connected else set()
+
+    meeting = {s[:3]: numbers_at(*s[:3]) for near in slices.values() for s in near}
     done: set[tuple] = set()
     for kernel, _ in sorted(kernels, key=lambda pair: pair[1]):
         own = {name for name, *_ in kernel.parts}
         part = any(params[name].shape[dim] > kernel.length for name, dim, _ in kernel.parts)
         bias = after[kernel.parts[0][0]] if len(kernel.parts) == 1 and not part else ""
-        near = [s for s in slices[kernel.length] if s.name not in own]
+        met = set().union(*(numbers_at(*part) for part in kernel.parts))
+        near = [s for s in slices[kernel.length] if s.name not in own and met & meeting[s[:3]]]
         near = [s for s in near if {s[:4], (*s[:3], None)}.isdisjoint(done)] if done else near
         near = [s for s in near if not part or (s.tap is None and params[s.name].shape[s.dim] == kernel.length)]
         if not near:
@@ -122,6 +135,8 @@ def _kernels(
         for dim in range(p.ndim) if p.is_floating_point() and p.numel() else ():
             for n in slices:
                 yield from (Kernel(((name, dim, first),), n) for first in _starts(p.shape[dim], n))
+                if dim == 1 and p.shape[1:] == (2 * n,):  # two streams side by side, in front of a norm
+                    yield from (Kernel(((name, 1, first),), n, True) for first in (0, n))
             if (n := p.shape[dim]) in slices and after[name] and params[after[name]].shape == (n,) and p.ndim > 1:
                 yield Kernel(((name, dim, 0), (after[name], 0, 0)), n)
     readers: dict[tuple, list[tuple[str, int, int]]] = defaultdict(list)

@@ -8,6 +8,7 @@ another parameter, added at the same place, can undo it.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -43,17 +44,19 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"
 
 
 class Shifts(DispatchMode):
-    """The sources of a run, and what becomes of them.
+    """The sources of a run, and what becomes of them; parameters that are `looped` are read again and again.
 
     Attributes:
         sources: those.
         products: for each matrix what it is multiplied with, the memory of the result, and its dimensions: out and in,
             "oi", or "io".
+        uses: how many operators compute with each parameter.
     """
 
-    def __init__(self, params: Params, generator: torch.Generator) -> None:
+    def __init__(self, params: Params, generator: torch.Generator, looped: frozenset[str] = frozenset()) -> None:
         super().__init__()
-        self._params, self._generator = params, generator
+        self.uses: Counter[str] = Counter()
+        self._params, self._generator, self._looped = params, generator, looped
         keys = [storage_key(p) for p in params.values()]
         self._owners = {k: n for k, n in zip(keys, params, strict=True) if keys.count(k) == 1}
         self._found: dict[int, list[Difference]] = {}
@@ -151,8 +154,10 @@ class Shifts(DispatchMode):
                     self._attach_difference(x, new_d)
         if kind in ("mm", "addmm"):
             self._read_normalized(args, results[0])
+        names = {self._owners.get(storage_key(x), "") for x in given}
+        self.uses.update(() if views or moving else names)
         for x in results:
-            self._absorb_shifts(self._found.get(id(x), []))
+            self._absorb_shifts(self._found.get(id(x), []), names)
         return out
 
     def _express_difference(
@@ -223,13 +228,13 @@ class Shifts(DispatchMode):
                     return Step((), equation, (n,), (operand,), 1.0 if abs(scale - 1) < EXACT else scale)
         return None
 
-    def _absorb_shifts(self, here: list[Difference]) -> None:
+    def _absorb_shifts(self, here: list[Difference], names: set[str]) -> None:
         """Let what is shifted by one source be shifted back by another, whose entries are added at the same places."""
         for d in [d for d in here if d.v is None]:
             for e in here:
                 s, other, choice = d.source, e.source, e.choice
-                if other.name == s.name or choice is None or other.own:
-                    continue
+                if other.name == s.name or choice is None or other.own or other.name in self._looped - names:
+                    continue  # what a loop reads has gone elsewhere, too, but right where it is read
                 if bool((other.blocked & e.support).any()) and all(o is not other for o, _ in s.undone):
                     continue  # it went where s did not
                 if d.choice and s.born > other.born:  # what was there before may have gone elsewhere, too
@@ -245,7 +250,8 @@ class Shifts(DispatchMode):
                 undone = torch.cat([v, v.new_zeros(1)])[back][entries] * used.to(v)
                 if bool(((undone - v[places]).abs() <= EXACT * v.abs().max()).all()):
                     step = Step(tuple(back.tolist()), scale=-1.0 / choice.scale)
-                    s.undone.update(dict.fromkeys((other, extend_chain(c, step)) for c in d.chains))
+                    for c in d.chains:
+                        s.undone[other, extend_chain(c, step)] = s.undone.get((other, extend_chain(c, step)), 0) + 1
                     other.undoes = True
                     s.settled |= d.support
                     s.absorbed |= d.support

@@ -122,6 +122,12 @@ def color_signatures(constraints: Constraints, classes: Tensor, system: int) -> 
     return found[classes]
 
 
+def connected_axes(constraints: Constraints, axes: dict[tuple[str, int, int], Tensor]) -> dict[tuple[str, int], Tensor]:
+    """For each dimension of a parameter numbers [groups, entries]: entries with one in common meet in some operator."""
+    classes = _variable_classes(constraints, SCALE, [])
+    return {(name, dim): classes[labels >> 1].view(groups, -1) for (name, dim, groups), labels in axes.items()}
+
+
 def fixing_reasons(constraints: Constraints, axes: list[Tensor]) -> list[str]:
     """For each of some axes the first reason why its first entry is not multiplied by anything, or ''."""
     classes = _variable_classes(constraints, SCALE, [])

@@ -8,6 +8,7 @@ from itertools import permutations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from teleport_lite.discovery.differences import EXACT
 from teleport_lite.discovery.elements import random_element
@@ -25,21 +26,30 @@ FINELY = 1e-8  # the same where inputs are large
 ROUNDING = 1e-8  # the cosine of what is orthogonal
 
 
-def verified_translations(probe: Probe, check: Verifier, generator: torch.Generator) -> dict[Shift, int]:
-    """The translations that hold, each with the number of its family, for `combine_translations`."""
+def verified_translations(
+    probe: Probe, check: Verifier, connected: dict[tuple[str, int], Tensor], generator: torch.Generator
+) -> dict[Shift, int]:
+    """The translations that hold, each with the number of its family, for `combine_translations`.
+
+    In `connected` are, for each dimension of a parameter, numbers [groups, entries] as `connected_axes` gives them.
+    """
     calm, params = check.planned.calm, probe.params
-    for trial in dict.fromkeys([calm[min(1, len(calm) - 1)], *check.planned.whole[:1]]):
-        mode = Shifts(params, generator)
+    looped: frozenset[str] = frozenset()
+    for trial in [calm[min(1, len(calm) - 1)], *check.planned.whole[:1]] * 2:
+        mode = Shifts(params, generator, looped)
         outputs = probe.outputs(trial.call, trial.training, trial.seed, (*trial.modes(), mode))
-        if all(bool(s.read.all()) for s in mode.sources):
+        live = (s for s in mode.sources if not s.blocked.all())
+        again = {o.name for s in live for (o, _), n in s.undone.items() if mode.uses[o.name] > n} - looped
+        if not again and all(bool(s.read.all()) for s in mode.sources):
             break
+        looped |= again
     readers = {  # behind a norm with that gain
         (s.name, o[0]) for s in mode.sources if s.own for o in s.own[0].operands[:1] if isinstance(o, tuple)
     }
     unseen = dict(constant_shifts(params, check.gradients, generator))
     unseen = {s: k for s, k in unseen.items() if s.monomial or (s.moves[0].name, s.names[-1]) not in readers}
     low_rank = list(absorbed_shifts(params, check.gradients, mode.products))
-    in_kernels = dict(kernel_shifts(params, check.gradients, mode.products, generator))
+    in_kernels = dict(kernel_shifts(params, check.gradients, mode.products, connected, generator))
     alike = {s.moves[0].name: Move(s.moves[0].name, (1,) * len(s.moves[0].shape), 0, 1) for s in unseen if s.monomial}
     followed = [s for s in mode.finish(outputs) if alike.get(s.moves[0].name) != s.moves[0]]
     proposed = [*followed, *low_rank, *unseen, *in_kernels]

@@ -24,6 +24,7 @@ class Kernel:
     Args:
         parts: what H consists of: parameters, the dimension of each that stands for columns, and the first of these.
         length: n.
+        centered: whether all rows are to give the same in place of zero, as where a LayerNorm reads what H writes.
 
     >>> Kernel((("head", 1, 0),), 3).basis({"head": torch.tensor([[0.0, 0.0, 2.0]])})
     tensor([[1., 0.],
@@ -33,11 +34,13 @@ class Kernel:
 
     parts: tuple[tuple[str, int, int], ...]
     length: int
+    centered: bool = False
 
-    def rows(self, params: Params) -> Tensor:
-        """The matrix H."""
+    def rows(self, params: Params, sign: Tensor | float = -1.0) -> Tensor:
+        """The matrix H; if `centered`, its other rows and, with this sign, the first one."""
         parts = (params[name].movedim(dim, -1).narrow(-1, first, self.length) for name, dim, first in self.parts)
-        return torch.cat([part.reshape(-1, self.length) for part in parts])
+        rows = torch.cat([part.reshape(-1, self.length) for part in parts])
+        return rows[1:] + sign * rows[:1] if self.centered else rows
 
     def basis(self, params: Params, like: Tensor | None = None) -> Tensor:
         """The matrix N."""
@@ -46,8 +49,9 @@ class Kernel:
     def tangent(self, params: Params, tensors: Params, entry: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
         r"""What N moves by as H does, $-H^+ \dot H N - P \dot H^\top (H^+)^\top$, by the `entry` of each number."""
         inverse, basis, projector = map(entry, self._solved(params, like))
-        moved, first = self.rows(tensors).to(like), basis.shape[1]
-        return entry(-torch.ones_like(like[:1])) * (inverse @ moved @ basis + projector @ moved.mT @ inverse[:first].mT)
+        sign, first = entry(-torch.ones_like(like[:1])), basis.shape[1]
+        moved = self.rows(tensors, sign.to(next(iter(tensors.values())))).to(like)
+        return sign * (inverse @ moved @ basis + projector @ moved.mT @ inverse[:first].mT)
 
     def cotangent(self, params: Params, part: Tensor, entry: Callable[[Tensor], Tensor]) -> Params:
         """The transposed map of `tangent`, but for its sign."""
@@ -55,7 +59,8 @@ class Kernel:
         first = basis.shape[1]
         back = inverse.mT @ part @ basis.mT + inverse[:first].mT @ part.mT @ projector
         own = {name: params[name] for name, *_ in self.parts}
-        rows, pull = torch.func.vjp(self.rows, own)[:2]
+        sign = entry(-torch.ones_like(part[:1, 0]))
+        rows, pull = torch.func.vjp(lambda p: self.rows(p, sign.to(next(iter(p.values())))), own)[:2]
         return pull(back.to(rows))[0]
 
     def _solved(self, params: Params, like: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
