@@ -76,7 +76,7 @@ def register_rule(op: object, rule: str | Rule) -> None:
     comes out depends on no values), "views" (data that only changes place), "softmax" (along a dimension `dim`). A
     product that sums over indices is an einsum string, as "nk,km->nm". All else is a function of the `Operation`: it
     writes equations into `op.constraints` and returns a list with the labels of each result. Every symmetry that
-    follows is verified on the whole model as usual, so that a wrong rule costs time and no correctness.
+    follows is verified on the whole model as usual, so that a wrong rule costs time, and is usually found out.
 
     Args:
         op: a custom operator (of `torch.library.custom_op`), or an operator as `torch.ops.mylib.name` or
