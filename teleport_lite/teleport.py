@@ -61,8 +61,8 @@ def teleport(
 
     For exact symmetries one gradient tells the whole orbit (Proposition 4.1 of the chapter *Teleporting*), so a
     gradient-norm teleport costs 1.4 to 6 gradients, verification included, and more in networks of a few thousand
-    weights. When a symmetry is first used on a model, the gradient at the new point is computed as well: it has to be the one that was foretold, which it is not where a
-    backward pass is no derivative (straight-through estimators).
+    weights. When a symmetry is first used on a model, the gradient at the new point is computed as well: it has to be
+    the one that was foretold, which it is not where a backward pass is no derivative (straight-through estimators).
 
     A compiled model is teleported too; what is evaluated for the teleport runs uncompiled.
 
