@@ -57,23 +57,14 @@ TRANSLATIONS = {  # biases undone by biases + weights behind norms + constants i
     "ResNet without norms": 6,
     "ConvNeXt": 6 + 12 + 1 + 6,  # the last: a bias behind the gain of the layer
     "Group and instance norm": 2 + 6,
-    "Encoder, post-norm, ReLU": 2 * 8
-    + 8
-    + (READERS - 3 * 8)
-    + READERS
-    + 2
-    + UNREAD,  # keys; one head; the first block reads x
+    # keys; one head; the first block reads x
+    "Encoder, post-norm, ReLU": 2 * 8 + 8 + (READERS - 3 * 8) + READERS + 2 + UNREAD,
     "Encoder, pre-norm, GELU": 2 * (8 + 2 * 8 + READERS),
     "Decoder, GPT-2 style": 8 + 2 * (8 + 8 + 12) + 9 + 8 + 2 * WRITERS,  # attention has no biases, keys are unseen
     "Decoder, post-norm, ReLU": 8 + 2 * (8 + 12) + 8 + 2 * WRITERS + 1,
     "Decoder, tied embedding": 2 * (8 + 8 + 12) + 6 + 2 * WRITERS,
-    "Encoder and decoder": 4 * 8
-    + 8
-    + (2 * 12 + 2 * 8)
-    + 8
-    + 2
-    + 2
-    + 2 * UNREAD,  # keys, norms, what reads norms, constants
+    # keys, norms, what reads norms, constants
+    "Encoder and decoder": 4 * 8 + 8 + (2 * 12 + 2 * 8) + 8 + 2 + 2 + 2 * UNREAD,
     "Vision transformer": 2 * 8 + (8 + 8 + 12) + 8 + 3 + (1 + 5 + 16 + 1) + WRITERS,
     "LSTM": 4 * 5,
     "GRU": 2 * 5,

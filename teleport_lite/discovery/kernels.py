@@ -52,7 +52,7 @@ def kernel_shifts(
     """
     params = {name: p for name, p in params.items() if p.is_floating_point()}
     products = {name: product for name, product in products.items() if name in params}  # no complex ones
-    after = dict(zip(params, [*list(params)[1:], ""], strict=False))
+    after = dict(zip(params, [*params, ""][1:], strict=True))
     slices = _slices(params, gradients, after, generator)
     found = dict.fromkeys(_kernels(params, products, after, slices))
     kernels = [(k, sum(params[n].numel() // params[n].shape[d] for n, d, _ in k.parts) - k.centered) for k in found]
