@@ -18,6 +18,7 @@ from teleport_lite.distributed import BITS
 from teleport_lite.errors import BatchError, LossError
 from teleport_lite.functional import Evaluation, check_finite
 from teleport_lite.problem import Problem
+from teleport_lite.symmetries.axes import NeuronSymmetry
 from teleport_lite.symmetries.minibatch import MiniBatchMixing
 from teleport_lite.symmetries.product import Product
 
@@ -133,22 +134,31 @@ def why_refused(
             same = seen and product.exact and product.of == "outputs" and gap <= most
             hint = _hint(problem, product, same) or _hint_at_autocast(gap, tol)
             return f"{MOVED} from {before:.6g} to {after:.6g}, beyond the relative tolerance {tol:g}{hint}"
-    if false > math.sqrt(tol) and not rounding.moves_the_gradient(false, problem):
+    wrong = false > math.sqrt(tol) and not rounding.moves_the_gradient(false, problem)
+    if gap > most:
+        beyond = f"{LARGEST} times the relative tolerance {tol:g}"
+        beyond = beyond if most >= LARGEST * tol else f"the {most:.1e} that rounding explains"
+        return f"the outputs moved by {gap:.1e} of the largest, beyond {beyond}{_hint_at_autocast(gap, tol)}"
+    if wrong:
         return (
             f"the gradient after the move is not the one that was carried along (off by {false:.1e}, relative): the "
             "backward pass is not the derivative of the forward pass, as with straight-through estimators"
         )
     if search != "random" and not (new > old if maximize else new < old):
-        return f"nothing {'larger' if maximize else 'smaller'} was found within the radius"
-    if gap > most:
-        beyond = f"{LARGEST} times the relative tolerance {tol:g}"
-        beyond = beyond if most >= LARGEST * tol else f"the {most:.1e} that rounding explains"
-        return f"the outputs moved by {gap:.1e} of the largest, beyond {beyond}{_hint_at_autocast(gap, tol)}"
+        hint = "" if maximize or search == "ascent" else _hint_at_one_side(product)
+        return f"nothing {'larger' if maximize else 'smaller'} was found within the radius{hint}"
     return ""
 
 
 def _hint_at_autocast(gap: float, tol: float) -> str:
     return "; if the model opens autocast itself, pass tol=5e-2" if tol == FINE and gap < HALF_PRECISION else ""
+
+
+def _hint_at_one_side(product: Product) -> str:
+    """The closed form balances growing against shrinking weights, and leaves a scale where it is without a partner."""
+    alone = (f for f in product if isinstance(f, NeuronSymmetry) and len({leg.exponent > 0 for leg in f.legs}) == 1)
+    factor = next(alone, None)
+    return f"; nothing takes back a scale of {factor.legs[0].name}: search='ascent' goes on" if factor else ""
 
 
 def _hint(problem: Problem, product: Product, same: bool) -> str:

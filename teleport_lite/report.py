@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,8 @@ class Report:
         reason: why it was not moved; empty when it was.
         symmetry: along which it moved, or would have.
         xi: by which element: `symmetry.act(params, xi)` moves a copy of the old parameters along.
+        output_change: the largest change of an output that the loss saw, relative to the largest output; NaN where
+            outputs were not compared, since the symmetry keeps no more than the loss.
     """
 
     objective: str
@@ -37,6 +40,7 @@ class Report:
     reason: str = ""
     symmetry: Symmetry | None = field(default=None, repr=False)
     xi: Any = field(default=None, repr=False)
+    output_change: float = math.nan
 
     def __str__(self) -> str:
         head = "Teleported" if self.accepted else f"Not teleported: {self.reason}"
@@ -50,6 +54,7 @@ class Report:
                 f"  {self.objective:<{width}}  {self.objective_before:>10.5g}  {self.objective_after:>10.5g}"
                 f"  x{ratio:.4g}",
                 f"  {'invariance error':<{width}}  {'':>10}  {self.invariance_error:>10.1e}",
+                f"  {'output change':<{width}}  {'':>10}  {self.output_change:>10.1e}",
                 f"  {'seconds':<{width}}  {'':>10}  {self.seconds:>10.2g}",
             ]
         )

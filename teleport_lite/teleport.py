@@ -217,7 +217,7 @@ def carry_out(
                 loss_after = now.value
             scores[1] = found.norm() if steep else scores[1]
             same = product.exact and product.of == "outputs"
-            gap = largest_change(outputs, new_outputs) if same else zero
+            gap = largest_change(outputs, new_outputs) if same and outputs else zero + torch.nan
             false = relative_gap(found, foretold) if measured and product.exact else zero
             now.forget()
             dtype = _coarsest_of(loss, product, params)
@@ -248,9 +248,7 @@ def carry_out(
     before, after, old, new = numbers[:4]
     error = abs(after - before) / abs(before) if after != before else 0.0
     seconds = time.perf_counter() - start
-    return Report(
-        goal.name, before, after, old, new, error, seconds, accepted=not reason, reason=reason, symmetry=product, xi=xi
-    )
+    return Report(goal.name, before, after, old, new, error, seconds, not reason, reason, product, xi, numbers[4])
 
 
 def _commit_moved(model: nn.Module, product: Product, xi: Any, moved: Params, finish: Callable[[], None]) -> None:

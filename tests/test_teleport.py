@@ -72,7 +72,13 @@ def test_what_has_no_closed_form_stays_where_others_have_one(model):
 def test_the_report_prints_as_a_short_table(model):
     text = str(tl.teleport(model, loss_fn))
     assert text.splitlines()[0] == "Teleported"
-    assert [line.split()[0] for line in text.splitlines()[2:]] == ["loss", "gradient_norm", "invariance", "seconds"]
+    assert [line.split()[0] for line in text.splitlines()[2:]] == [
+        "loss",
+        "gradient_norm",
+        "invariance",
+        "output",
+        "seconds",
+    ]
 
 
 def test_weight_norm_in_any_direction(model):
@@ -370,13 +376,53 @@ def test_a_move_beyond_tol_is_refused(model):
     report = tl.teleport(tanh, loss_fn, wrong)
     assert not report.accepted and "beyond the relative tolerance 1e-10" in report.reason
     assert report.invariance_error == pytest.approx(abs(report.loss_after - report.loss_before) / report.loss_before)
-    assert "Not teleported" in str(report)
+    assert report.output_change > 1e-9 and "Not teleported" in str(report)
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
 
 
 def test_nothing_better_is_said(model):
     report = tl.teleport(model, loss_fn, objective=lambda params: params["4.bias"].sum())
     assert not report.accepted and report.reason == "nothing larger was found within the radius"
+
+
+def test_a_scale_that_nothing_takes_back_is_named():
+    """The length of a direction that the forward pass divides out: no balanced point, so the closed form leaves it."""
+
+    class Directions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.v, self.head = (
+                nn.Parameter(3 * torch.randn(8, 6, dtype=torch.float64)),
+                nn.Linear(8, 3, dtype=torch.float64),
+            )
+
+        def forward(self, x):
+            return self.head((x @ (self.v / self.v.norm(dim=1, keepdim=True)).T).tanh())
+
+    net = Directions()
+    report = tl.teleport(net, loss_fn, objective="weight_norm")
+    assert not report.accepted and "nothing takes back a scale of v: search='ascent'" in report.reason
+    assert tl.teleport(net, loss_fn, objective="weight_norm", search="ascent").accepted
+    assert "takes back" not in tl.teleport(net, loss_fn, objective="weight_norm", radius=1e-9, search="ascent").reason
+
+
+def test_what_autocast_inside_of_a_model_does_is_told_by_the_outputs():
+    """Rounding in 16 bits moves the gradient as well, and outputs are the clearer reason."""
+
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp([10, 16, 16, 4], nn.ReLU()).float()
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.body(x).float()
+
+    for seed in range(6):
+        torch.manual_seed(seed)
+        x, y = torch.randn(40, 10), torch.randint(4, (40,))
+        report = tl.teleport(Inside(), lambda net, x=x, y=y: nn.functional.cross_entropy(net(x), y))
+        assert not report.accepted and "if the model opens autocast itself, pass tol=5e-2" in report.reason
 
 
 def test_finite_groups_are_moved_along_at_random_only(model, generator):
