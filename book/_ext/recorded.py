@@ -361,9 +361,7 @@ def draw_intervals(markdown: str) -> str:
     """Each number that fills a cell of a table, with its interval drawn above it."""
 
     def drawn(row: str) -> str:
-        return re.sub(
-            rf"(?<=\| ){SAID.pattern}(?= \|)", lambda m: interval_strip(m[2], clear=bool(m[1])) + m[0], row
-        )
+        return re.sub(rf"(?<=\| ){SAID.pattern}(?= \|)", lambda m: interval_strip(m[2], clear=bool(m[1])) + m[0], row)
 
     return "\n".join(drawn(line) if line.startswith("| ") else line for line in markdown.split("\n"))
 
