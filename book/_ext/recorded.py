@@ -353,7 +353,7 @@ def interval_strip(name: str, clear: bool) -> str:
     x = [f"{4 + 112 * (min(max(v, low), high) - low) / (high - low):.1f}" for v in (none, *ends, mean)]
     return (
         f'<svg class="tl-strip{" tl-clear" * clear}" viewBox="0 0 120 14" aria-hidden="true"><path class="tl-none" '
-        f'd="M{x[0]} 0V14"/><path d="M{x[1]} 7H{x[2]}"/><circle cx="{x[3]}" cy="7" r="4"/></svg>'
+        f'd="M{x[0]} 0V14"/><path d="M{x[1]} 7H{x[2]}"/><circle cx="{x[3]}" cy="7" r="3.2"/></svg>'
     )
 
 
