@@ -285,6 +285,17 @@ def pooled(function: Callable[[Tensor], Any]) -> Callable[[Draw], Case]:
     return make
 
 
+def turned(draw: Draw) -> Case:
+    """Pairs of entries as complex numbers, times complex ones: rotary positions."""
+    pairs = [*draw.sizes(draw.size(1, 2)), 2]
+    tensors = {"a": draw.normal(*pairs), "b": draw.normal(*pairs)}
+    return of(lambda a, b: torch.view_as_real(as_complex(a) * as_complex(b) * (1 + 2j)), draw, **tensors)
+
+
+def as_complex(pairs: Tensor) -> Tensor:
+    return torch.view_as_complex(pairs.contiguous())
+
+
 MASK = torch.tensor([True, False, True])
 CASES: dict[str, Callable[[Draw], Case]] = {
     "relu": unary(torch.relu),
@@ -410,6 +421,13 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     "nearest": pooled(lambda a: F.interpolate(a, scale_factor=2)),
     "bilinear up": pooled(lambda a: F.interpolate(a, scale_factor=2, mode="bilinear")),
     "reflection": pooled(lambda a: F.pad(a, (1, 1, 1, 1), mode="reflect")),
+    "rotary": turned,
+    "complex": binary(lambda a, b: torch.view_as_real(torch.complex(*torch.broadcast_tensors(a, b)) * (1 + 2j))),
+    "absolute value": binary(lambda a, b: torch.complex(*torch.broadcast_tensors(a, b)).abs()),
+    "conjugate": unary(lambda a: torch.view_as_real((torch.complex(a, 2 * a) * (1 + 2j)).conj().resolve_conj())),
+    "fft": along(lambda a, d: torch.view_as_real(torch.fft.fft(a, dim=d)), low=2),
+    "rfft": along(lambda a, d: torch.view_as_real(torch.fft.rfft(a, dim=d) * (1 + 2j)), low=2),
+    "spectral filter": along(lambda a, d: torch.fft.irfft(torch.fft.rfft(a, dim=d).cumsum(d), a.shape[d], d), low=3),
     "embedding": looked_up,
     "embedding_bag": bag,
     "segment_reduce": segments,

@@ -189,7 +189,7 @@ TRICKS = {  # and the dimension of the group that is found
     "another path far out": 4,
     "in place": 7,  # all but the neuron that is written over
     "in place through a view": 7,
-    "complex": 4,
+    "complex": 6,  # of the first layer, the two parts of a number go together
     "sort": 4,
     "cumulative": 4,
     "positions": 8,

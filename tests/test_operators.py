@@ -150,8 +150,6 @@ NOT_FOLLOWED = {  # operators whose results mix what they read in a way that no 
     "nonzero",
     "unique",
     "multinomial",
-    "complex",
-    "stft",
     "put",
     "hist",
     "searchsorted",

@@ -204,8 +204,7 @@ def beside_a_constant(h: Tensor) -> Tensor:
         (lambda h: h.topk(2, 0).values, 5),
         (lambda h: h.addcmul(h, torch.ones(3, 1, dtype=h.dtype)), 5),
         (lambda h: torch.segment_reduce(h, "mean", lengths=torch.tensor([1, 2])), 5),
-        (lambda h: torch.fft.fft(h).real, 0),
-        (lambda h: torch.polar(h.abs(), h).real, 0),
+        (lambda h: torch.fft.fft(h, dim=0).real, 5),
     ],
 )
 def test_values_through_fresh_memory_and_along_indices(fill, dim):
@@ -215,4 +214,4 @@ def test_values_through_fresh_memory_and_along_indices(fill, dim):
     if dim:
         assert not any("not understood" in reason for reason in symmetry.reasons)
     else:
-        assert any(word in "; ".join(symmetry.reasons) for word in ("complex numbers", "over a constant"))
+        assert "over a constant" in "; ".join(symmetry.reasons)

@@ -46,10 +46,13 @@ class Unit(nn.Module):
 
 
 def rotary(x: Tensor, layout: str, turning: int) -> Tensor:
-    """Rotary positions on the first entries of [batch, heads, length, width], in one of two layouts."""
+    """Rotary positions on the first entries of [batch, heads, length, width], in a layout, or as complex numbers."""
     angle = torch.arange(x.shape[-2])[:, None] / 10 ** (torch.arange(turning // 2) / turning)
     cos, sin = angle.cos().to(x), angle.sin().to(x)
     x, rest = x[..., :turning], x[..., turning:]
+    if layout == "complex":
+        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
+        return torch.cat([torch.view_as_real(turned).flatten(-2), rest], -1)
     dim = -2 if layout == "halves" else -1
     a, b = x.unflatten(-1, (2, -1) if layout == "halves" else (-1, 2)).unbind(dim)
     return torch.cat([torch.stack([a * cos - b * sin, a * sin + b * cos], dim).flatten(-2), rest], -1)
@@ -109,6 +112,7 @@ MODELS = {  # how it is made, and the dimension of its rotations
     "llama": (lambda: Decoder(Rms, layers=2, layout="halves"), so(6) + 2 * 2),
     "llama, fused": (lambda: Decoder(nn.RMSNorm, layout="halves"), so(6) + 2),
     "pairs": (lambda: Decoder(Rms, layout="pairs"), so(6) + 2),
+    "complex numbers": (lambda: Decoder(Rms, heads=4, kv=2, layout="complex"), so(6) + 2 * 2),
     "no gains": (lambda: Decoder(plain, layout="pairs"), so(6) + 2),
     "no gains, tied": (lambda: Decoder(plain, layout="halves", tied=True), so(6) + 2),
     "gains, tied": (lambda: Decoder(Rms, layout="halves", tied=True), 2),

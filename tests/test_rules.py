@@ -29,6 +29,7 @@ INCOMPLETE = {  # operators with more than their rules say, and why
     "grouped conv1d": "multiples of a whole group",
     "conv2d of an axis": "multiples of whole examples",
     "grouped conv_transpose1d": "multiples of a whole group",
+    "absolute value": "that of a complex number commutes with the sign of each of its parts",
 }
 STEPS = ("sign", "rounded", "argmax", "any")  # no derivative says what multiples they answer
 CHOOSING = [

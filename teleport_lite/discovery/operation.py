@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 
 class RuleMisfit(Exception):
     """A rule that does not fit the arguments of a call; the operation then counts as not understood."""
+
+
+def is_inexact(tensor: Tensor) -> bool:
+    """Whether a tensor holds real or complex numbers, which can be multiplied, and no integers or truth values."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 class Operation:
@@ -142,7 +148,9 @@ class Operation:
         dims = [d + labels.ndim for d in varying_dims(labels)]
         if not any(steps[d] for d in dims):
             return
-        constant = constant.detach().double().nan_to_num().reshape((1,) * offset + constant.shape)
+        constant = constant.detach()
+        constant = constant.real + math.pi * constant.imag if constant.is_complex() else constant.double()
+        constant = constant.nan_to_num().reshape((1,) * offset + constant.shape)
         rest = [d for d in range(labels.ndim) if d not in dims]
         if rest:  # a random sum over them, equal only for entries that are equal everywhere
             shape = [constant.shape[d] if d in rest else 1 for d in range(labels.ndim)]

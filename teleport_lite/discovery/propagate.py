@@ -23,7 +23,7 @@ from teleport_lite.discovery.dispatch import DispatchMode
 from teleport_lite.discovery.labels import Labels, cluster_by_dims, lift_labels
 from teleport_lite.discovery.memory import Memory, storage_key
 from teleport_lite.discovery.operation import Operation, RuleMisfit
-from teleport_lite.discovery.registry import UNSUPPORTED, find_decomposition, find_rule
+from teleport_lite.discovery.registry import find_decomposition, find_rule
 from teleport_lite.discovery.rules.views import FACTORY_OPS, IDENTITY_OPS, VIEW_OPS
 
 FACTORIES, IDENTITIES, VIEWS = (frozenset(names.split()) for names in (FACTORY_OPS, IDENTITY_OPS, VIEW_OPS))
@@ -170,7 +170,7 @@ class Propagation(DispatchMode):
             labels = [] if rule is None else rule(op)
             if rule is not None and isinstance(labels, list) and all(isinstance(new, list) for new in labels):
                 return labels
-            why = UNSUPPORTED.get(op.name, "") if rule is None else "its rule gives no list of labels for each result"
+            why = "" if rule is None else "its rule gives no list of labels for each result"
         except RuleMisfit as misfit:
             why = str(misfit)
         self.unsupported_ops[op.short_name] = why

@@ -22,7 +22,6 @@ Rule = Callable[[Operation], list[Labels]]
 RULES: dict[str, Rule] = {}
 WORDS: dict[str, Rule] = {}  # rules by a word, for `register_rule`
 DECOMPOSITIONS: dict[str, Callable] = {}
-UNSUPPORTED: dict[str, str] = {}  # operators that are left out on purpose, and why
 POINTWISE = "pointwise"  # the word for operators with PyTorch's tag
 
 

@@ -9,5 +9,6 @@ from teleport_lite.discovery.rules import (  # noqa: F401  # noqa: F401
     pointwise,
     pooling,
     reductions,
+    spectral,
     views,
 )

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from teleport_lite.discovery.constraints import SCALE, SIGN, nearest_fraction
 from teleport_lite.discovery.labels import Labels, lift_labels
-from teleport_lite.discovery.operation import Operation, RuleMisfit
+from teleport_lite.discovery.operation import Operation, RuleMisfit, is_inexact
 
 SCALES = (1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12)  # magnitudes at which a function is tried
 
@@ -55,7 +55,7 @@ class Operands:
     @property
     def floating_bearers(self) -> list[int]:
         """The bearers that can be multiplied: all but masks."""
-        return [i for i in self.bearers if self.leaves[i].is_floating_point()] or self.bearers
+        return [i for i in self.bearers if is_inexact(self.leaves[i])] or self.bearers
 
 
 def operands_of(op: Operation) -> Operands:
@@ -85,38 +85,40 @@ def ask_once(op: Operation, found: Operands, which: list[int]) -> Equivariance:
     return op.answers[key]
 
 
-def _named_number(op: Operation, found: Operands, i: int) -> float | None:
+def _named_number(op: Operation, found: Operands, i: int) -> complex | None:
     """The value of a number that the model's code names; None for all that depends on inputs or may be trained."""
     x = found.leaves[i]
     named = i not in found.bearers and x.numel() == 1 and op.memory.origin(x) == "uniform"
-    return float(x) if named else None
+    return x.item() if named else None
 
 
 def _try_multiples(op: Operation, found: Operands, which: list[int]) -> Equivariance:
     """Try an elementwise function, at all `SCALES`, on multiples and on sums of the arguments `which`."""
     draw = torch.Generator().manual_seed(0)
-    moving = [i for i in which if found.leaves[i].is_floating_point()]
+    moving = [i for i in which if is_inexact(found.leaves[i])]
 
-    def draw_normal() -> Tensor:
-        return torch.randn(64, generator=draw, dtype=torch.float64)
+    def draw_normal(like: Tensor) -> Tensor:
+        dtype = torch.complex128 if like.is_complex() else torch.float64
+        return torch.randn(64, generator=draw, dtype=dtype)
 
     def draw_argument(i: int, x: Any, scale: float) -> Any:
         if not isinstance(x, Tensor):
             return x
-        if not x.is_floating_point():
+        if not is_inexact(x):
             return torch.randint(0, 2, (64,), generator=draw).to(x.dtype)
         if (number := _named_number(op, found, i)) is not None:
-            return torch.full((64,), number, dtype=torch.float64)
-        return (scale if i in which else 1.0) * draw_normal()
+            return torch.full((64,), number, dtype=torch.result_type(x, 1.0))
+        return (scale if i in which else 1.0) * draw_normal(x)
 
     def function_value(arguments: list) -> Tensor:
         args, kwargs = tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in arguments], found.spec)
-        return op.func(*args, **kwargs).double()
+        value = op.func(*args, **kwargs)
+        return value if value.is_complex() else value.double()
 
     holds, degree = dict.fromkeys(("degree", "odd", "even", "linear"), True), 1.0
     for scale in SCALES:
         trial = [draw_argument(i, x, scale) for i, x in enumerate(found.leaves)]
-        other = [scale * draw_normal() if i in moving else x for i, x in enumerate(trial)]
+        other = [scale * draw_normal(x) if i in moving else x for i, x in enumerate(trial)]
         one, big, small, flipped, none = (
             function_value([c * x if i in moving else x for i, x in enumerate(trial)])
             for c in (1.0, 3.7, 0.3, -1.0, 0.0)

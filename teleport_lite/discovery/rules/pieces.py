@@ -8,12 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.registry import UNSUPPORTED, decomposition_of
-
-COMPLEX = "complex numbers are not followed, only real axes are"
-UNSUPPORTED.update(
-    {f"aten::{name}": COMPLEX for name in ("_fft_r2c", "_fft_c2r", "_fft_c2c", "view_as_complex", "view_as_real")}
-)
+from teleport_lite.discovery.registry import decomposition_of
 
 
 def _add_scaled(combine: Callable, x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:

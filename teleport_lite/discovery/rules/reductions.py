@@ -7,7 +7,7 @@ from torch import Tensor
 
 from teleport_lite.discovery.constraints import PERM, SCALE, SIGN
 from teleport_lite.discovery.labels import Labels, are_stacked, order_along
-from teleport_lite.discovery.operation import Operation, RuleMisfit
+from teleport_lite.discovery.operation import Operation, RuleMisfit, is_inexact
 from teleport_lite.discovery.registry import WORDS, rule_for
 from teleport_lite.discovery.rules.equivariance import NEITHER, Equivariance
 
@@ -56,7 +56,7 @@ def reduce_labels(op: Operation) -> list[Labels]:
     for a in op.labels(x):
         passing = gather_over(op, a, dims, REDUCTIONS[kind], kind in ENTRYWISE, symmetric=kind not in ORDERED)
         for labels, result in zip(found, op.results(), strict=True):
-            moved = passing if result.is_floating_point() else _places_only(op, passing)
+            moved = passing if is_inexact(result) else _places_only(op, passing)
             labels.append(moved if result.ndim == x.ndim else moved.squeeze(dims))
     return found
 

@@ -18,7 +18,7 @@ from teleport_lite.discovery.labels import (
     vary_together,
     varying_dims,
 )
-from teleport_lite.discovery.operation import Operation, RuleMisfit
+from teleport_lite.discovery.operation import Operation, RuleMisfit, is_inexact
 from teleport_lite.discovery.registry import POINTWISE, WORDS, rule_for
 
 VIEW_OPS = """view _unsafe_view _reshape_alias reshape permute transpose t expand slice select unsqueeze squeeze cat
@@ -28,7 +28,8 @@ VIEW_OPS = """view _unsafe_view _reshape_alias reshape permute transpose t expan
 CHOOSING_OPS = """slice narrow select split split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk unbind
     index index_select gather unfold diagonal as_strided masked_select slice_scatter"""
 CUTTING_OPS = "slice narrow split split_with_sizes unsafe_split unsafe_split_with_sizes index index_select expand cat"
-IDENTITY_OPS = "clone _to_copy contiguous detach alias lift_fresh lift_fresh_copy lift native_dropout positive"
+IDENTITY_OPS = """clone _to_copy contiguous detach alias lift_fresh lift_fresh_copy lift native_dropout positive
+    _conj _neg_view resolve_conj resolve_neg"""
 FACTORY_OPS = """zeros ones empty full zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full
     empty_strided new_empty_strided scalar_tensor"""
 RANDOM_OPS = "rand_like randn_like randint_like bernoulli"
@@ -43,7 +44,7 @@ def make_constant(op: Operation) -> list[Labels]:
 @rule_for(IDENTITY_OPS)
 def keep_labels(op: Operation) -> list[Labels]:
     """The same values; a change to integers or truth values is a function like any other."""
-    if op.args[0].is_floating_point() and not op.results()[0].is_floating_point():
+    if is_inexact(op.args[0]) and not is_inexact(op.results()[0]):
         return WORDS[POINTWISE](op)
     return [op.labels(op.args[0])]
 
