@@ -20,6 +20,7 @@ BOOK = ROOT / "book"
 sys.path.insert(0, str(BOOK / "_ext"))
 reference = importlib.import_module("reference")
 recorded = importlib.import_module("recorded")
+citations = importlib.import_module("citations")
 
 FOLDER = BOOK / "reference"
 OPEN = ("groups", "errors", "book.data", "book.plot", "book.explorer")  # modules all of whose names are public
@@ -105,7 +106,7 @@ def test_the_snippets_of_a_page_print_what_it_shows(page):
 # --- the machinery ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [reference, recorded])
+@pytest.mark.parametrize("module", [reference, recorded, citations])
 def test_the_examples_in_their_docstrings_hold(module):
     assert doctest.testmod(module).failed == 0
 
@@ -246,11 +247,23 @@ def test_the_glossary_is_sorted_and_links_every_term():
         assert all(re.search(r"\]\(\S+\.(?:ipynb|md)", rest) for _, rest in entries)
 
 
+SITES = r"https://(?:(?:arxiv|doi|jmlr)\.org|openreview\.net)/"
+
+
 def test_every_reference_has_an_address():
-    entries = re.findall(r"^- .*?(?=^- |^#|\Z)", text("references.md"), re.M | re.S)
-    assert len(entries) > 15
-    address = re.compile(r"\]\(https://(?:(?:arxiv|doi|jmlr)\.org|openreview\.net)/\S+\)")
-    assert [e[:60] for e in entries if not address.search(e)] == []
+    entries = citations.ENTRY.findall(text("references.md"))
+    assert len(entries) > 50
+    assert [e[:60] for e in entries if not re.search(rf"\]\({SITES}\S+\)", e)] == []
+
+
+def test_what_chapters_cite_is_listed_and_what_is_listed_is_cited():
+    page, chapters = text("references.md"), citations.texts(ROOT)
+    assert len(citations.cite(page, chapters)) > len(page)
+    with pytest.raises(ValueError, match=r"no chapter cites https://arxiv\.org/abs/0\.0"):
+        citations.cite("- A, [B](https://arxiv.org/abs/0.0), 1900.\n", chapters)
+    listed = {citations.unquote(citations.ADDRESS.search(entry)[1]) for entry in citations.ENTRY.findall(page)}
+    cited = {a for c in chapters for said in c.values() for a in re.findall(rf"\]\(({SITES}(?:[^\s()]|\(\S*?\))+)", said)}
+    assert cited and cited <= listed
 
 
 def test_the_extensions_are_those_of_the_folder():
