@@ -84,7 +84,7 @@ def test_the_pages_name_what_exists_and_the_book_uses_most_of_it():
     assert sum(map(bool, used.values())) > len(documented) / 3
 
 
-SHOWN = [ROOT / "README.md", BOOK / "intro.md", *sorted(FOLDER.glob("*.md"))]
+SHOWN = [ROOT / "README.md", BOOK / "intro.md", BOOK / "reproducing.md", *sorted(FOLDER.glob("*.md"))]
 SHOWN = [page for page in SHOWN if "```python" in page.read_text("utf8")]
 
 
@@ -262,7 +262,8 @@ def test_what_chapters_cite_is_listed_and_what_is_listed_is_cited():
     with pytest.raises(ValueError, match=r"no chapter cites https://arxiv\.org/abs/0\.0"):
         citations.cite("- A, [B](https://arxiv.org/abs/0.0), 1900.\n", chapters)
     listed = {citations.unquote(citations.ADDRESS.search(entry)[1]) for entry in citations.ENTRY.findall(page)}
-    cited = {a for c in chapters for said in c.values() for a in re.findall(rf"\]\(({SITES}(?:[^\s()]|\(\S*?\))+)", said)}
+    address = re.compile(rf"\]\(({SITES}(?:[^\s()]|\(\S*?\))+)")
+    cited = {found for chapter in chapters for said in chapter.values() for found in address.findall(said)}
     assert cited and cited <= listed
 
 
