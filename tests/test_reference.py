@@ -1,5 +1,6 @@
 """The reference knows every public name and every chapter that uses it; the scorecard says what the records say."""
 
+import ast
 import doctest
 import importlib
 import inspect
@@ -270,3 +271,20 @@ def test_what_chapters_cite_is_listed_and_what_is_listed_is_cited():
 def test_the_extensions_are_those_of_the_folder():
     config = yaml.safe_load((ROOT / "_config.yml").read_text("utf8"))
     assert set(config["sphinx"]["local_extensions"]) == {p.stem for p in (BOOK / "_ext").glob("*.py")}
+
+
+def sentences(folder):
+    """All that the package says: the constants of its code, the parts between the braces of an f-string apart."""
+    trees = (ast.parse(path.read_text("utf8")) for path in folder.rglob("*.py"))
+    return [
+        n.value for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    ]
+
+
+def test_the_messages_on_the_page_of_errors_are_said_by_the_package():
+    said = sentences(ROOT / "teleport_lite")
+    cells = re.findall(r"^\| (.*?) \|", text("reference/errors.md"), re.M)
+    quoted = [quote for cell in cells for quote in re.findall(r"`([^`]* [^`]*)`", cell)]
+    assert len(quoted) > 14
+    parts = [part.strip() for quote in quoted for part in quote.split("…") if len(part.strip()) > 3]
+    assert [part for part in parts if not any(part in sentence for sentence in said)] == []
