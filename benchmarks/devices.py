@@ -40,7 +40,11 @@ def mlp(batch: int, width: int) -> tuple[nn.Module, Tensor, Tensor]:
     return nn.Sequential(*body), torch.rand(batch, 784), torch.randint(10, (batch,))
 
 
-MODELS: dict[str, tuple[Callable, list]] = {"small MLP": (mlp, [(5,)]), "MLP": (mlp, [(106,), (445,), (1800,), (5600,)]), **SIZES}
+MODELS: dict[str, tuple[Callable, list]] = {
+    "small MLP": (mlp, [(5,)]),
+    "MLP": (mlp, [(106,), (445,), (1800,), (5600,)]),
+    **SIZES,
+}
 
 
 class Case:
