@@ -152,10 +152,11 @@ def test_a_rule_that_does_not_fit_says_why():
     assert symmetry.reasons[0].startswith("teleport_tests::refused is not understood (only on Sundays)")
 
 
-def test_an_einsum_string_of_other_operands_does_not_fit():
+@pytest.mark.parametrize("equation", ["nk,km->nm", "nk->nk"])
+def test_an_einsum_string_of_other_operands_does_not_fit(equation):
     op = operator("alone", copied)
-    tl.register_rule(op, "nk,km->nm")
-    assert "'nk,km->nm' is of other operands" in tl.find_symmetries(Between(op), torch.ones(3, 4)).reasons[0]
+    tl.register_rule(op, equation)
+    assert f"{equation!r} is of other operands" in tl.find_symmetries(Between(op), torch.ones(3, 4)).reasons[0]
 
 
 def test_a_module_may_hold_its_operator():

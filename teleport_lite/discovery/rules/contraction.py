@@ -38,7 +38,7 @@ def einsum_rule(equation: str, biased: bool = False) -> Rule:
     def einsum_labels(op: Operation) -> list[Labels]:
         factors = op.args[int(biased) : int(biased) + 2]
         letters = equation.replace(" ", "").split("->")[0].split(",")
-        if [getattr(x, "ndim", None) for x in factors] != [*map(len, letters)]:
+        if len(factors) != 2 or [getattr(x, "ndim", None) for x in factors] != [*map(len, letters)]:
             raise RuleMisfit(f"{equation!r} is of other operands")
         a, b = factors
         if biased and op["alpha"] == 0:
