@@ -1102,11 +1102,11 @@ def test_a_checkpoint_of_another_schedule_is_refused(model):
         ({"steps": 3, "generator": None}, r"got the keys \['steps', 'generator'\]"),
         ({"steps": 3, "spent": 0.0, "gen": None}, r"got the keys \['steps', 'spent', 'gen'\]"),
         ([drawn], "got list of length 1; pass what"),
-        (drawn, "a state without, got a state with that of a generator; make"),
+        (drawn, "the state of one without, got the state of a Teleporter with a generator; make"),
     ):
         with pytest.raises(TeleportError, match=message):
             teleporter.load_state_dict(state)
-    with pytest.raises(TeleportError, match="a state with that of a generator, got a state without"):
+    with pytest.raises(TeleportError, match="the state of a Teleporter with a generator, got the state of one without"):
         tl.Teleporter(model, adam(model), generator=torch.Generator()).load_state_dict({**drawn, "generator": None})
     saved = {"steps": 3, "spent": 0.25, "generator": None}
     teleporter.load_state_dict(saved)

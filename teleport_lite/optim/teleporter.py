@@ -233,7 +233,7 @@ class Teleporter:
             remedy = "pass what Teleporter.state_dict gave"
             raise TeleportError(f"a state with the keys {[*self.state_dict()]}", got, remedy)
         if (state["generator"] is None) != (self.generator is None):
-            words = "a state with that of a generator", "a state without"
+            words = "the state of a Teleporter with a generator", "the state of one without"
             expected, got = words if state["generator"] is None else words[::-1]
             raise TeleportError(expected, got, "make the Teleporter as it was when the state was saved")
         if self.generator is not None:
