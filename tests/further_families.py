@@ -255,7 +255,7 @@ class Universal(nn.Module):
 
 
 TOLERATED = "lengths of filters that are standardised, but for the number under the root"
-PIECES = "what is added alike to all that a maximum is taken of"
+PIECES = "a piece that is the largest for few of the inputs counted on; with five times as many it is not free"
 EXPONENT = "a shift under an exponential gate, which queries take back"
 COUNTED = "a shift that is added once a node, so that it depends on their number"
 FACTORS = "a shift of the factors of a product of two tables, which biases of the other side take back"
@@ -263,7 +263,7 @@ INDICES = torch.arange(60)  # of all users, and of all items
 
 FURTHER: dict[str, Family] = {
     "weight-standardised ResNet": Family(BigTransfer, (_x(2, 2, 5, 5),), rest=5, why=TOLERATED),
-    "maxout": Family(Maxout, (_x(7, 4),), rest=22, why=PIECES),
+    "maxout": Family(Maxout, (_x(7, 4),), rest=5, why=PIECES),
     "super-resolution": Family(SuperResolution, (_x(2, 1, 5, 5),)),
     "residual gated layers": Family(ResidualGLU, (_x(7, 8),)),
     "mLSTM": Family(MatrixMemory, (_x(2, 5, 4),), rest=1, why=EXPONENT),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -135,6 +136,27 @@ class SideBySide(nn.Module):
         return self.head(self.norm(self.skip(torch.cat([y, x], -1))))
 
 
+class Pieces(nn.Module):
+    """Units that each pick one of several linear functions, or blend them; in one layer or in layers beside each other.
+
+    What all functions of a unit are shifted by, its readers take back; and weights of a later layer shift alike, too,
+    by what its readers send to zero.
+    """
+
+    def __init__(self, pick, beside=0, bias=True, between=nn.Identity, out=2):
+        super().__init__()
+        size, self.pick, self.between = (1, beside) if beside else (2, 1), pick, between()
+        self.a, self.b = (
+            nn.ModuleList(nn.Linear(n, D * size[0], bias or k == 0) for k in range(size[1])) for n in (IN, D)
+        )
+        self.c = nn.Linear(D, out)
+
+    def forward(self, x):
+        for layer in (self.a, self.b):
+            x = self.between(self.pick(*(part(x) for part in layer)))
+        return self.c(x)
+
+
 def transformer():
     block = nn.TransformerEncoderLayer(D, H, FF, 0.0, "gelu", batch_first=True, norm_first=True)
     return nn.Sequential(nn.Linear(IN, D), block, nn.LayerNorm(D), nn.Linear(D, OUT))
@@ -188,6 +210,21 @@ CASES = {  # model, inputs, dimension of the translations, and of all symmetries
         SideBySide, real(IN), 2 * D + D + OUT + (2 * D + 1) + (FF + 1), None,
     ),
     "a low-rank term": (LowRank, real(IN), OUT * 2 + 2 * IN, OUT * 2 + 2 * IN),
+    **{
+        f"pieces, {name}": (partial(Pieces, pick, beside), real(IN), 2 * D + (D - 2) * D, None)  # biases, weights
+        for name, pick, beside in (
+            ("amax", lambda h: h.unflatten(-1, (D, 2)).amax(-1), 0),
+            ("min and indices", lambda h: h.view(len(h), 2, D).min(1).values, 0),
+            ("max_pool", lambda h: nn.functional.max_pool1d(h[:, None], 2)[:, 0], 0),
+            ("logsumexp", lambda h: h.view(len(h), D, 2).logsumexp(-1), 0),
+            ("sort", lambda h: h.view(len(h), D, 2).sort(-1).values[..., 0], 0),
+            ("chunks", lambda h: torch.minimum(*h.chunk(2, -1)), 0),
+            ("maximum", torch.maximum, 2),
+            ("a comparison", lambda a, b: torch.where(a > b, a, b), 2),
+            ("stack", lambda *h: torch.stack(h).median(0).values, 3),
+            ("one after another", lambda a, b, c: torch.maximum(torch.minimum(a, b), c), 3),
+        )
+    },
 }  # fmt: skip
 LENGTHS = {"two tables": None, "patches, class and places": None, "convolutions": None, "a GroupNorm": None}
 FALSE = {
@@ -197,6 +234,18 @@ FALSE = {
         nn.Conv2d(2, 3, 1), nn.Dropout(0.5), nn.GroupNorm(1, 3, affine=False), nn.Tanh()
     ),
 }
+
+
+ONE_SIDED = {
+    "a ReLU behind": {"between": nn.ReLU},
+    "no bias on one side": {"bias": False, "out": D},
+    "a square behind": {"between": lambda: Squared()},
+}
+
+
+class Squared(nn.Module):
+    def forward(self, x):
+        return x * x
 
 
 class Elsewhere(nn.Module):
@@ -302,6 +351,13 @@ def test_what_breaks_a_shift_is_noticed(name):
     torch.manual_seed(0)
     model = FALSE[name]()
     assert not shifts_of(model, torch.randn(3, 2, 5, 5)).dim
+
+
+@pytest.mark.parametrize("how", ONE_SIDED)
+def test_what_breaks_a_shift_of_all_pieces_is_noticed(how):
+    torch.manual_seed(0)
+    model = Pieces(torch.maximum, 2, **ONE_SIDED[how])
+    assert not shifts_of(model, torch.randn(9, IN)).dim
 
 
 @pytest.mark.parametrize(
@@ -424,8 +480,11 @@ OPTIMIZERS = {
 }
 
 
+CARRIED = ["linear layers", "a transformer", "a low-rank term", "a loop", "two streams in front of a norm"]
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", ["linear layers", "a transformer", "a low-rank term"])
+@pytest.mark.parametrize("name", [*CARRIED, "pieces, amax", "pieces, maximum"])
 def test_state_of_optimizers_is_carried_along(name, optimizer):
     model, inputs = build(name)
     x = inputs(9, 3)

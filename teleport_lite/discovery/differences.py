@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from teleport_lite.discovery.dispatch import leaves_of, map_tensors
-from teleport_lite.symmetries.shifts import Move, Shift, Step
+from teleport_lite.symmetries.shifts import Move, Operand, Shift, Step
 
 EXACT = 1e-11  # relative, of differences in float64
 Chain = tuple[Step, ...]
+Part = tuple[str, tuple[int, ...], Chain]
 
 
 class _NonlinearError(Exception):
@@ -30,8 +31,9 @@ class Source:
     """A shift of a parameter by a random c.
 
     Attributes:
-        name, shape: the parameter, and the shape in which `own` of c is added to it.
+        name, shape: the parameter, and the shape in which what `own` makes of c is added to it.
         c: the random numbers.
+        beside: other parameters that move by the same c, each with its shape and what is made of c there.
         read, blocked, settled, absorbed: for each entry whether something computed with it, whether something sees it,
             whether it was seen to end, and whether by being undone.
         born: how many operations had been run when one first computed with it.
@@ -41,8 +43,9 @@ class Source:
 
     name: str
     shape: tuple[int, ...]
+    own: Chain
     c: Tensor
-    own: Chain = ()
+    beside: tuple[Part, ...] = ()
     born: int = 0
     read: Tensor = field(init=False)
     blocked: Tensor = field(init=False)
@@ -54,6 +57,11 @@ class Source:
     def __post_init__(self) -> None:
         self.read, self.blocked, self.settled, self.absorbed = torch.zeros(4, len(self.c), dtype=torch.bool)
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All parameters that move, each with its shape and what is made of c."""
+        return (self.name, self.shape, self.own), *self.beside
+
     def ended_shifts(self) -> Iterator[Shift]:
         """The translations by those entries that end everywhere: what nothing sees, and what is undone."""
         free = self.settled & ~self.blocked
@@ -62,9 +70,8 @@ class Source:
         for mine, undone in ((free & ~self.absorbed, ()), (free & self.absorbed, self.undone)):
             if n := int(mine.sum()):
                 part = () if n == len(mine) else (Step(tuple(torch.where(mine, mine.cumsum(0) - 1, -1).tolist())),)
-                yield Shift(
-                    n, [Move(s.name, s.shape, 0, n, extend_chain(part, *c)) for s, c in [(self, self.own), *undone]]
-                )
+                moved = [*self.parts, *((s.name, s.shape, chain) for s, chain in undone)]
+                yield Shift(n, [Move(name, shape, 0, n, extend_chain(part, *chain)) for name, shape, chain in moved])
 
 
 @dataclass(eq=False)
@@ -205,6 +212,20 @@ def extend_chain(chain: Chain, *steps: Step) -> Chain:
     return chain
 
 
+def undoing_step(d: Difference, e: Difference, choice: Step) -> Step | None:
+    """What makes of d the entries of which e is a `choice`, so that e takes d back; nothing where it does not."""
+    if any(a not in (1, b) for a, b in zip(d.t.shape, e.t.shape, strict=True)):
+        return None
+    entries, v = torch.tensor(choice.indices), d.t.reshape(-1)
+    places = torch.arange(d.t.numel()).view(d.t.shape).expand(e.t.shape).reshape(-1)
+    used = entries >= 0
+    back = torch.full((len(e.source.c),), -1)
+    back[entries[used]] = places[used]
+    undone = torch.cat([v, v.new_zeros(1)])[back][entries] * used.to(v)
+    found = bool(((undone - v[places]).abs() <= EXACT * v.abs().max()).all())
+    return Step(tuple(back.tolist()), scale=-1.0 / choice.scale) if found else None
+
+
 def sum_or_mean(t: Tensor, w: Tensor) -> list[Step] | None:
     """The sum or the mean along an axis of `t` that w is."""
     axes = "abcdefgh"[: t.ndim]
@@ -213,6 +234,25 @@ def sum_or_mean(t: Tensor, w: Tensor) -> list[Step] | None:
         for scale in (1.0, 1 / t.shape[k]):
             if total.shape == w.shape and bool(((scale * total - w).abs() <= EXACT * t.abs().max()).all()):
                 return [Step((), f"{axes}->{axes.replace(axes[k], '')}", tuple(t.shape), (), scale)]
+    return None
+
+
+def product_step(operand: Operand, p: Tensor, v: Tensor, w: Tensor) -> Step | None:
+    """The product of rows p of a parameter and v that w is."""
+    n, m, rest = len(v), len(w), "jkl"[: max(p.ndim - 2, 0)]
+    a, b = (*p.shape, 1)[:2]
+    wanted = {f"oi{rest},i->o": (m, n), f"oi{rest},o->i": (n, m), f"oi{rest},o->o": (n, 1) if n == m else None}
+    for equation, shape in wanted.items():
+        if shape == (a, b):
+            equation = equation if p.ndim > 1 else "o,o->o"
+            r = torch.einsum(equation, p.to(v), v)
+            if r.shape != w.shape:
+                continue
+            scale = float(w @ r / (r @ r))
+            if m == 1 and abs(scale - 1) > EXACT:  # any two numbers are multiples of each other
+                continue
+            if bool(((w - scale * r).abs() <= EXACT * w.abs().max()).all()):
+                return Step((), equation, (n,), (operand,), 1.0 if abs(scale - 1) < EXACT else scale)
     return None
 
 

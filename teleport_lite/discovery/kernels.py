@@ -8,13 +8,14 @@ bias times b is taken away: it may move by $c N^\top$ with $N^\top V = 0$, and i
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from teleport_lite.discovery.probe import randn_like
+from teleport_lite.discovery.ties import Tie
 from teleport_lite.functional import Params
 from teleport_lite.symmetries.kernels import Kernel
 from teleport_lite.symmetries.shifts import Move, Shift, Step
@@ -28,7 +29,8 @@ PLACED = 1 << 16  # entries of a parameter of which a part moves
 class _Slice(NamedTuple):
     """Entries along an axis of a parameter from `first` on, at one tap or at all.
 
-    A random combination of its gradients, and the same one of the gradients of its bias.
+    A random combination of its gradients, and the same one of the gradients of its bias. Or rows that are `tied`, of
+    one parameter or of several, each with the numbers of the groups in which they move alike; then the tap is -1.
     """
 
     name: str
@@ -37,6 +39,7 @@ class _Slice(NamedTuple):
     tap: int | None
     gradient: Tensor
     of_bias: Tensor | None
+    tied: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 def kernel_shifts(
@@ -44,6 +47,7 @@ def kernel_shifts(
     gradients: list[Params],
     products: dict[str, tuple],
     connected: dict[tuple[str, int], Tensor],
+    ties: Iterable[Tie],
     generator: torch.Generator,
 ) -> Iterator[tuple[Shift, Kernel]]:
     """The translations that gradients propose, with the kernel that each is in: of each slice that with fewest rows.
@@ -53,7 +57,7 @@ def kernel_shifts(
     params = {name: p for name, p in params.items() if p.is_floating_point()}
     products = {name: product for name, product in products.items() if name in params}  # no complex ones
     after = dict(zip(params, [*params, ""][1:], strict=True))
-    slices = _slices(params, gradients, after, generator)
+    slices = _slices(params, gradients, after, ties, generator)
     found = dict.fromkeys(_kernels(params, products, after, slices))
     kernels = [(k, sum(params[n].numel() // params[n].shape[d] for n, d, _ in k.parts) - k.centered) for k in found]
     kernels = [(k, n) for k, n in kernels if n < k.length and n**2 * k.length <= CHEAP]
@@ -68,7 +72,7 @@ def kernel_shifts(
         part = any(params[name].shape[dim] > kernel.length for name, dim, _ in kernel.parts)
         bias = after[kernel.parts[0][0]] if len(kernel.parts) == 1 and not part else ""
         met = set().union(*(numbers_at(*part) for part in kernel.parts))
-        near = [s for s in slices[kernel.length] if s.name not in own and met & meeting[s[:3]]]
+        near = [s for s in slices[kernel.length] if s.name not in own and (s.tied or met & meeting[s[:3]])]
         near = [s for s in near if {s[:4], (*s[:3], None)}.isdisjoint(done)] if done else near
         near = [s for s in near if not part or (s.tap is None and params[s.name].shape[s.dim] == kernel.length)]
         if not near:
@@ -92,9 +96,9 @@ def _inside(vectors: Tensor, span: Tensor) -> list[bool]:
 
 
 def _slices(
-    params: Params, gradients: list[Params], after: dict[str, str], generator: torch.Generator
+    params: Params, gradients: list[Params], after: dict[str, str], ties: Iterable[Tie], generator: torch.Generator
 ) -> dict[int, list[_Slice]]:
-    """Those that have the length of a whole axis, by that."""
+    """Those that have the length of a whole axis, by that; and rows whose biases are tied."""
     found = {n: [g[n] for g in gradients if n in g] for n, p in params.items() if p.requires_grad}
     total = {n: torch.stack(some).sum(0) for n, some in found.items() if some}
     total = {n: g for n, g in total.items() if bool(g.any())}
@@ -117,6 +121,15 @@ def _slices(
             parts[n] += [
                 s._replace(first=first, gradient=s.gradient[first : first + n]) for first in _starts(len(s.gradient), n)
             ]
+    before = {bias: name for name, bias in after.items()}
+    for tied in (tuple((before.get(bias, ""), groups) for bias, _, groups in tie) for tie in ties):
+        rows = [total[name] for name, groups in tied if name in total and len(groups) == len(total[name])]
+        alike = len(rows) == len(tied) and len({g.shape[1:] for g in rows}) == 1 < rows[0].ndim
+        if alike and sum(g.numel() for g in rows) <= PLACED:
+            numbers = torch.tensor([group for _, groups in tied for group in groups])
+            mixed = (torch.cat(rows) * randn_like(rows[0][0], generator)).flatten(1).sum(1)
+            summed = mixed.new_zeros(int(numbers.max()) + 1).index_add(0, numbers, mixed)
+            parts[len(summed)].append(_Slice(tied[0][0], 0, 0, -1, summed, None, tied))
     return {n: [s for s in near if bool(s.gradient.any())] for n, near in parts.items()}
 
 
@@ -151,11 +164,15 @@ def _kernels(
 def _moved(params: Params, s: _Slice, kernel: Kernel, undo: tuple[str, ...]) -> Shift | None:
     """The translation of a slice in a kernel; where it reads what has a bias, its own bias undoes that."""
     p, axes = params[s.name], "abcdef"[: params[s.name].ndim]
-    taps = [d for d in range(p.ndim) if s.tap is not None and d > 1]
+    taps = [d for d in range(p.ndim) if s.tap is not None and d > 1 and not s.tied]
     wide = [1 if d in taps else kernel.length if d == s.dim else k for d, k in enumerate(p.shape)]
     narrow = [kernel.length - len(kernel.rows(params)) if d == s.dim else k for d, k in enumerate(wide)]
     own, n = axes.replace(axes[s.dim], "z"), torch.Size(narrow).numel()
     steps = [Step((), f"{axes[s.dim]}z,{own}->{axes}", tuple(narrow), (kernel,))]
+    if s.tied:
+        places = torch.arange(torch.Size(wide).numel()).view(wide)
+        steps_of = {name: [*steps, Step(tuple(places[list(groups)].flatten().tolist()))] for name, groups in s.tied}
+        return Shift(n, [Move(name, tuple(params[name].shape), 0, n, tuple(own)) for name, own in steps_of.items()])
     if wide != list(p.shape):
         if p.numel() > PLACED:
             return None

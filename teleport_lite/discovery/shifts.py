@@ -9,6 +9,7 @@ another parameter, added at the same place, can undo it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from teleport_lite.discovery.differences import (
     EXACT,
-    Chain,
     Difference,
+    Part,
     Source,
     choice_of,
     cluster_by_source,
@@ -25,12 +26,15 @@ from teleport_lite.discovery.differences import (
     extend_chain,
     multiply_shift,
     output_differences,
+    product_step,
     rerun_shifted,
     sum_or_mean,
+    undoing_step,
 )
 from teleport_lite.discovery.dispatch import DispatchMode, leaves_of, written_tensors
 from teleport_lite.discovery.memory import storage_key
 from teleport_lite.discovery.propagate import MOVING
+from teleport_lite.discovery.ties import Tie, ties_let_through
 from teleport_lite.functional import Params
 from teleport_lite.symmetries.shifts import Operand, Shift, Step
 
@@ -46,14 +50,19 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"
 class Shifts(DispatchMode):
     """The sources of a run, and what becomes of them; parameters that are `looped` are read again and again.
 
+    Some more sources shift entries alike that are tied in `ties`.
+
     Attributes:
         sources: those.
         products: for each matrix what it is multiplied with, the memory of the result, and its dimensions: out and in,
             "oi", or "io".
         uses: how many operators compute with each parameter.
+        ties: those, and others that operators of this run ask for.
     """
 
-    def __init__(self, params: Params, generator: torch.Generator, looped: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, params: Params, generator: torch.Generator, looped: frozenset[str] = frozenset(), ties: Iterable[Tie] = ()
+    ) -> None:
         super().__init__()
         self.uses: Counter[str] = Counter()
         self._params, self._generator, self._looped = params, generator, looped
@@ -65,11 +74,15 @@ class Shifts(DispatchMode):
         self._vectors: dict[int, list[str]] = {}  # by their length
         self.sources: list[Source] = []
         self.products: dict[str, tuple[tuple[int, ...], int, str]] = {}
+        self.ties = dict.fromkeys(ties)
+        self._tied = len(self.ties)
+        for tie in self.ties:
+            self._new_source(1 + max(max(groups) for *_, groups in tie), *((n, s, (Step(g),)) for n, s, g in tie))
 
-    def _new_source(self, name: str, shape: tuple[int, ...], n: int, own: Chain = ()) -> Source:
-        p = self._params[name]
+    def _new_source(self, n: int, *parts: Part) -> Source:
+        p = self._params[parts[0][0]]
         c = torch.randn(n, generator=self._generator, dtype=p.dtype).to(p) * (1 + p.square().mean().sqrt())
-        self.sources.append(Source(name, shape, c, own))
+        self.sources.append(Source(*parts[0], c, parts[1:]))
         return self.sources[-1]
 
     def _enter_parameter(self, x: Tensor) -> None:
@@ -81,10 +94,13 @@ class Shifts(DispatchMode):
         if name not in self._own:
             alike = (1,) * p.ndim
             shapes = [alike, (*alike[1:], p.shape[-1]), tuple(p.shape)][: 2 + (p.numel() <= WHOLE)]
-            self._own[name] = [self._new_source(name, s, torch.Size(s).numel()) for s in dict.fromkeys(shapes)]
+            tied = [s for s in self.sources[: self._tied] if any(name == other for other, *_ in s.parts)]
+            alone = [self._new_source(torch.Size(s).numel(), (name, s, ())) for s in dict.fromkeys(shapes)]
+            self._own[name] = [*alone, *tied]
         row = x.numel() == p.shape[-1] < p.numel()  # others may go elsewhere: then a source that moves it alone
         for s in reversed(self._own[name]) if row else self._own[name]:
-            t = s.c.view(s.shape)
+            _, shape, own = next(part for part in s.parts if part[0] == name)
+            t = (s.c[list(own[0].indices)] if own else s.c).view(shape)
             if x is not p:
                 laid = torch.empty_strided(p.size(), p.stride(), dtype=p.dtype, device=p.device).copy_(t)
                 t = compact_tensor(laid.as_strided(x.size(), x.stride(), x.storage_offset() - p.storage_offset()))
@@ -102,8 +118,9 @@ class Shifts(DispatchMode):
             for d in self._found.get(id(x), []):
                 d.source.blocked |= d.support
         found = [(s, part) for s in self.sources for part in s.ended_shifts()]
-        whole = {(s.name, s.own): len(s.c) for s, part in found if part.dim == len(s.c)}  # finer sources stand last
-        return [part for s, part in found if len(s.c) >= whole.get((s.name, s.own), 0)]
+        own = {s: (s.name, tuple(step for step in s.own if step.equation)) for s, _ in found}
+        whole = {own[s]: len(s.c) for s, part in sorted(found, key=lambda f: len(f[0].c)) if part.dim == len(s.c)}
+        return [part for s, part in found if len(s.c) >= whole.get(own[s], 0)]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -133,7 +150,7 @@ class Shifts(DispatchMode):
         results = [x for x in leaves_of(out) if isinstance(x, Tensor)]
         for i in written:
             self._found.pop(i, None)
-        ndim = results[0].ndim if results else 0
+        ndim, stopped = results[0].ndim if results else 0, []
         for inputs, moved, known in zip(alive, ends, direct, strict=True):
             (x, d), s = inputs[0], inputs[0][1].source
             support = torch.stack([d.support for _, d in inputs]).any(0)
@@ -147,11 +164,14 @@ class Shifts(DispatchMode):
             ]
             if not found or (storage_key(x) in self._owners and any(d and d.v is not None for d in found)):
                 s.blocked |= support  # by what is not linear, a number that Python reads, or data times a gain
+                stopped += inputs
                 continue
             s.settled |= support & (not moving and found[0] is None)
             for x, new_d in zip(results, found, strict=False):
                 if new_d:
                     self._attach_difference(x, new_d)
+        if stopped and not written and kind not in PRODUCTS:
+            self.ties.update(dict.fromkeys(ties_let_through(call, results, stopped)))
         if kind in ("mm", "addmm"):
             self._read_normalized(args, results[0])
         names = {self._owners.get(storage_key(x), "") for x in given}
@@ -181,7 +201,7 @@ class Shifts(DispatchMode):
         if step is None and d.v is None:
             step = self._match_broadcast(given, inputs[0][0], d.t, w) if kind in PRODUCTS else sum_or_mean(d.t, w)
         step = choice_of(v, w) if step is None else step
-        if len(inputs) > 1 or step is None:
+        if step is None or (len(inputs) > 1 and any(part.equation or part.scale != 1 for part in step)):
             return Difference(s, t, d.chains, support, v)
         return Difference(s, t, tuple(extend_chain(c, *step) for c in d.chains), support)
 
@@ -209,47 +229,25 @@ class Shifts(DispatchMode):
     def _match_product(self, x: Tensor, v: Tensor, w: Tensor) -> Step | None:
         """The parameter that `x` shows, times v, where w is that."""
         found = self._parameter_rows(x)
-        if found is None or torch.equal(v, w):
-            return None
-        operand, p = found
-        n, m, rest = len(v), len(w), "jkl"[: max(p.ndim - 2, 0)]
-        a, b = (*p.shape, 1)[:2]
-        wanted = {f"oi{rest},i->o": (m, n), f"oi{rest},o->i": (n, m), f"oi{rest},o->o": (n, 1) if n == m else None}
-        for equation, shape in wanted.items():
-            if shape == (a, b):
-                equation = equation if p.ndim > 1 else "o,o->o"
-                r = torch.einsum(equation, p.to(v), v)
-                if r.shape != w.shape:
-                    continue
-                scale = float(w @ r / (r @ r))
-                if m == 1 and abs(scale - 1) > EXACT:  # any two numbers are multiples of each other
-                    continue
-                if bool(((w - scale * r).abs() <= EXACT * w.abs().max()).all()):
-                    return Step((), equation, (n,), (operand,), 1.0 if abs(scale - 1) < EXACT else scale)
-        return None
+        return product_step(*found, v, w) if found and not torch.equal(v, w) else None
 
     def _absorb_shifts(self, here: list[Difference], names: set[str]) -> None:
         """Let what is shifted by one source be shifted back by another, whose entries are added at the same places."""
         for d in [d for d in here if d.v is None]:
             for e in here:
                 s, other, choice = d.source, e.source, e.choice
-                if other.name == s.name or choice is None or other.own or other.name in self._looped - names:
+                if (
+                    other.name in {name for name, *_ in s.parts}
+                    or choice is None
+                    or other.own
+                    or other.name in self._looped - names
+                ):
                     continue  # what a loop reads has gone elsewhere, too, but right where it is read
                 if bool((other.blocked & e.support).any()) and all(o is not other for o, _ in s.undone):
                     continue  # it went where s did not
                 if d.choice and s.born > other.born:  # what was there before may have gone elsewhere, too
                     continue
-                if any(a not in (1, b) for a, b in zip(d.t.shape, e.t.shape, strict=True)):
-                    continue
-                entries = torch.tensor(choice.indices)
-                places = torch.arange(d.t.numel()).view(d.t.shape).expand(e.t.shape).reshape(-1)
-                v = d.t.reshape(-1)
-                used = entries >= 0
-                back = torch.full((len(other.c),), -1)
-                back[entries[used]] = places[used]
-                undone = torch.cat([v, v.new_zeros(1)])[back][entries] * used.to(v)
-                if bool(((undone - v[places]).abs() <= EXACT * v.abs().max()).all()):
-                    step = Step(tuple(back.tolist()), scale=-1.0 / choice.scale)
+                if step := undoing_step(d, e, choice):
                     for c in d.chains:
                         s.undone[other, extend_chain(c, step)] = s.undone.get((other, extend_chain(c, step)), 0) + 1
                     other.undoes = True
@@ -290,7 +288,7 @@ class Shifts(DispatchMode):
             shifts = ((vectors @ inverse[k] - total).abs() <= rounding).nonzero()[:, 0].tolist()
             if shifts or total.abs() <= rounding:
                 own = Step((), f"i,o->{outer}", (m,), (gain,))
-                s = self._new_source(name, tuple(self._params[name].shape), m, (own, *rows))
+                s = self._new_source(m, (name, tuple(self._params[name].shape), (own, *rows)))
                 s.settled |= bool(total.abs() <= rounding)
                 s.read |= True
             if shifts and total.abs() > rounding:

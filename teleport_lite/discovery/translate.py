@@ -16,12 +16,14 @@ from teleport_lite.discovery.exercised import exercised_entries
 from teleport_lite.discovery.kernels import kernel_shifts
 from teleport_lite.discovery.probe import Probe, randn_like, scattered
 from teleport_lite.discovery.shifts import Shifts
+from teleport_lite.discovery.ties import Tie
 from teleport_lite.discovery.verify import S, Verifier
 from teleport_lite.functional import Params, norm
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.shifts import Move, Shift, Step, join_shifts
 
 FAR_OUT, COARSELY = 300.0, 1e-3  # coordinates of translations, and relative changes of outputs that are none there
+ROUNDS = 8  # of runs, in which a maximum of maxima ties more and more
 FINELY = 1e-8  # the same where inputs are large
 ROUNDING = 1e-8  # the cosine of what is orthogonal
 
@@ -35,21 +37,23 @@ def verified_translations(
     """
     calm, params = check.planned.calm, probe.params
     looped: frozenset[str] = frozenset()
-    for trial in [calm[min(1, len(calm) - 1)], *check.planned.whole[:1]] * 2:
-        mode = Shifts(params, generator, looped)
+    ties: tuple[Tie, ...] = ()
+    trials = [calm[min(1, len(calm) - 1)], *check.planned.whole[:1]]
+    for left, trial in zip(range(2 * len(trials) - 1, -ROUNDS, -1), trials * ROUNDS, strict=False):
+        mode = Shifts(params, generator, looped, ties)
         outputs = probe.outputs(trial.call, trial.training, trial.seed, (*trial.modes(), mode))
         live = (s for s in mode.sources if not s.blocked.all())
         again = {o.name for s in live for (o, _), n in s.undone.items() if mode.uses[o.name] > n} - looped
-        if not again and all(bool(s.read.all()) for s in mode.sources):
+        if ties == (*mode.ties,) and (left <= 0 or (not again and all(bool(s.read.all()) for s in mode.sources))):
             break
-        looped |= again
+        looped, ties = looped | again, (*mode.ties,)
     readers = {  # behind a norm with that gain
         (s.name, o[0]) for s in mode.sources if s.own for o in s.own[0].operands[:1] if isinstance(o, tuple)
     }
     unseen = dict(constant_shifts(params, check.gradients, generator))
     unseen = {s: k for s, k in unseen.items() if s.monomial or (s.moves[0].name, s.names[-1]) not in readers}
     low_rank = list(absorbed_shifts(params, check.gradients, mode.products))
-    in_kernels = dict(kernel_shifts(params, check.gradients, mode.products, connected, generator))
+    in_kernels = dict(kernel_shifts(params, check.gradients, mode.products, connected, ties, generator))
     alike = {s.moves[0].name: Move(s.moves[0].name, (1,) * len(s.moves[0].shape), 0, 1) for s in unseen if s.monomial}
     followed = [s for s in mode.finish(outputs) if alike.get(s.moves[0].name) != s.moves[0]]
     proposed = [*followed, *low_rank, *unseen, *in_kernels]
