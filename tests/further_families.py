@@ -258,7 +258,7 @@ TOLERATED = "lengths of filters that are standardised, but for the number under 
 PIECES = "a piece that is the largest for few of the inputs counted on; with five times as many it is not free"
 EXPONENT = "a shift under an exponential gate, which queries take back"
 COUNTED = "a shift that is added once a node, so that it depends on their number"
-FACTORS = "a shift of the factors of a product of two tables, which biases of the other side take back"
+FACTORS = "a direction of one item's factors, along which no neuron switches for any user"
 INDICES = torch.arange(60)  # of all users, and of all items
 
 FURTHER: dict[str, Family] = {
@@ -269,7 +269,7 @@ FURTHER: dict[str, Family] = {
     "mLSTM": Family(MatrixMemory, (_x(2, 5, 4),), rest=1, why=EXPONENT),
     "E(n)-equivariant network": Family(Equivariant, (_x(2, 4, 2), _x(2, 4, 3)), rest=2, why=COUNTED),
     "DeepONet": Family(DeepONet, (_x(7, 6), _x(7, 2))),
-    "recommender": Family(Recommender, (INDICES % 30, INDICES % 20), rest=7, why=FACTORS),
+    "recommender": Family(Recommender, (INDICES % 30, INDICES % 20), rest=1, why=FACTORS),
     "seq2seq, additive attention": Family(Listener, (_x(2, 5, 3), _x(2, 4, 2))),
     "ConvLSTM": Family(ConvLSTM, (_x(2, 3, 1, 6, 6),), rest=14, why=ONE_SIDED),
     "mixture of experts in a list": Family(Sparse, (_x(9, 5),), rest=4, why=ONE_SIDED),

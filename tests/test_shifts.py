@@ -157,6 +157,23 @@ class Pieces(nn.Module):
         return self.c(x)
 
 
+class Factors(nn.Module):
+    """Products of the factors of any two fields, a bias for each entry, and perhaps a network beside."""
+
+    def __init__(self, fields=2, deep=False, end=nn.Identity):
+        super().__init__()
+        self.factors, self.biases = (nn.ModuleList(nn.Embedding(7, k) for _ in range(fields)) for k in (3, 1))
+        self.deep = nn.Sequential(nn.Linear(3 * fields, 5), nn.Tanh(), nn.Linear(5, 1)) if deep else None
+        self.end = end()
+
+    def forward(self, i):
+        v = torch.stack([table(k) for table, k in zip(self.factors, i.unbind(1), strict=True)], 1)
+        score = self.end((v.sum(1).square() - v.square().sum(1)).sum(-1, keepdim=True) / 2)
+        for table, k in zip(self.biases, i.unbind(1), strict=True):
+            score = score + table(k)
+        return score if self.deep is None else score + self.deep(v.flatten(1))
+
+
 def transformer():
     block = nn.TransformerEncoderLayer(D, H, FF, 0.0, "gelu", batch_first=True, norm_first=True)
     return nn.Sequential(nn.Linear(IN, D), block, nn.LayerNorm(D), nn.Linear(D, OUT))
@@ -210,6 +227,8 @@ CASES = {  # model, inputs, dimension of the translations, and of all symmetries
         SideBySide, real(IN), 2 * D + D + OUT + (2 * D + 1) + (FF + 1), None,
     ),
     "a low-rank term": (LowRank, real(IN), OUT * 2 + 2 * IN, OUT * 2 + 2 * IN),
+    "products of factors": (Factors, whole(7, 2), 3 + 3 + 1, None),  # few inputs there are, and all factors mix
+    "products of factors, a network beside": (partial(Factors, 3, True), whole(7, 3), 3 * 3 + 3, None),
     **{
         f"pieces, {name}": (partial(Pieces, pick, beside), real(IN), 2 * D + (D - 2) * D, None)  # biases, weights
         for name, pick, beside in (
@@ -353,6 +372,12 @@ def test_what_breaks_a_shift_is_noticed(name):
     assert not shifts_of(model, torch.randn(3, 2, 5, 5)).dim
 
 
+def test_what_breaks_a_shift_of_factors_is_noticed():
+    torch.manual_seed(0)
+    found = shifts_of(Factors(end=nn.Tanh), whole(7, 2)(9, 0))
+    assert found.dim == 1 and not any("factors" in name for name in found.names)
+
+
 @pytest.mark.parametrize("how", ONE_SIDED)
 def test_what_breaks_a_shift_of_all_pieces_is_noticed(how):
     torch.manual_seed(0)
@@ -484,7 +509,7 @@ CARRIED = ["linear layers", "a transformer", "a low-rank term", "a loop", "two s
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", [*CARRIED, "pieces, amax", "pieces, maximum"])
+@pytest.mark.parametrize("name", [*CARRIED, "pieces, amax", "products of factors"])
 def test_state_of_optimizers_is_carried_along(name, optimizer):
     model, inputs = build(name)
     x = inputs(9, 3)

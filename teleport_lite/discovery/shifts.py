@@ -44,19 +44,19 @@ BIASES = {  # where an operator has its bias, and along which dimension
     "native_group_norm": (2, 1),
 }  # fmt: skip
 ROWS = {"mm": 0, "addmm": 1, "convolution": 0}  # products row by row, and where what they are linear in stands
+PICKS = {"embedding", "index", "index_select", "gather"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"}
 
 
 class Shifts(DispatchMode):
-    """The sources of a run, and what becomes of them; parameters that are `looped` are read again and again.
-
-    Some more sources shift entries alike that are tied in `ties`.
+    """The sources of a run; parameters that are `looped` are read again and again, entries in `ties` shifted alike.
 
     Attributes:
         sources: those.
         products: for each matrix what it is multiplied with, the memory of the result, and its dimensions: out and in,
             "oi", or "io".
         uses: how many operators compute with each parameter.
+        tables: parameters of which rows are picked, or that are multiplied by others alone.
         ties: those, and others that operators of this run ask for.
     """
 
@@ -65,6 +65,7 @@ class Shifts(DispatchMode):
     ) -> None:
         super().__init__()
         self.uses: Counter[str] = Counter()
+        self.tables: set[str] = set()
         self._params, self._generator, self._looped = params, generator, looped
         keys = [storage_key(p) for p in params.values()]
         self._owners = {k: n for k, n in zip(keys, params, strict=True) if keys.count(k) == 1}
@@ -176,6 +177,8 @@ class Shifts(DispatchMode):
             self._read_normalized(args, results[0])
         names = {self._owners.get(storage_key(x), "") for x in given}
         self.uses.update(() if views or moving else names)
+        if kind in PICKS or (kind in PRODUCTS and "" not in names):
+            self.tables |= names
         for x in results:
             self._absorb_shifts(self._found.get(id(x), []), names)
         return out

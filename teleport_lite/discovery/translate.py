@@ -22,6 +22,8 @@ from teleport_lite.functional import Params, norm
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.shifts import Move, Shift, Step, join_shifts
 
+BLOCKS, TERMS = 8, 64  # of columns of a matrix, and of what may undo the shift of a table, at most
+SUMS = 4  # of the outputs of a trial, at random
 FAR_OUT, COARSELY = 300.0, 1e-3  # coordinates of translations, and relative changes of outputs that are none there
 ROUNDS = 8  # of runs, in which a maximum of maxima ties more and more
 FINELY = 1e-8  # the same where inputs are large
@@ -56,7 +58,9 @@ def verified_translations(
     in_kernels = dict(kernel_shifts(params, check.gradients, mode.products, connected, ties, generator))
     alike = {s.moves[0].name: Move(s.moves[0].name, (1,) * len(s.moves[0].shape), 0, 1) for s in unseen if s.monomial}
     followed = [s for s in mode.finish(outputs) if alike.get(s.moves[0].name) != s.moves[0]]
-    proposed = [*followed, *low_rank, *unseen, *in_kernels]
+    known = {s.moves[0].name for s in (*followed, *unseen) if s.monomial or not s.moves[0].steps}
+    of_tables = table_shifts(params, check, mode.tables - known)
+    proposed = [*followed, *low_rank, *unseen, *of_tables, *in_kernels]
     proposed = [s for s in proposed if all(params[n].requires_grad for n in s.names)]
     if proposed:
         elsewhere = scattered(probe.values, 0.5, generator)
@@ -218,3 +222,49 @@ def absorbed_shifts(
                     operand = (kept, 0, len(params[kept]), 1)
                     step = Step((), f"{other},{own}->{full}", tuple(p.shape), (operand,), -s)
                     yield Shift(n, [Move(free, tuple(p.shape), 0, n), Move(w, tuple(params[w].shape), 0, n, (step,))])
+
+
+def table_shifts(params: Params, check: Verifier, tables: set[str]) -> Iterator[Shift]:
+    r"""Translations of all rows of a table Q by c, which biases $b - s\,Mc$ undo, as in $p_u \cdot q_i + b_u$.
+
+    There the gradients are $\sum_i G_{Q,i} = \sum_b s\,M^\top G_b$, which gives each s, for columns M of a matrix.
+    """
+    params = {name: p for name, p in params.items() if p.is_floating_point()}
+    vectors: dict[int, list[str]] = defaultdict(list)
+    for name, p in params.items():
+        if p.ndim and p.numel() == len(p):
+            vectors[len(p)].append(name)
+    gradients: list[Params] = []
+    for name in (n for n in params if n in tables and params[n].ndim == 2 and params[n].requires_grad):
+        k = params[name].shape[1]
+        terms = [
+            (m, first, b)
+            for m, p in params.items()
+            if p.ndim == 2 and m != name and p.shape[1] % k == 0 and p.shape[1] <= BLOCKS * k
+            for b in vectors[len(p)]
+            for first in range(0, p.shape[1], k)
+            if b not in (m, name)
+        ]
+        if not 0 < len(terms) <= TERMS:
+            continue
+        gradients = gradients or exercised_entries(params, [t.run for t in check.planned.trials] * SUMS)[2]
+        found = [{n: g[n] if n in g else 0 * params[n] for n in params} for g in gradients if name in g]
+        sums = torch.cat([g[name].sum(0) for g in found]) if found else torch.zeros(0)
+        if len(sums) <= len(terms) or not sums.any():
+            continue
+        sides = [
+            torch.cat([g[b].flatten() @ params[m].narrow(1, first, k).to(g[b]) for g in found]) for m, first, b in terms
+        ]
+        factors = torch.linalg.lstsq(torch.stack(sides, 1), sums, driver="gelsd").solution
+        if (torch.stack(sides, 1) @ factors - sums).norm() > ROUNDING * sums.norm():
+            continue
+        moves = [Move(name, (1, k), 0, k)]
+        for (m, first, b), s in zip(terms, factors.tolist(), strict=True):
+            if abs(s) > ROUNDING:
+                n, wide = params[m].shape
+                s = round(s, 6) if abs(s - round(s, 6)) < ROUNDING * abs(s) else s
+                places = tuple(i - first if first <= i < first + k else -1 for i in range(wide))
+                product = Step((), "oi,i->o", (wide,), ((m, 0, n, 1),), -s)
+                steps = (product,) if wide == k else (Step(places), product)
+                moves.append(Move(b, tuple(params[b].shape), 0, k, steps))
+        yield Shift(k, moves)
