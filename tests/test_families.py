@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from functools import partial
 
 import pytest
 import torch
@@ -175,6 +177,33 @@ class Flow(nn.Module):
         return self.out(path).sum(0)
 
 
+class Written(nn.Module):
+    """A network writes what another one is multiplied by, up to a constant: a matrix, a gain, or a shift."""
+
+    def __init__(self, way) -> None:
+        super().__init__()
+        self.way, size = way, {"matrix": 9, "matrix, in place": 9, "gain": 3, "shift": 3}[way]
+        self.one, self.two = nn.Linear(4, 5), nn.Linear(5, size)
+        self.into = None if "matrix" in way else nn.Linear(3, 3)
+        self.read, self.out = nn.Linear(3, 5), nn.Linear(5, 2)
+        self.register_buffer("constant", torch.tensor([0.5, -1.0, 2.0]))
+
+    def forward(self, x, z):
+        w = self.two(torch.tanh(self.one(z)))
+        match self.way:
+            case "matrix":
+                x = ((w.view(-1, 3, 3) + torch.eye(3).to(w)) @ x[..., None])[..., 0]
+            case "matrix, in place":
+                w = w.view(-1, 3, 3)
+                w += torch.eye(3).to(w)
+                x = (w @ x[..., None])[..., 0]
+            case "gain":
+                x = F.leaky_relu((1 + w) * torch.tanh(self.into(x)), 0.2)
+            case "shift":
+                x = F.leaky_relu(w + self.constant, 0.2) * torch.tanh(self.into(x))
+        return self.out(torch.tanh(self.read(x)))
+
+
 def nodes(n):
     return (torch.randn(n, 3), EDGES if n == 5 else torch.randint(0, n, (2, 3 * n)))
 
@@ -200,6 +229,10 @@ FAMILIES = {
     },
     "steps, empty": (Steps, ("empty",), lambda n: (torch.randn(n, n + 1, 3),), 4 + 4),
     "steps, stack": (Steps, ("stack",), lambda n: (torch.randn(n, n + 1, 3),), 4 + 4),
+    **{
+        f"written, {way}": (Written, (way,), lambda n: (torch.randn(n, 3), torch.randn(n, 4)), dim)
+        for way, dim in {"matrix": 9, "matrix, in place": 9, "gain": 3, "shift": 3}.items()
+    },
     "flow": (Flow, (), lambda n: (torch.randn(n, 3),), 4**2 + 6),
 }
 
@@ -251,6 +284,50 @@ def test_each_expert_has_scalings_signs_and_orders_of_its_own_and_the_stream_is_
     assert ((4, True, False) in orders) == (way != "modules")  # whole experts
     if way != "modules":
         assert len(scalings_and_mixings(found)) == 1  # one factor for all experts
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, partial(torch.optim.SGD, momentum=0.9), torch.optim.Adam])
+def test_state_moves_where_a_constant_is_added(optimizer):
+    torch.manual_seed(0)
+    model = Written("matrix").double()
+    x, z, y = torch.randn(40, 3).double(), torch.randn(40, 4).double(), torch.randn(40, 2).double()
+    found = scalings_and_mixings(tl.find_symmetries(model, (x, z)))
+    assert tl.Product.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    opt = optimizer(model.parameters(), lr=1e-3)
+    for _ in range(3):
+        opt.zero_grad()
+        F.mse_loss(model(x, z), y).backward()
+        opt.step()
+    before, params, state = model(x, z), params_of(copy.deepcopy(model)), copy.deepcopy(opt.state_dict())["state"]
+    report = tl.Teleporter(model, opt, found, every={0}, radius=0.3).step(lambda net: F.mse_loss(net(x, z), y))
+    assert report.accepted and relative(model(x, z), before) < 1e-11
+    for entry in ("momentum_buffer", "exp_avg"):
+        old = {n: s[entry] for n, s in zip(params, state.values(), strict=False) if s.get(entry) is not None}
+        expected = report.symmetry.transport(old, report.xi, params) if old else {}
+        for n, p in model.named_parameters():
+            assert n not in expected or torch.allclose(opt.state[p][entry], expected[n], 1e-11, 1e-13)
+
+
+class WrittenTwice(Written):
+    """The matrix is read without the constant, too."""
+
+    def forward(self, x, z):
+        return super().forward(x, z) + self.two(torch.tanh(self.one(z))).square().sum(-1, keepdim=True)
+
+
+class WrittenBeside(Written):
+    """What is added is no constant."""
+
+    def forward(self, x, z):
+        w = self.two(torch.tanh(self.one(z))).view(-1, 3, 3) + torch.diag(z[0, :3])
+        return self.out(torch.tanh(self.read((w @ x[..., None])[..., 0])))
+
+
+@pytest.mark.parametrize("kind", [WrittenTwice, WrittenBeside])
+def test_no_mixing_where_more_than_a_constant_is_added(kind):
+    torch.manual_seed(0)
+    found = tl.find_symmetries(kind("matrix").double(), (torch.randn(9, 3).double(), torch.randn(9, 4).double()))
+    assert not found.dim
 
 
 def test_mixings_of_a_stack_are_one_factor():

@@ -245,12 +245,13 @@ def test_legs_may_be_slices_of_a_longer_axis(generator):
     assert relative(functional_call(model, moved, x), model(x)) < 1e-14
 
 
-@pytest.mark.parametrize("offset", [1.0, -0.5, 2.0])
+@pytest.mark.parametrize("offset", [1.0, -0.5, 2.0, (1.0, 0.0, 0.0, 1.0, -0.5, 2.0)])
 def test_a_leg_with_an_offset_moves_as_the_sum(offset, generator):
     """What multiplies is c + w, as in a norm with the gain 1 + w."""
-    plain, shifted = (
-        NeuronSymmetry(PositiveScaling(3), [Leg("a", 0, offset=c), Leg("b", 1, True)]) for c in (0, offset)
-    )
+    plain, shifted = (NeuronSymmetry(GeneralLinear(3), [Leg("a", 0, offset=c), Leg("b", 1, True)]) for c in (0, offset))
+    saved = json.loads(json.dumps(shifted.to_dict()))
+    assert NeuronSymmetry.from_dict(saved) == shifted != plain
+    offset = torch.tensor(offset).view(-1, 2) if isinstance(offset, tuple) else offset
     params = {"a": torch.randn(3, 2, generator=generator), "b": torch.randn(1, 3, generator=generator)}
     xi = shifted.sample(params, generator=generator)
     expected = plain.act({**params, "a": params["a"] + offset}, xi)

@@ -281,7 +281,6 @@ class DeepAR(nn.Module):
 
 ONE_SIDED = "neurons that are never off"
 STEP = "a step in time, taken back by rates under an exponential"
-WRITTEN = "a matrix that the network writes, and to which the identity is added"
 EACH = "a rotation for each capsule by itself"
 DROPPED = "weights whose results are dropped, 12, and the mixings of the stream that they would write to, 9, stay"
 LENGTHS = "lengths of directions, which a weight norm takes back"
@@ -291,7 +290,7 @@ INDICES = torch.arange(2).remainder(5) + 3
 UNSEEN: dict[str, Family] = {
     "Performer": Family(Performer, (_x(2, 5, 5),)),
     "S4D": Family(S4D, (_x(2, 6, 4),), rest=3, why=STEP),
-    "PointNet": Family(PointNet, (_x(3, 7, 3),), rest=9 + 5, why=f"{WRITTEN}; {ONE_SIDED}"),
+    "PointNet": Family(PointNet, (_x(3, 7, 3),), rest=5, why=ONE_SIDED),
     "hypernetwork": Family(Hyper, (_x(7, 4), _x(7, 3) + 1)),
     "capsules": Family(Capsules, (_x(7, 6),), rest=12, why=EACH),
     "WaveNet": Family(WaveNet, (_x(2, 2, 7),), rest=21 + 8, why=f"{DROPPED}; {ONE_SIDED}"),

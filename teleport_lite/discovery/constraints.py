@@ -54,6 +54,8 @@ class Constraints:
         colors: labels, a colour for each, and in which systems different colours are told apart.
         gains: labels of what multiplies an axis and consists of parameters.
         offsets: labels of parameters to which a number was added, those of the parameters themselves, and the number.
+        biases: labels of sums with a bias, and those of that bias.
+        absorbed: labels of biases, and a constant, as numbers for each entry, that was added to such a sum.
     """
 
     count: int = 1
@@ -65,6 +67,8 @@ class Constraints:
     colors: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
     gains: list[Tensor] = field(default_factory=list)
     offsets: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
+    biases: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    absorbed: list[tuple[Tensor, tuple[float, ...]]] = field(default_factory=list)
 
     def fresh(self, *shape: int) -> Tensor:
         """Labels of new variables."""

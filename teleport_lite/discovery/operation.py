@@ -173,6 +173,8 @@ class Operation:
             a, b = (self.constraints.sum_labels(part) for part in cluster)
             if a is not None and b is not None:
                 self.constraints.equate(a, b)
+                if bias.ndim == 1 and a.numel() == b.numel():
+                    self.constraints.biases.append((a.reshape(-1), b.reshape(-1)))
             elif a is not None:
                 self.fix([a], "a constant is added to them", SCALE | SIGN)
                 self.color_by_values(fit(bias), a)

@@ -21,7 +21,7 @@ class Axis(NamedTuple):
     dim: int
     groups: int
     labels: Tensor
-    offset: float = 0.0
+    offset: float | tuple[float, ...] = 0.0
     buffer: bool = False
 
 

@@ -120,8 +120,9 @@ def _all_axes(propagation: Propagation) -> list[Axis]:
 
 
 def _with_offsets(axes: list[Axis], constraints: Constraints) -> list[Axis]:
-    """The axes with the labels that parameters have once a number was added to them."""
-    found = {int(parameter.reshape(-1)[0]): (s.reshape(-1), number) for s, parameter, number in constraints.offsets}
+    """The axes with the labels that parameters have once a number was added to them, or to what they are added to."""
+    found: dict[int, tuple[Tensor, Any]] = {int(bias[0]): (bias, numbers) for bias, numbers in constraints.absorbed}
+    found |= {int(parameter.reshape(-1)[0]): (s.reshape(-1), number) for s, parameter, number in constraints.offsets}
     return [
         axis._replace(labels=shifted, offset=number) if len(shifted) == len(axis.labels) else axis
         for axis in axes

@@ -41,7 +41,7 @@ def conserved_quantities(params: Params, symmetry: Symmetry) -> list[Tensor]:
         group: Any = factor.group
         if isinstance(factor, NeuronSymmetry) and isinstance(group, (PositiveScaling, GeneralLinear)):
             home = params[factor.legs[0].name].device
-            axes = [factor.axis(params[leg.name], leg) + leg.offset for leg in factor.legs]
+            axes = [factor.axis(p := params[leg.name], leg) + factor.offset_of(p, leg) for leg in factor.legs]
             grams = [leg.exponent * group.gram(a, 0).to(home) for leg, a in zip(factor.legs, axes, strict=True)]
             found.append(torch.stack(grams).sum(0))
     return found

@@ -46,7 +46,8 @@ class Leg:
             grouped convolution, or of a stack of matrices, as the experts of a mixture.
         run: how many entries of each part belong to the axis, from `start` on; 0 where it is a slice of all in a row.
         power: k where a scaling acts by $g^k$, as behind an activation that is homogeneous of degree k.
-        offset: c where the group acts on c + w, as on the gain 1 + w of a norm: $w \mapsto g(c + w) - c$.
+        offset: c where the group acts on c + w, as on the gain 1 + w of a norm: $w \mapsto g(c + w) - c$; or
+            those of all entries, as where the identity is added to a matrix that a network writes.
         buffer: whether `name` is that of a buffer.
     """
 
@@ -58,8 +59,12 @@ class Leg:
     groups: int = 1
     run: int = 0
     power: float = 1.0
-    offset: float = 0.0
+    offset: float | tuple[float, ...] = 0.0
     buffer: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.offset, (int, float)):  # which JSON gives as a list
+            object.__setattr__(self, "offset", tuple(self.offset))
 
     @property
     def exponent(self) -> float:
@@ -103,7 +108,7 @@ class NeuronSymmetry(Symmetry):
     def _with_offsets(self, params: Params, sign: int) -> Params:
         """`params` with the offsets of the legs added or taken away."""
         for leg in (leg for leg in self.legs if leg.offset):
-            part = self.axis(params[leg.name], leg) + sign * leg.offset
+            part = self.axis(params[leg.name], leg) + sign * self.offset_of(params[leg.name], leg)
             params = {**params, leg.name: self.put(params[leg.name], part, leg)}
         return params
 
@@ -119,7 +124,7 @@ class NeuronSymmetry(Symmetry):
         m, dual = self.group.algebra(xi), self.group.algebra(self.group.dual(xi))
         found = {name: torch.zeros_like(params[name]) for name in self.names}
         for leg in self.legs:
-            part = self.axis(params[leg.name], leg) + leg.offset
+            part = self.axis(params[leg.name], leg) + self.offset_of(params[leg.name], leg)
             part = leg.power * self.group.along((dual if leg.dual else m).to(part.device), part, 0)
             found[leg.name] = self.put(found[leg.name], self.axis(found[leg.name], leg) + part, leg)
         return found
@@ -163,6 +168,12 @@ class NeuronSymmetry(Symmetry):
             tensor = parts.flatten(0, 1)
         part = tensor.narrow(dim, leg.start, self.group.n * leg.each)
         return (part if leg.each == 1 else part.unflatten(dim, (self.group.n, leg.each))).movedim(dim, 0)
+
+    def offset_of(self, tensor: Tensor, leg: Leg) -> Tensor | float:
+        """What is added to the `axis` of a parameter before the group acts."""
+        if not isinstance(leg.offset, tuple):
+            return leg.offset
+        return self.axis(torch.tensor(leg.offset, dtype=tensor.dtype, device=tensor.device).view(tensor.shape), leg)
 
     def put(self, tensor: Tensor, part: Tensor, leg: Leg) -> Tensor:
         """`tensor` with `part` in place of its `axis`."""

@@ -106,7 +106,7 @@ class GainedSymmetry(NeuronSymmetry):
         if gain is None:
             return params[leg.name].new_ones(())
         vector = self.axis(params[gain.name], gain).flatten()
-        vector = vector.to(element_dtype(vector.dtype)) + gain.offset
+        vector = vector.to(element_dtype(vector.dtype)) + self.offset_of(params[gain.name], gain)
         return (vector if leg.dual else 1 / vector).reshape(-1, *[1] * (self.axis(params[leg.name], leg).ndim - 1))
 
     def _turn_leg(self, tensor: Tensor, g: Tensor, leg: Leg, stretch: Tensor) -> Tensor:

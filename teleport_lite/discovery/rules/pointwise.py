@@ -58,6 +58,8 @@ def add_labels(op: Operation) -> list[Labels]:
     found = operands_of(op)
     if len(found.bearers) == 1 and found.constants and all(map(op.is_zero, found.constants)):
         return [found.labels[found.bearers[0]]]
+    if op.short_name == "add" and len(found.bearers) == 1 and (absorbed := _absorb_constant(op, found)):
+        return [absorbed]
     labels = pointwise_rule(op)
     if (
         op.short_name == "add"
@@ -66,6 +68,26 @@ def add_labels(op: Operation) -> list[Labels]:
         and op.memory.is_tracked(op.args[0])
     ):
         return [[_add_constant(op, a, float(op.args[1])) for a in labels[0]]]
+    return labels
+
+
+def _absorb_constant(op: Operation, found: Operands) -> Labels:
+    """Labels of a sum with a bias to which a constant is added: the bias moves as if it held the constant as well."""
+    labels, terms = found.labels[found.bearers[0]], op.args[:2]
+    if len(labels) != 1 or op.kwargs:
+        return []
+    (a,), constant = labels, torch.as_tensor(terms[terms[0] is found.leaves[found.bearers[0]]])
+    if any(n > 1 == a.shape[d - constant.ndim] for d, n in enumerate(constant.shape)):
+        return []
+    bias = next((b for s, b in reversed(op.constraints.biases) if torch.equal(s, a.reshape(-1))), None)
+    if bias is None:
+        return []
+    values = constant.detach().cpu().double().expand(a.shape).reshape(-1)
+    alike, colors = values.unique(return_inverse=True)
+    computed = len(alike) < 2 and op.memory.origin(constant) == "computed"  # by chance, then
+    op.fix([a], "a constant is added to them", SIGN)
+    op.constraints.distinguish(a.reshape(-1), None if computed else colors, PERM)
+    op.constraints.absorbed.append((bias, tuple(values.tolist())))
     return labels
 
 
