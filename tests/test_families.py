@@ -186,7 +186,6 @@ class Written(nn.Module):
         self.one, self.two = nn.Linear(4, 5), nn.Linear(5, size)
         self.into = None if "matrix" in way else nn.Linear(3, 3)
         self.read, self.out = nn.Linear(3, 5), nn.Linear(5, 2)
-        self.register_buffer("constant", torch.tensor([0.5, -1.0, 2.0]))
 
     def forward(self, x, z):
         w = self.two(torch.tanh(self.one(z)))
@@ -200,7 +199,7 @@ class Written(nn.Module):
             case "gain":
                 x = F.leaky_relu((1 + w) * torch.tanh(self.into(x)), 0.2)
             case "shift":
-                x = F.leaky_relu(w + self.constant, 0.2) * torch.tanh(self.into(x))
+                x = F.leaky_relu(w + (2 * torch.arange(3.0).to(w) - 1), 0.2) * torch.tanh(self.into(x))
         return self.out(torch.tanh(self.read(x)))
 
 
@@ -323,7 +322,19 @@ class WrittenBeside(Written):
         return self.out(torch.tanh(self.read((w @ x[..., None])[..., 0])))
 
 
-@pytest.mark.parametrize("kind", [WrittenTwice, WrittenBeside])
+class WrittenLater(Written):
+    """What is added may be another matrix later."""
+
+    def __init__(self, way) -> None:
+        super().__init__(way)
+        self.register_buffer("constant", torch.eye(3))
+
+    def forward(self, x, z):
+        w = self.two(torch.tanh(self.one(z))).view(-1, 3, 3) + self.constant
+        return self.out(torch.tanh(self.read((w @ x[..., None])[..., 0])))
+
+
+@pytest.mark.parametrize("kind", [WrittenTwice, WrittenBeside, WrittenLater])
 def test_no_mixing_where_more_than_a_constant_is_added(kind):
     torch.manual_seed(0)
     found = tl.find_symmetries(kind("matrix").double(), (torch.randn(9, 3).double(), torch.randn(9, 4).double()))

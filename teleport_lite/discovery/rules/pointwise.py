@@ -73,10 +73,11 @@ def add_labels(op: Operation) -> list[Labels]:
 
 def _absorb_constant(op: Operation, found: Operands) -> Labels:
     """Labels of a sum with a bias to which a constant is added: the bias moves as if it held the constant as well."""
-    labels, terms = found.labels[found.bearers[0]], op.args[:2]
-    if len(labels) != 1 or op.kwargs:
+    labels, term = found.labels[found.bearers[0]], op.args[op.args[0] is found.leaves[found.bearers[0]]]
+    origin = op.memory.origin(term) if isinstance(term, Tensor) else "uniform"
+    if len(labels) != 1 or op.kwargs or origin == "outside":  # a buffer may have other numbers later
         return []
-    (a,), constant = labels, torch.as_tensor(terms[terms[0] is found.leaves[found.bearers[0]]])
+    (a,), constant = labels, torch.as_tensor(term)
     if any(n > 1 == a.shape[d - constant.ndim] for d, n in enumerate(constant.shape)):
         return []
     bias = next((b for s, b in reversed(op.constraints.biases) if torch.equal(s, a.reshape(-1))), None)
@@ -84,9 +85,9 @@ def _absorb_constant(op: Operation, found: Operands) -> Labels:
         return []
     values = constant.detach().cpu().double().expand(a.shape).reshape(-1)
     alike, colors = values.unique(return_inverse=True)
-    computed = len(alike) < 2 and op.memory.origin(constant) == "computed"  # by chance, then
+    by_chance = len(alike) < 2 and origin == "computed"
     op.fix([a], "a constant is added to them", SIGN)
-    op.constraints.distinguish(a.reshape(-1), None if computed else colors, PERM)
+    op.constraints.distinguish(a.reshape(-1), None if by_chance else colors, PERM)
     op.constraints.absorbed.append((bias, tuple(values.tolist())))
     return labels
 
