@@ -378,6 +378,16 @@ def test_what_breaks_a_shift_of_factors_is_noticed():
     assert found.dim == 1 and not any("factors" in name for name in found.names)
 
 
+@pytest.mark.parametrize("far", [50.0, 1e4])
+def test_a_bound_behind_the_largest_piece_stops_shifts(far):
+    """Few inputs reach it: the largest of two pieces is seldom as small as that."""
+    between = partial(Bounded, lambda z: torch.relu(z + far) - far, **{k: nn.Identity() for k in "ehuv"})
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = Pieces(lambda h: h.unflatten(-1, (D, 2)).amax(-1), between=between).double()
+        assert not shifts_of(model, torch.randn(7, IN).double()).dim, seed
+
+
 @pytest.mark.parametrize("how", ONE_SIDED)
 def test_what_breaks_a_shift_of_all_pieces_is_noticed(how):
     torch.manual_seed(0)

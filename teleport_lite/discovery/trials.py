@@ -21,7 +21,7 @@ from teleport_lite.host import on_host
 from teleport_lite.outputs import distance, real_numbers
 
 SIZES = (30.0, 1 / 30, -1.0)  # times the inputs, for models that branch on what they read
-FAR = (1e2, 1e3, 1e4, 1e6, 1e8)  # times the inputs, for bounds, as of a clamp, that usual ones do not meet
+FAR = (1e2, -1e3, 1e4, -1e6, 1e8)  # times the inputs, for bounds, as of a clamp, that usual ones do not meet
 MANY = 16  # examples in a batch that is not run as a whole
 SEEDS, OUTSIDE = 3, 16  # for models that draw random numbers, in torch or outside
 PARTS = 8  # runs that leave something out
