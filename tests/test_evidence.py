@@ -58,6 +58,7 @@ def test_holm_rejects_as_the_step_down_procedure_does():
 def test_a_best_rate_at_an_edge_is_flagged():
     assert best_rate([[3, 2, 1]]) == (2, True) and best_rate([[1, 2, 3]]) == (0, True)
     assert best_rate([[3, 1, math.inf]]) == (1, False)
+    assert best_rate([[3, 1, 5], [3, 1, 2]], ceiling=3) == (1, True), "no other rate trains"
 
 
 def test_an_arm_against_a_base():

@@ -101,21 +101,23 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 class Best(NamedTuple):
-    """Position of the best rate, and whether it lies at an edge of the grid, so that a better one may lie outside."""
+    """Position of the best rate, and whether a better one may exist: it is at an edge of the grid, or alone trains."""
 
     rate: int
     at_edge: bool
 
 
-def best_rate(validation: ArrayLike) -> Best:
+def best_rate(validation: ArrayLike, ceiling: float = math.inf) -> Best:
     """The rate [of seeds, rates] with the smallest mean validation loss; rates must be sorted.
+
+    A loss that is not below `ceiling` counts as failed; the only rate without a failed seed counts as an edge.
 
     >>> best_rate([[0.3, 0.1, 0.2], [0.3, 0.2, 0.2]])
     Best(rate=1, at_edge=False)
     """
-    means = np.asarray(validation, float).mean(0)
-    rate = int(means.argmin())
-    return Best(rate, rate in (0, len(means) - 1))
+    table = np.asarray(validation, float)
+    rate, trained = int(table.mean(0).argmin()), (table < ceiling).all(0)
+    return Best(rate, rate in (0, len(trained) - 1) or int(trained.sum()) == 1)
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def compare(
         raise ShapeError(
             "tables", "[seeds, rates], all the same", sorted(shapes), "take the same seeds and rates for both"
         )
-    mine, other = best_rate(arm_validation), best_rate(base_validation)
+    mine, other = best_rate(arm_validation, ceiling), best_rate(base_validation, ceiling)
     trained = ((a < ceiling) & (b < ceiling) & np.isfinite(a) & np.isfinite(b)).all(0)
     over = paired((a[:, trained] - b[:, trained]).mean(1)) if trained.any() else paired([math.inf] * len(a))
     return Comparison(paired(a[:, mine.rate], b[:, other.rate]), over, int(trained.sum()), mine, other)
