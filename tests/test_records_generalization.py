@@ -68,7 +68,7 @@ def test_correlations_of_the_table(label):
     networks = record("generalization")["networks"]
     measure, validation, train = (networks[k] for k in (ROWS[label], "validation_loss", "train_loss"))
     gap = [v - t for v, t in zip(validation, train, strict=True)]
-    found = printed(PREDICT, label, 0)
+    found = printed(PREDICT, label, 1)  # after the table of means
     for k, other in enumerate((train, validation, gap)):
         r = statistics.correlation(measure, other)
         assert found[3 * k] == pytest.approx(r, abs=0.0051)
