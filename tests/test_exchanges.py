@@ -1,4 +1,4 @@
-"""What is exchanged as a whole: channels inside of groups, attention heads, experts; exact, carried, and not too much."""
+"""What is exchanged as a whole: channels inside of groups, attention heads, experts: exact, carried, and no more."""
 
 from __future__ import annotations
 
@@ -41,12 +41,60 @@ class Generator(nn.Module):
         return self.up(self.into(z).unflatten(1, (8, 2, 2)))
 
 
+class Heads(nn.Module):
+    """Attention whose positions turn the first entries of each head, or weigh heads by slopes."""
+
+    def __init__(
+        self,
+        heads: int,
+        kv: int,
+        layout: str,
+        turning: int = 4,
+        width: int = 6,
+        fused: bool = False,
+        slopes: bool = False,
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv, self.layout, self.turning, self.width = heads, kv, layout, turning, width
+        self.fused, self.slopes = fused, slopes
+        self.into, self.out = nn.Linear(5, (heads + 2 * kv) * width), nn.Linear(heads * width, 3)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """x, [batch, heads, length, width], with its first entries turned in pairs."""
+        x, rest = x[..., : self.turning], x[..., self.turning :]
+        angle = torch.arange(x.shape[-2])[:, None] / 10 ** (torch.arange(self.turning // 2) / self.turning)
+        cos, sin = angle.cos().to(x), angle.sin().to(x)
+        dim = -2 if self.layout == "halves" else -1
+        a, b = x.unflatten(-1, (2, -1) if self.layout == "halves" else (-1, 2)).unbind(dim)
+        return torch.cat([torch.stack([a * cos - b * sin, a * sin + b * cos], dim).flatten(-2), rest], -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused:  # queries, keys and values of one head after another, as in GPT-NeoX
+            q, k, v = self.into(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).chunk(3, -1)
+        else:
+            sizes = [n * self.width for n in (self.heads, self.kv, self.kv)]
+            parts = self.into(x).split(sizes, -1)
+            q, k, v = (t.unflatten(-1, (-1, self.width)).transpose(1, 2) for t in parts)
+        q, k = self.turned(q), self.turned(k)
+        k, v = (t.repeat_interleave(self.heads // self.kv, 1) for t in (k, v))
+        scores = q @ k.mT / self.width**0.5
+        if self.slopes:
+            place = torch.arange(x.shape[1])
+            away = (place[:, None] - place).abs() * 2.0 ** -torch.arange(self.heads)[:, None, None]
+            scores = scores - away.to(x)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
 def image(n: int) -> Tensor:
     return torch.randn(n, 4, *[n + 3] * 2, dtype=torch.float64)
 
 
 def line(n: int) -> Tensor:
     return torch.randn(n, 4, n + 3, dtype=torch.float64)
+
+
+def words(n: int) -> Tensor:
+    return torch.randn(n, n + 2, 5, dtype=torch.float64)
 
 
 IN_GROUPS = {"S(2)": 3, "S(4)": 3, "(R>0)^6": 1, "(R>0)^12": 1}
@@ -60,6 +108,14 @@ MODELS = {  # how it is made, its inputs, and how often each group has to be amo
         Generator, lambda n: torch.randn(n, 3, dtype=torch.float64),
         {"S(4)": 2, "S(3)": 2, "{1,-1}^8": 1, "{1,-1}^6": 1, "(R>0)^8": 1, "(R>0)^6": 2},
     ),
+    "heads, halves": (lambda: Heads(3, 3, "halves"), words, {"S(3)": 1}),
+    "heads, pairs": (lambda: Heads(3, 3, "pairs"), words, {"S(3)": 1}),
+    "heads, one in a block of its own": (lambda: Heads(3, 3, "halves", fused=True), words, {"S(3)": 1}),
+    "heads, all turned in pairs": (lambda: Heads(3, 3, "pairs", turning=6), words, {"S(3)": 1}),
+    "grouped queries": (lambda: Heads(6, 2, "halves"), words, {"S(2)": 1, "S(3)": 2}),
+    "grouped queries, pairs": (lambda: Heads(4, 2, "pairs"), words, {"S(2)": 3}),
+    "grouped queries, all turned": (lambda: Heads(6, 3, "halves", turning=6), words, {"S(3)": 1, "S(2)": 3}),
+    "one key for all queries": (lambda: Heads(3, 1, "halves"), words, {"S(3)": 1}),
 }  # fmt: skip
 
 
@@ -133,3 +189,13 @@ def test_channels_that_a_constant_tells_apart_stay():
 
     found = tl.find_symmetries(Told().double(), line(3))
     assert [repr(f.group) for f in found if not f.dim] == ["S(2)", "S(2)"]
+
+
+@pytest.mark.parametrize("kv", [2, 4])
+def test_heads_that_slopes_tell_apart_stay(kv):
+    torch.manual_seed(0)
+    found = tl.find_symmetries(Heads(4, kv, "halves", slopes=True).double(), words(3))
+    assert found.dim and not [f for f in found if f.group.kind == "permutation"]
+    torch.manual_seed(0)
+    found = tl.find_symmetries(Heads(4, kv, "halves").double(), words(3))
+    assert [f for f in found if f.group.kind == "permutation"]
