@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import teleport_lite as tl
+from teleport_lite.errors import ShapeError, TeleportError
 from teleport_lite.functional import loss_of, value_and_grad
 from teleport_lite.optim.state_rules import move
+from teleport_lite.symmetries import Leg, ModulePermutation
 
 
 def layers(transposed: bool, n: int, activation: type[nn.Module]) -> nn.Sequential:
@@ -85,6 +87,35 @@ class Heads(nn.Module):
         return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
+class Mixture(nn.Module):
+    """Experts in a list, and a router: all of them weighed, the best two, or rows sent to each."""
+
+    def __init__(self, way: str, count: int = 3, told: bool = False, tables: bool = False) -> None:
+        super().__init__()
+        self.way, self.told = way, told
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 5), nn.LeakyReLU(), nn.Linear(5, 4)) for _ in range(count)
+        )
+        self.router = None if tables else nn.Linear(4, count)
+        self.gate = nn.Parameter(torch.randn(4, count)) if tables else None
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = (x @ self.gate if self.router is None else self.router(x)).softmax(-1)
+        best, which = gate.topk(2, -1)
+        if self.way == "masks":
+            gate = gate * torch.zeros_like(gate).scatter(-1, which, 1.0)
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            size = 1.0 + (self.told and i == 0)
+            if self.way == "rows":
+                row, slot = torch.where(which == i)
+                out = out.index_add(0, row, size * best[row, slot, None] * expert(x[row]))
+            else:
+                out = out + size * gate[:, i : i + 1] * expert(x)
+        return self.out(torch.tanh(x + out))
+
+
 def image(n: int) -> Tensor:
     return torch.randn(n, 4, *[n + 3] * 2, dtype=torch.float64)
 
@@ -97,6 +128,11 @@ def words(n: int) -> Tensor:
     return torch.randn(n, n + 2, 5, dtype=torch.float64)
 
 
+def rows(n: int) -> Tensor:
+    return torch.randn(20 * n, 4, dtype=torch.float64)
+
+
+WAYS = ("weighed", "masks", "rows")
 IN_GROUPS = {"S(2)": 3, "S(4)": 3, "(R>0)^6": 1, "(R>0)^12": 1}
 MODELS = {  # how it is made, its inputs, and how often each group has to be among what is found
     "transposed": (lambda: layers(True, 2, nn.LeakyReLU), image, IN_GROUPS),
@@ -116,6 +152,8 @@ MODELS = {  # how it is made, its inputs, and how often each group has to be amo
     "grouped queries, pairs": (lambda: Heads(4, 2, "pairs"), words, {"S(2)": 3}),
     "grouped queries, all turned": (lambda: Heads(6, 3, "halves", turning=6), words, {"S(3)": 1, "S(2)": 3}),
     "one key for all queries": (lambda: Heads(3, 1, "halves"), words, {"S(3)": 1}),
+    **{f"experts, {way}": (lambda way=way: Mixture(way), rows, {"S(3)": 1, "S(5)": 3}) for way in WAYS},
+    "experts, a table": (lambda: Mixture("masks", tables=True), rows, {"S(3)": 1, "S(5)": 3}),
 }  # fmt: skip
 
 
@@ -199,3 +237,47 @@ def test_heads_that_slopes_tell_apart_stay(kv):
     torch.manual_seed(0)
     found = tl.find_symmetries(Heads(4, kv, "halves").double(), words(3))
     assert [f for f in found if f.group.kind == "permutation"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_expert_that_the_code_tells_apart_stays_and_so_do_frozen_ones(way):
+    def found(model: Mixture) -> list[ModulePermutation]:
+        return [f for f in tl.find_symmetries(model.double(), rows(3)) if isinstance(f, ModulePermutation)]
+
+    torch.manual_seed(0)
+    assert len(found(Mixture(way))) == 1 and not found(Mixture(way, told=True))
+    model = Mixture(way)
+    model.experts[1].requires_grad_(False)
+    assert not found(model)
+
+
+def test_layers_one_behind_another_are_not_exchanged():
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        *[nn.Linear(4, 4, dtype=torch.float64) for _ in range(3)], nn.ReLU(), nn.Linear(4, 3).double()
+    )
+    assert not [f for f in tl.find_symmetries(layers, rows(1)) if isinstance(f, ModulePermutation)]
+
+
+def test_a_teleporter_moves_experts_beside_scalings():
+    model, found = made("experts, masks")
+    optimizer, x = torch.optim.Adam(model.parameters(), 1e-3), rows(3)
+    teleporter = tl.Teleporter(model, optimizer, found, every=1, radius=0.2)
+
+    def loss_fn(net: nn.Module) -> Tensor:
+        return net(x).square().mean()
+
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_fn(model).backward()
+        optimizer.step()
+        report = teleporter.step(loss_fn)
+        assert report.accepted and report.invariance_error < 1e-11
+
+
+def test_what_is_wrong_with_modules_is_told():
+    with pytest.raises(TeleportError, match="equally many names"):
+        ModulePermutation([Leg("router", 0)], [("a.0", "a.1"), ("b.0",)])
+    two = ModulePermutation([Leg("router", 0)], [("a.0", "a.1")])
+    with pytest.raises(ShapeError, match="a.1"):
+        two.check({"router": torch.ones(2), "a.0": torch.ones(2), "a.1": torch.ones(3)})

@@ -11,11 +11,8 @@ from typing import Any
 from teleport_lite.discovery.verify import TOLERANCE, Verifier
 from teleport_lite.groups import GeneralLinear, Permutation
 from teleport_lite.symmetries.axes import Leg, NeuronSymmetry
-from teleport_lite.symmetries.rank import connected_factors
 
 Run = tuple[str, int, bool, int, int]  # parameter, dimension, whether by the inverse, first place, how many
-
-NEARBY = 3  # parameters that are tried as what chooses among the matrices of a stack
 
 
 def join_side_by_side(mixings: list[NeuronSymmetry]) -> list[NeuronSymmetry]:
@@ -116,31 +113,6 @@ def _exchanges_inside(count: int, a: list[Leg], b: list[Leg]) -> list[NeuronSymm
         )
         for k in range(count)
     ]
-
-
-def permute_stacks(found: list[NeuronSymmetry], check: Verifier) -> list[NeuronSymmetry]:
-    """Permutations of the matrices of stacks: experts with the rows of a router, heads with those of another stack."""
-    parts = connected_factors(s for s in found if all(leg.groups > 1 for leg in s.legs))
-    stacks = [{name for s in part for name in s.names} for part in parts]
-    place = {name: i for i, name in enumerate(check.params)}
-    rows: dict[tuple[str, int], set[str]] = defaultdict(set)
-    for name, p in check.params.items():
-        if 0 < p.ndim < 3:
-            rows[name.rpartition(".")[0], len(p)].add(name)
-    made: list[NeuronSymmetry] = []
-    for names in stacks:
-        first = min(names, key=place.__getitem__)
-        count = len(check.params[first])
-        others = [o for o in stacks if o is not names and len(check.params[min(o)]) == count]
-        others += [o for (_, n), o in rows.items() if n == count]
-        others.sort(key=lambda o: min(abs(place[name] - place[first]) for name in o))
-        for other in others[:NEARBY]:
-            both = [name for name in place if name in names | other]
-            s = NeuronSymmetry(Permutation(count), [Leg(n, 0, buffer=n in check.probe.movable) for n in both])
-            if s in made or check.keep([s], lambda *_: None):
-                made += [s] if s not in made else []
-                break
-    return made
 
 
 def _contiguous_runs(places: list[Run]) -> list[Run]:
