@@ -23,19 +23,22 @@ def permute_experts(found: list[NeuronSymmetry], check: Verifier) -> list[Neuron
     families: list[tuple[list[Leg], list[list[str]]]] = [(legs, []) for legs in stacks]
     families += [([], rows) for rows in _modules_of_one_kind(check)]
     place = {name: i for i, name in enumerate(check.params)}
-    made: list[NeuronSymmetry] = []
+    proposals: list[list[NeuronSymmetry]] = []  # for each family what is tried, one after another
     for own, rows in families:
         names = [leg.name for leg in own] or [name for row in rows for name in row]
         count = len(rows[0]) if rows else len(check.params[names[0]])
         others = [legs for legs in stacks if len(check.params[legs[0].name]) == count] + _axes_by_module(count, check)
         others = [legs for o in others if (legs := [leg for leg in o if leg.name not in names])]
         others.sort(key=lambda o: min(abs(place[leg.name] - place[name]) for leg in o for name in names))
-        for other in others[:NEARBY]:
-            legs = sorted(own + other, key=lambda leg: place[leg.name])
-            s = ModulePermutation(legs, rows) if rows else NeuronSymmetry(Permutation(count), legs)
-            if s in made or check.keep([s], lambda *_: None):
-                made += [s] if s not in made else []
-                break
+        chosen = [sorted(own + other, key=lambda leg: place[leg.name]) for other in others[:NEARBY]]
+        proposals.append(
+            [ModulePermutation(c, rows) if rows else NeuronSymmetry(Permutation(count), c) for c in chosen]
+        )
+    made: list[NeuronSymmetry] = []
+    while any(proposals):
+        held = check.keep(list(dict.fromkeys(first for first, *_ in filter(None, proposals))), lambda *_: None)
+        made += [s for s in held if s not in made]
+        proposals = [rest for first, *rest in filter(None, proposals) if first not in held]
     return made
 
 

@@ -78,10 +78,11 @@ def permute_blocks(found: list[NeuronSymmetry], check: Verifier) -> list[NeuronS
         return paired
 
     paired = pair_sides(lambda _: True)
-    if paired and check.error([s for s, _ in paired]) > TOLERANCE:
-        paired = pair_sides(lambda s: check.error([s]) <= TOLERANCE)
     inside = [s for _, parts in paired for s in parts]
-    return [s for s, _ in paired if s.group.n > 1] + check.keep(inside, lambda *_: None)
+    if paired and check.error([s for s, _ in paired] + inside) > TOLERANCE:
+        paired = pair_sides(lambda s: check.error([s]) <= TOLERANCE)
+        inside = check.keep([s for _, parts in paired for s in parts], lambda *_: None)
+    return [s for s, _ in paired if s.group.n > 1] + inside
 
 
 def _legs_of_blocks(members: list[list[Run]]) -> list[Leg]:
