@@ -62,9 +62,9 @@ def permute_blocks(found: list[NeuronSymmetry], check: Verifier) -> list[NeuronS
         and (len(members) > 1 or key in in_pairs or len({leg.each for leg in legs}) > 1)
     ]
 
-    def pair_sides(holds: Callable[[NeuronSymmetry], bool]) -> list[tuple[NeuronSymmetry, list[NeuronSymmetry]]]:
-        """Each side with the one that follows it, where exchanging blocks `holds`; and exchanges inside of blocks."""
-        paired: list[tuple[NeuronSymmetry, list[NeuronSymmetry]]] = []
+    def pair_sides(holds: Callable[[NeuronSymmetry], bool]) -> list[NeuronSymmetry]:
+        """Exchanges of the blocks of each side and the one that follows it, where that `holds`, and inside of them."""
+        exchanges: list[NeuronSymmetry] = []
         used = -1
         for k, pair in enumerate(pairwise(sides)):
             count = max(n for n, _ in pair)
@@ -72,17 +72,16 @@ def permute_blocks(found: list[NeuronSymmetry], check: Verifier) -> list[NeuronS
             if k == used or not fits:
                 continue
             a, b = ([replace(leg, each=leg.each * n // count) for leg in legs] for n, legs in pair)
-            if holds(symmetry := NeuronSymmetry(Permutation(count), dict.fromkeys(a + b))):
-                paired.append((symmetry, _exchanges_inside(count, a, b)))
+            whole = NeuronSymmetry(Permutation(count), dict.fromkeys(a + b))
+            if count == 1 or holds(whole):
+                exchanges += ([whole] if count > 1 else []) + _exchanges_inside(count, a, b)
                 used = k + 1
-        return paired
+        return exchanges
 
-    paired = pair_sides(lambda _: True)
-    inside = [s for _, parts in paired for s in parts]
-    if paired and check.error([s for s, _ in paired] + inside) > TOLERANCE:
-        paired = pair_sides(lambda s: check.error([s]) <= TOLERANCE)
-        inside = check.keep([s for _, parts in paired for s in parts], lambda *_: None)
-    return [s for s, _ in paired if s.group.n > 1] + inside
+    exchanges = pair_sides(lambda _: True)
+    if exchanges and check.error(exchanges) > TOLERANCE:
+        exchanges = check.keep(pair_sides(lambda s: check.error([s]) <= TOLERANCE), lambda *_: None)
+    return exchanges
 
 
 def _legs_of_blocks(members: list[list[Run]]) -> list[Leg]:
@@ -91,9 +90,11 @@ def _legs_of_blocks(members: list[list[Run]]) -> list[Leg]:
     A block with gaps is taken to begin at a multiple of its length, as where a head has queries, keys and values.
     """
     first, *others = (_contiguous_runs(places) for places in members)
-    steps = [b[3] - a[3] for a, b in zip(first, others[0], strict=False)] if others else [run[4] for run in first]
+    if any(len(runs) != len(first) for runs in others):
+        return []
+    steps = [b[3] - a[3] for a, b in zip(first, others[0], strict=True)] if others else [run[4] for run in first]
     for k, runs in enumerate(others, 1):
-        if runs != [(*r[:3], r[3] + k * step, r[4]) for r, step in zip(first, steps, strict=False)] or min(steps) < 1:
+        if runs != [(*r[:3], r[3] + k * step, r[4]) for r, step in zip(first, steps, strict=True)] or min(steps) < 1:
             return []
     return [
         Leg(name, dim, dim == 1, start if size == step else start - start % step, step)
