@@ -28,7 +28,8 @@ def permute_experts(found: list[NeuronSymmetry], check: Verifier) -> list[Neuron
         names = [leg.name for leg in own] or [name for row in rows for name in row]
         count = len(rows[0]) if rows else len(check.params[names[0]])
         others = [legs for legs in stacks if len(check.params[legs[0].name]) == count] + _axes_by_module(count, check)
-        others = [legs for o in others if (legs := [leg for leg in o if leg.name not in names])]
+        others = [[leg for leg in o if leg.name not in names] for o in others]
+        others = [o for o in others if any(own or not leg.buffer for leg in o)]
         others.sort(key=lambda o: min(abs(place[leg.name] - place[name]) for leg in o for name in names))
         chosen = [sorted(own + other, key=lambda leg: place[leg.name]) for other in others[:NEARBY]]
         proposals.append(
@@ -52,18 +53,25 @@ def _modules_of_one_kind(check: Verifier) -> list[list[list[str]]]:
     found: dict[tuple[str, int], list[list[str]]] = defaultdict(list)
     for prefix, modules in lists.items():
         first, *others = ({part: check.params[name].shape for part, name in m.items()} for m in modules.values())
-        moving = all(check.probe.params[name].requires_grad for m in modules.values() for name in m.values())
-        if others and moving and all(shapes == first for shapes in others):
-            rows = [[m[part] for m in modules.values()] for part in first]
+        rows = [[m[part] for m in modules.values() if part in m] for part in first]
+        alike = all(shapes == first for shapes in others)
+        if others and alike and all(_may_move(name, check) for row in rows for name in row):
             found[prefix.rpartition(".")[0], len(modules)] += rows
     return [*found.values()]
+
+
+def _may_move(name: str, check: Verifier) -> bool:
+    """Whether it is a parameter of real numbers that is trained, or a buffer that moves along."""
+    return check.params[name].is_floating_point() and (
+        name in check.probe.movable or check.probe.params[name].requires_grad
+    )
 
 
 def _axes_by_module(count: int, check: Verifier) -> list[list[Leg]]:
     """Axes with that many entries, of vectors and matrices that may move: those of each module together."""
     found: dict[str, list[Leg]] = defaultdict(list)
     for name, p in check.params.items():
-        buffer = name in check.probe.movable
-        if 0 < p.ndim < 3 and count in p.shape and (buffer or check.probe.params[name].requires_grad):
-            found[name.rpartition(".")[0]].append(Leg(name, [*p.shape].index(count), buffer=buffer))
+        if 0 < p.ndim < 3 and count in p.shape and _may_move(name, check):
+            leg = Leg(name, [*p.shape].index(count), buffer=name in check.probe.movable)
+            found[name.rpartition(".")[0]].append(leg)
     return [*found.values()]

@@ -69,7 +69,7 @@ class ModulePermutation(NeuronSymmetry):
         return isinstance(other, ModulePermutation) and self.rows == other.rows and super().__eq__(other)
 
     def __hash__(self) -> int:
-        return hash((self.legs, self.rows))
+        return hash(self.rows)
 
     def __str__(self) -> str:
         parts = (zip(*(name.split(".") for name in row), strict=True) for row in self.rows)
