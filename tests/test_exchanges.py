@@ -98,10 +98,12 @@ class Mixture(nn.Module):
         )
         self.router = None if tables else nn.Linear(4, count)
         self.gate = nn.Parameter(torch.randn(4, count)) if tables else None
+        if self.router is not None:
+            self.router.register_buffer("open", torch.ones(count))
         self.out = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = (x @ self.gate if self.router is None else self.router(x)).softmax(-1)
+        gate = (x @ self.gate if self.router is None else self.router(x) * self.router.open).softmax(-1)
         best, which = gate.topk(2, -1)
         if self.way == "masks":
             gate = gate * torch.zeros_like(gate).scatter(-1, which, 1.0)

@@ -90,7 +90,8 @@ def solve_and_verify(
     rank = [GeneralLinear, PositiveScaling, SpecialOrthogonal, PairRotations, Signs, Permutation]
 
     def sort_key(s: NeuronSymmetry) -> tuple[int, int]:
-        return min(first[leg.name, leg.dim] for leg in s.legs), rank.index(type(s.group))
+        places = (first.get((leg.name, leg.dim), len(axes)) for leg in s.legs)  # a mask has no labels
+        return min(places), rank.index(type(s.group))
 
     found.sort(key=sort_key)
     turning = verified_rotations(found, propagation.constraints, {a[:2]: a[3] for a in still}, check)
