@@ -49,10 +49,11 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
     be neurons and channels (scalings, signs, permutations, mixings where nothing stands between two linear maps), the
     queries and keys or the values of attention heads, which rotate with rotary positions, or a residual stream, which
     is rotated where nothing but norms and linear maps reads it. Shears move what reads a LayerNorm with its shift, and
-    the mean of a stream. Mixings of the heads of a layer are one factor, GL(d)^heads. Translations shift biases, tables
-    and weights where others undo that, as b + c is undone by b' - Wc in the next layer, or where nothing sees it, as
-    under a softmax or a LayerNorm; a row at `padding_idx` moves with its table. Frozen parameters stay. The model is
-    only read, and the global random state is left as it was.
+    the mean of a stream. Mixings of the heads of a layer are one factor, GL(d)^heads. Whole heads are exchanged, and
+    whole experts with the rows of their router. Translations shift biases, tables and weights where others undo that,
+    as b + c is undone by b' - Wc in the next layer, or where nothing sees it, as under a softmax or a LayerNorm; a row
+    at `padding_idx` moves with its table. Frozen parameters stay. The model is only read, and the global random state
+    is left as it was.
 
     Each factor is verified on a copy of the whole model, in float64: on the example and on values near it, on larger
     and smaller ones, other integers, batches and lengths, as far as the model takes them, in evaluation and training

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from teleport_lite.discovery.constraints import MIX, PERM, Constraints
-from teleport_lite.discovery.heads import join_side_by_side, permute_blocks, permute_stacks, split_blocks
+from teleport_lite.discovery.experts import permute_experts
+from teleport_lite.discovery.heads import join_side_by_side, permute_blocks, split_blocks
 from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.places import Axis, Places, covered_places, families, places_of
 from teleport_lite.discovery.propagate import Propagation
@@ -89,12 +90,13 @@ def solve_and_verify(
     rank = [GeneralLinear, PositiveScaling, SpecialOrthogonal, PairRotations, Signs, Permutation]
 
     def sort_key(s: NeuronSymmetry) -> tuple[int, int]:
-        return min(first[leg.name, leg.dim] for leg in s.legs), rank.index(type(s.group))
+        places = (first.get((leg.name, leg.dim), len(axes)) for leg in s.legs)  # a mask has no labels
+        return min(places), rank.index(type(s.group))
 
     found.sort(key=sort_key)
     turning = verified_rotations(found, propagation.constraints, {a[:2]: a[3] for a in still}, check)
     found += permute_blocks([part for s in found for part in split_blocks(s)], check)
-    found = join_into_mixings(found + permute_stacks(found, check) + turning, check)
+    found = join_into_mixings(found + permute_experts(found, check) + turning, check)
     return sorted(found, key=sort_key), reasons
 
 

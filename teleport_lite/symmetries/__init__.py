@@ -6,6 +6,7 @@ from teleport_lite.symmetries.axes import Leg, NeuronSymmetry, mixing, permutati
 from teleport_lite.symmetries.base import Symmetry
 from teleport_lite.symmetries.gained import GainedSymmetry
 from teleport_lite.symmetries.minibatch import IncomingMixing, OutgoingMixing, minibatch_symmetries
+from teleport_lite.symmetries.modules import ModulePermutation
 from teleport_lite.symmetries.product import Product
 from teleport_lite.symmetries.shifts import Move, Shift, Step
 
@@ -13,6 +14,7 @@ __all__ = [
     "GainedSymmetry",
     "IncomingMixing",
     "Leg",
+    "ModulePermutation",
     "Move",
     "NeuronSymmetry",
     "OutgoingMixing",

@@ -72,8 +72,6 @@ def _split_in_groups(
         return _depthwise_sides(op, arriving, leaving)
     if depthwise and arriving is not None and leaving is not None:
         op.constraints.equate(arriving, leaving, PERM)
-    elif not depthwise and axis is not None:
-        op.fix([axis], "groups", PERM)
     return within, leaving
 
 
