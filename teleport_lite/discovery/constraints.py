@@ -53,6 +53,7 @@ class Constraints:
         fixed: labels that do not move, in which systems, and why.
         colors: labels, a colour for each, and in which systems different colours are told apart.
         gains: labels of what multiplies an axis and consists of parameters.
+        lengths: the first labels of norms, of which a bound lets everything pass that guards a division by zero.
         offsets: labels of parameters to which a number was added, those of the parameters themselves, and the number.
     """
 
@@ -64,6 +65,7 @@ class Constraints:
     fixed: list[tuple[Tensor, int, str]] = field(default_factory=list)
     colors: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
     gains: list[Tensor] = field(default_factory=list)
+    lengths: set[int] = field(default_factory=set)
     offsets: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
 
     def fresh(self, *shape: int) -> Tensor:
