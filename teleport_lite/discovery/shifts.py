@@ -39,10 +39,8 @@ from teleport_lite.functional import Params
 from teleport_lite.symmetries.shifts import Operand, Shift, Step
 
 WHOLE = 4096  # entries of a table that is shifted entry by entry
-BIASES = {  # where an operator has its bias, and along which dimension
-    "addmm": (0, -1), "convolution": (2, 1), "native_layer_norm": (3, -1), "native_batch_norm": (2, 1),
-    "native_group_norm": (2, 1),
-}  # fmt: skip
+BIASES = {"addmm": (0, -1), "native_layer_norm": (3, -1)}  # where an operator has its bias, and along which dimension
+BIASES |= dict.fromkeys(("convolution", "native_batch_norm", "native_group_norm"), (2, 1))
 ROWS = {"mm": 0, "addmm": 1, "convolution": 0}  # products row by row, and where what they are linear in stands
 PICKS = {"embedding", "index", "index_select", "gather"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"}
@@ -174,7 +172,9 @@ class Shifts(DispatchMode):
         if stopped and not written and kind not in PRODUCTS:
             self.ties.update(dict.fromkeys(ties_let_through(call, results, stopped)))
         if kind in ("mm", "addmm"):
-            self._read_normalized(args, results[0])
+            self._read_normalized(args[-2], args[-1], results[0])
+        elif kind == "convolution" and args[1].shape[1] == args[1][0].numel() == args[0].shape[1] and not args[6]:
+            self._read_normalized(args[0].movedim(1, -1).flatten(0, -2), args[1].flatten(1).T, results[0])
         names = {self._owners.get(storage_key(x), "") for x in given}
         self.uses.update(() if views or moving else names)
         if kind in PICKS or (kind in PRODUCTS and "" not in names):
@@ -259,20 +259,20 @@ class Shifts(DispatchMode):
                     here.remove(d)
                     break
 
-    def _read_normalized(self, args: tuple, out: Tensor) -> None:
+    def _read_normalized(self, x: Tensor, matrix: Tensor, out: Tensor) -> None:
         r"""Sources $W \mapsto W + c\,(1/g)^\top$ for weights that read a LayerNorm with gain g and shift $\beta$.
 
         What it gives has $\sum_i (x_i - \beta_i) / g_i = 0$, so that Wx is shifted by $c \sum_i \beta_i / g_i$. The
         numbers tell g and $\beta$, wherever x comes from.
         """
-        x, matrix = args[-2:]
         name = self._owners.get(storage_key(matrix), "")
         (d, m), outer = matrix.shape, "oi" if matrix.stride(0) == 1 else "io"
-        if not name or self._params[name].ndim != 2 or self._params[name].shape[outer.index("i")] != d:
+        if not name or self._params[name].ndim != out.ndim or self._params[name].shape[outer.index("i")] != d:
             return
         rows: tuple[Step, ...] = ()
         if self._params[name].numel() == matrix.numel():
-            self.products[name] = (storage_key(x), x.storage_offset(), x.numel()), storage_key(out), outer
+            if out.ndim == 2:
+                self.products[name] = (storage_key(x), int(x.storage_offset()), x.numel()), storage_key(out), outer
         elif outer == "oi":
             places = torch.full((self._params[name].numel(),), -1)
             places[matrix.storage_offset() :][: matrix.numel()] = torch.arange(matrix.numel())
@@ -296,5 +296,5 @@ class Shifts(DispatchMode):
                 s.read |= True
             if shifts and total.abs() > rounding:
                 step = Step((), "i,i,o->o", (m,), ((names[shifts[0]], 0, d, 1), gain))
-                t = (total.to(s.c) * s.c).to(out).expand(1, m)
+                t = (total.to(s.c) * s.c).to(out).view(1, m, *[1] * (out.ndim - 2))
                 self._attach_difference(out, Difference(s, t, ((step,),), s.read | True))

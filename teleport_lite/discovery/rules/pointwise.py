@@ -22,6 +22,7 @@ from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.registry import WORDS, rule_for
 from teleport_lite.discovery.rules.equivariance import NEITHER, Ask, Equivariance, Operands, ask_once, operands_of
 
+GUARD = 1e-6  # bounds up to that are there for zeros
 UNMARKED = ("add", "pow", "square")  # after which an axis may still be rotated, as where squares are summed over it
 
 
@@ -50,6 +51,15 @@ def leaky_relu_in_evaluation(op: Operation) -> list[Labels]:
     """The noise is read in training only."""
     found = replace(operands_of(op), constants=[])
     return [_commuting_labels(op, found, partial(ask_once, op, found))]
+
+
+@rule_for("clamp_min clamp")
+def clamp_labels(op: Operation) -> list[Labels]:
+    """A bound that guards a division by zero, as of a length, and does not bind, lets everything pass."""
+    x, bound, upper = op.args[0], op["min"], op["max"] if op.has("max") else None
+    if isinstance(bound, float) and 0 < bound <= GUARD and upper is None and bool(((x > bound) | (x == 0)).all()):
+        return [op.labels(x)]
+    return pointwise_rule(op)
 
 
 @rule_for("add.Tensor sub.Tensor rsub.Tensor")
@@ -133,7 +143,18 @@ def multiply_labels(op: Operation) -> list[Labels]:
             out.append(a)
         elif b is not None:
             out.append(negate_labels(b) if inverse else b)
-    return [out]
+    return [_join_length(op, *out) if op.short_name == "div" and len(out) == 2 else out]
+
+
+def _join_length(op: Operation, a: Tensor, b: Tensor) -> Labels:
+    """Labels of a vector and of one number, as its length, that divides it: together they may cancel."""
+    a, b = (a, b) if b.numel() == 1 else (b, a)
+    if b.numel() > 1 or a.numel() == 1:
+        return [a, b]
+    product = op.constraints.fresh(*a.shape)
+    op.constraints.sums.append((a.reshape(-1), b.reshape(-1).expand(a.numel()), product.reshape(-1)))
+    op.constraints.equate(product, a, PERM)
+    return [product]
 
 
 def _one_each(op: Operation, a: Tensor, b: Tensor) -> Tensor:
