@@ -199,7 +199,7 @@ TRICKS = {  # and the dimension of the group that is found
     "detached": 4,
     "data in numpy": 4,
     "custom function": 8,  # a cube
-    "weight outside": 6,  # rotations of the columns of a weight that meet those of its copy
+    "weight outside": 7,  # rotations of the columns of a weight that meet those of its copy, and its scale
     "einsum and topk": 3,  # those of them that keep the vector of ones
 }
 

@@ -86,6 +86,7 @@ def solve_and_verify(
         rest = places_of(axes, classes, torch.ones(len(classes))).outside(covered)
         proposals += [s for s in _group_classes(axes, rest, kind, signature, reasons) if s not in proposals]
     found = [s for s in mixings + check.keep(proposals, note_rejected) if not _is_trivial(s, check)]
+    found = _without_dependent_scalings(found)
     first = {(a[0], a[1]): i for i, a in reversed(list(enumerate(axes)))}
     rank = [GeneralLinear, PositiveScaling, SpecialOrthogonal, PairRotations, Signs, Permutation]
 
@@ -107,6 +108,22 @@ def _distinct_solutions(solutions: Iterable[tuple[Tensor, ...]]) -> list[tuple[T
         if not any(all(map(torch.equal, s, t)) for t in found):
             found.append(s)
     return found
+
+
+def _without_dependent_scalings(found: list[NeuronSymmetry]) -> list[NeuronSymmetry]:
+    """All but scalings that those before them make together, as of two of the three terms of a product."""
+    kept: list[NeuronSymmetry] = []
+    powers: list[dict[tuple[Leg, int], float]] = []
+    for s in found:
+        if isinstance(s.group, PositiveScaling):
+            own = {(replace(leg, dual=False, power=1.0), s.group.n): leg.exponent for leg in s.legs}
+            near = [*(p for p in powers if p.keys() & own.keys()), own]
+            places = list({leg: None for p in near for leg in p})
+            if int(torch.linalg.matrix_rank(torch.tensor([[p.get(k, 0.0) for k in places] for p in near]))) < len(near):
+                continue
+            powers.append(own)
+        kept.append(s)
+    return kept
 
 
 def _all_axes(propagation: Propagation) -> list[Axis]:

@@ -43,7 +43,8 @@ def _solve_equalities(constraints: Constraints, system: int, vanishing: int) -> 
     """For each variable the least one of which it is a multiple, and which multiple; of signs, modulo 2.
 
     Invariant: $s_v$ = `factors[v]` $s$ of `classes[v]` solves all equalities read so far; a sum is read once at most
-    two of its terms, like ones collected, remain: then it is an equality of two variables.
+    two of its terms, like ones collected, remain: then it is an equality of two variables. Where none is left, a term
+    vanishes in the first sums of each part of the system, those of one operation.
     """
 
     def split_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,6 +62,7 @@ def _solve_equalities(constraints: Constraints, system: int, vanishing: int) -> 
     sums = zip(*constraints.sums, (nothing, nothing, nothing), strict=True)
     terms, signs = split_labels(torch.stack([torch.cat(part) for part in sums]))
     signs[2] *= -1
+    step = torch.cat([nothing, *(torch.full_like(o, k) for k, (_, _, o) in enumerate(constraints.sums))])
     classes, factors = torch.arange(constraints.count), torch.ones(constraints.count, dtype=torch.float64)
     while True:
         classes, factors = join_powers(classes, factors, x, y, ratios)
@@ -85,7 +87,10 @@ def _solve_equalities(constraints: Constraints, system: int, vanishing: int) -> 
             (x, y, _), (p, q, _) = roots[:, known].gather(0, order), numbers[:, known].gather(0, order)
             y, ratios = torch.where(q == 0, 0, y), torch.where(q == 0, 1.0, reduce_factors(-q / p))
         else:
-            x = terms[vanishing][left > 0]
+            unknown, at = roots[:, left > 0], step[left > 0]
+            part = connected_components(torch.arange(constraints.count), unknown[:2].flatten(), unknown[1:].flatten())
+            first = torch.full_like(part, len(constraints.sums)).scatter_reduce(0, part[unknown[0]], at, "amin")
+            x = unknown[vanishing][at == first[part[unknown[0]]]]
             y, ratios = torch.zeros_like(x), torch.ones(x.shape, dtype=torch.float64)
 
 

@@ -22,7 +22,7 @@ from teleport_lite.discovery.operation import Operation
 from teleport_lite.discovery.registry import WORDS, rule_for
 from teleport_lite.discovery.rules.equivariance import NEITHER, Ask, Equivariance, Operands, ask_once, operands_of
 
-GUARD = 1e-6  # bounds up to that are there for zeros
+GUARD = 1e-8  # bounds up to that guard a division by zero
 UNMARKED = ("add", "pow", "square")  # after which an axis may still be rotated, as where squares are summed over it
 
 
