@@ -13,6 +13,7 @@ from conftest import params_of
 from fibre import fibre
 from further_families import FURTHER
 from later_families import LATER
+from published_families import PUBLISHED
 from torch import Tensor, nn
 from torch.func import functional_call
 from unseen_families import UNSEEN
@@ -21,6 +22,7 @@ import teleport_lite as tl
 from teleport_lite.outputs import tensors_of
 
 FAMILIES = FIRST | LATER
+EVERY = FAMILIES | UNSEEN | FURTHER | PUBLISHED
 
 
 def drawn(family: Family) -> tuple[nn.Module, tl.Product, tuple[Tensor, ...]]:
@@ -44,9 +46,9 @@ def outputs(model: nn.Module, params: dict[str, Tensor], example: tuple[Tensor, 
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of PyTorch, for a weight norm
-@pytest.mark.parametrize("name", [*FAMILIES, *UNSEEN, *FURTHER])
+@pytest.mark.parametrize("name", EVERY)
 def test_all_continuous_symmetries_of_a_family_are_found(name):
-    family = (FAMILIES | UNSEEN | FURTHER)[name]
+    family = EVERY[name]
     model, symmetry, example = drawn(family)
     counted, params = fibre(model, example), params_of(model)
     assert counted.gap > 4 or counted.dim == 0
@@ -60,11 +62,12 @@ def test_all_continuous_symmetries_of_a_family_are_found(name):
 
 def test_each_rest_has_a_reason():
     assert len(FAMILIES) >= 60
-    assert len(FAMILIES | UNSEEN | FURTHER) == len(FAMILIES) + len(UNSEEN) + len(FURTHER)
-    assert all(bool(family.rest) == bool(family.why) for family in (FAMILIES | UNSEEN | FURTHER).values())
+    tables = FAMILIES, UNSEEN, FURTHER, PUBLISHED
+    assert len(EVERY) == sum(map(len, tables))
+    assert all(bool(family.rest) == bool(family.why) for family in EVERY.values())
     chapter = (Path(__file__).parent.parent / "book/06-beyond/have-we-found-them-all.ipynb").read_text("utf8")
     rows = re.findall(r"\| (\d+) [^|]*\| (\d+) \|[^|]*\| (\d+), ", chapter)
-    for (count, total, found), table in zip(rows, (FAMILIES, UNSEEN, FURTHER), strict=True):
+    for (count, total, found), table in zip(rows, tables, strict=True):
         assert int(count) == len(table)
         assert int(total) - int(found) == sum(family.rest for family in table.values())
     assert int(rows[0][1]) - int(rows[0][2]) <= 0.02 * int(rows[0][1])
