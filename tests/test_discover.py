@@ -223,3 +223,36 @@ class FarOut(nn.Module):
 def test_inputs_that_the_model_cannot_take_are_left_out(how):
     torch.manual_seed(0)
     assert tl.find_symmetries(FarOut(how), torch.randn(20, 4)).dim == 5
+
+
+class Between(nn.Module):
+    """Two layers, with a function of what the first one writes between them."""
+
+    def __init__(self, function, width=3) -> None:
+        super().__init__()
+        self.one, self.two, self.function = nn.Linear(4, width), nn.Linear(3, 2), function
+
+    def forward(self, x):
+        return self.two(self.function(self.one(x)))
+
+
+@pytest.mark.parametrize(
+    ("function", "scales"),
+    [
+        (lambda h: nn.functional.normalize(h, dim=-1), 1),
+        (lambda h: h / h.square().sum(-1, keepdim=True).sqrt(), 1),
+        (lambda h: h / h.norm(dim=-1, keepdim=True).clamp(min=0.5), 0),  # binds
+        (lambda h: h / (h.norm(dim=-1, keepdim=True) + 1), 0),
+    ],
+)
+def test_the_scale_in_front_of_a_length(function, scales):
+    torch.manual_seed(0)
+    symmetry = tl.find_symmetries(Between(function), torch.randn(5, 4))
+    assert symmetry.select(kind="scaling").dim == scales if scales else "PositiveScaling" not in kinds(symmetry)
+
+
+def test_a_product_of_three_factors_has_all_its_scalings():
+    torch.manual_seed(0)
+    model = Between(lambda h: h[:, :3] * h[:, 3:6] * h[:, 6:], 9)
+    symmetry = tl.find_symmetries(model, torch.randn(5, 4)).select(kind="scaling")
+    assert symmetry.dim == symmetry.rank(params_of(model)) == 9  # of each factor, undone by the layer behind them
