@@ -243,6 +243,7 @@ class Between(nn.Module):
         (lambda h: h / h.square().sum(-1, keepdim=True).sqrt(), 1),
         (lambda h: h / h.norm(dim=-1, keepdim=True).clamp(min=0.5), 0),  # binds
         (lambda h: h / (h.norm(dim=-1, keepdim=True) + 1), 0),
+        (lambda h: h / h.relu().sum(-1, keepdim=True).clamp(min=1e-10), 0),  # binds where all are off
     ],
 )
 def test_the_scale_in_front_of_a_length(function, scales):

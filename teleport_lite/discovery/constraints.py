@@ -53,6 +53,7 @@ class Constraints:
         fixed: labels that do not move, in which systems, and why.
         colors: labels, a colour for each, and in which systems different colours are told apart.
         gains: labels of what multiplies an axis and consists of parameters.
+        lengths: the first labels of norms, of which a bound lets everything pass that guards a division by zero.
         offsets: labels of parameters to which a number was added, those of the parameters themselves, and the number.
         biases: labels of sums with a bias, and those of that bias.
         absorbed: labels of biases, and a constant, as numbers for each entry, that was added to such a sum.
@@ -66,6 +67,7 @@ class Constraints:
     fixed: list[tuple[Tensor, int, str]] = field(default_factory=list)
     colors: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
     gains: list[Tensor] = field(default_factory=list)
+    lengths: set[int] = field(default_factory=set)
     offsets: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
     biases: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     absorbed: list[tuple[Tensor, tuple[float, ...]]] = field(default_factory=list)

@@ -55,11 +55,11 @@ def leaky_relu_in_evaluation(op: Operation) -> list[Labels]:
 
 @rule_for("clamp_min clamp")
 def clamp_labels(op: Operation) -> list[Labels]:
-    """A bound that guards a division by zero, as of a length, and does not bind, lets everything pass."""
+    """A bound of a norm that guards a division by zero, and does not bind, lets everything pass."""
     x, bound, upper = op.args[0], op["min"], op["max"] if op.has("max") else None
-    if isinstance(bound, float) and 0 < bound <= GUARD and upper is None and bool(((x > bound) | (x == 0)).all()):
-        return [op.labels(x)]
-    return pointwise_rule(op)
+    guards = isinstance(bound, float) and 0 < bound <= GUARD and upper is None
+    guards = guards and {int(a.reshape(-1)[0]) for a in op.labels(x)} <= op.constraints.lengths
+    return [op.labels(x)] if guards and bool(((x > bound) | (x == 0)).all()) else pointwise_rule(op)
 
 
 @rule_for("add.Tensor sub.Tensor rsub.Tensor")

@@ -55,6 +55,8 @@ def reduce_labels(op: Operation) -> list[Labels]:
     found: list[Labels] = [[] for _ in op.results()]
     for a in op.labels(x):
         passing = gather_over(op, a, dims, REDUCTIONS[kind], kind in ENTRYWISE, symmetric=kind not in ORDERED)
+        if kind in ("linalg_vector_norm", "norm"):
+            op.constraints.lengths.add(int(passing.reshape(-1)[0]))
         for labels, result in zip(found, op.results(), strict=True):
             moved = passing if is_inexact(result) else _places_only(op, passing)
             labels.append(moved if result.ndim == x.ndim else moved.squeeze(dims))
