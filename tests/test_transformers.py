@@ -203,10 +203,10 @@ CASES = {
     "CLIP": Case(
         clip,
         {
-            "mixing": 4 * HEAD, "scaling": 5 * D + 1, "rotation": 3, "shear": D,
+            "mixing": 4 * HEAD, "scaling": 5 * D + 2, "rotation": 3, "shear": D,
             "translation": (BLOCK + D + V + L) + (BLOCK - (4 + 1) - (H + 1) + D + (1 + 4 + L)) + 2,
         },
-        rest=1, why=NORMED, inputs=(TOKENS, images(1, 4, 4)),
+        inputs=(TOKENS, images(1, 4, 4)),
         names="input_ids pixel_values",
         returned="logits_per_image text_model_output.last_hidden_state vision_model_output.last_hidden_state",
     ),

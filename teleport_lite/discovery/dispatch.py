@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+READ_WHOLE = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 
 
 class DispatchMode(TorchDispatchMode):
@@ -15,6 +19,15 @@ class DispatchMode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
+
+
+class ReadingsSeen(TorchFunctionMode):
+    """Lets dispatch modes see that Python reads a whole tensor, which is no operator, as that it is compared."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in READ_WHOLE:
+            torch.equal(args[0], args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def leaves_of(*values: Any) -> list[Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from teleport_lite.discovery.decisions import keep_decisions
 from teleport_lite.discovery.draws import WithoutDropout
 from teleport_lite.discovery.inputs import Arguments
 from teleport_lite.discovery.probe import Probe, run_settings
@@ -120,7 +121,10 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
             step(f"{len(shifts) + len(sheared)} translations and shears hold")
             if check.thorough or check.confirm_together(factors, sheared, [*shifts]):
                 break
-        found: list[Symmetry] = [*factors, *sheared]
+        kept = keep_decisions([*factors, *sheared, *shifts], check)
+        reasons += [f"{s}: {s.group} moves what the model decides by" for s in (*factors, *sheared) if s not in kept]
+        found: list[Symmetry] = [s for s in (*factors, *sheared) if s in kept]
+        shifts = {s: k for s, k in shifts.items() if s in kept}
         for shift in combine_translations(shifts):
             found += [shift] if _adds(shift, found, check.params) else []
         if of == "loss":

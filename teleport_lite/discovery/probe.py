@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from teleport_lite.discovery.dispatch import ReadingsSeen
 from teleport_lite.discovery.draws import seed_everything
 from teleport_lite.discovery.float64 import Float64, float64_default
 from teleport_lite.discovery.inputs import Arguments
@@ -95,6 +96,7 @@ class Probe:
                 if isinstance(mode, Watch):
                     mode.look_at(call.tensors())
                 stack.enter_context(mode)
+            stack.enter_context(ReadingsSeen() if modes else nullcontext())
             with self.mode or nullcontext():
                 found = tensors_of(self.module(*call.args, **call.kwargs), self.arguments)
             if self.of == "outputs":

@@ -59,7 +59,7 @@ def solve_and_verify(
     mixings: list[NeuronSymmetry] = []
     proposals: list[NeuronSymmetry] = []
     sums, scaled = bool(propagation.constraints.sums), _with_offsets(axes, propagation.constraints)
-    terms: tuple[int, ...] = (SECOND, FIRST, PRODUCT) if sums else (SECOND,)
+    terms: tuple[int, ...] = (SECOND, PRODUCT, FIRST) if sums else (SECOND,)
     for classes, factors in _distinct_solutions(solve_scalings(propagation.constraints, term) for term in terms):
         places = places_of(scaled, classes, factors)
         single = _group_classes(

@@ -8,7 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from teleport_lite.discovery.registry import decomposition_of
+from teleport_lite.discovery.labels import Labels
+from teleport_lite.discovery.operation import Operation, RuleMisfit
+from teleport_lite.discovery.registry import decomposition_of, rule_for
 
 
 def _add_scaled(combine: Callable, x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
@@ -42,3 +44,13 @@ def _decompose_trilinear(
         rows = torch.einsum("ni,oij->noj", a[:, 0, :, 0], c[0])
         return torch.einsum("noj,nj->no", rows, b[:, 0, 0, :])
     return (a * b * c).sum(sumdim)
+
+
+@rule_for("equal _local_scalar_dense")
+def stay_where_read(op: Operation) -> list[Labels]:
+    """What Python reads may be used in any way.
+
+    Raises:
+        RuleMisfit: always.
+    """
+    raise RuleMisfit("Python reads the values")
