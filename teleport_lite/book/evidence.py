@@ -116,7 +116,7 @@ def best_rate(validation: ArrayLike, ceiling: float = math.inf) -> Best:
     Best(rate=1, at_edge=False)
     """
     table = np.asarray(validation, float)
-    rate, trained = int(table.mean(0).argmin()), (table < ceiling).all(0)
+    rate, trained = int(table.mean(0).argmin()), np.all(table < ceiling, axis=0)
     return Best(rate, rate in (0, len(trained) - 1) or int(trained.sum()) == 1)
 
 
