@@ -81,17 +81,23 @@ def _dimension_of(func: Any, args: tuple, kwargs: dict) -> int | None:
 
 def keep_decisions(symmetries: Sequence[S], check: Verifier) -> list[S]:
     """Those of the symmetries that move no decision; finite ones are left to the outputs."""
-    trials = check.planned.calm
-    moving = [s for s in symmetries if s.dim]
-    if not moving or not _margins_at(trials[0], check.params, check):
-        return list(symmetries)
-    before = [_margins_at(trial, check.params, check) for trial in trials]
+    trials, moving = check.planned.calm, [s for s in symmetries if s.dim]
 
-    def keeps(part: Sequence[S]) -> bool:
+    def margins_of(part: Sequence[S], trial: Trial) -> list[Margin]:
         moved = check.params
         for s in part:
             moved = {**moved, **s.move(moved, random_element(s, 0, check.params))}
-        return _are_kept(before, [_margins_at(trial, moved, check) for trial in trials])
+        return _margins_at(trial, moved, check)
+
+    first = trials[min(1, len(trials) - 1)]
+    usual = margins_of((), first) if moving else []
+    found = margins_of(moving, first) if usual else []
+    if len(usual) == len(found) and all(map(_is_same, usual, found)):
+        return list(symmetries)  # nothing that is compared depends on what moves
+    before = [margins_of((), trial) for trial in trials]
+
+    def keeps(part: Sequence[S]) -> bool:
+        return _are_kept(before, [margins_of(part, trial) for trial in trials])
 
     def deciding(part: list[S]) -> list[S]:
         if not part or keeps(part):
@@ -101,6 +107,10 @@ def keep_decisions(symmetries: Sequence[S], check: Verifier) -> list[S]:
 
     dropped = deciding(moving)
     return [s for s in symmetries if s not in dropped]
+
+
+def _is_same(a: Margin, b: Margin) -> bool:
+    return torch.equal(a[0].nan_to_num(), b[0].nan_to_num())
 
 
 def _margins_at(trial: Trial, params: Params, check: Verifier) -> list[Margin]:
