@@ -19,25 +19,12 @@ ADDRESS = re.compile(r"\]\((https://\S+)\)[.,]")
 def texts(root: Path) -> list[dict[str, str]]:
     """Of each chapter in its order, by page, all that its cells say: its own page first, then those below it."""
     toc = yaml.safe_load((root / "_toc.yml").read_text("utf8"))
-    chapters = [
-        chapter
-        for part in toc["parts"]
-        if part.get("numbered", True)
-        for chapter in part["chapters"]
-    ]
+    chapters = [chapter for part in toc["parts"] if part.get("numbered", True) for chapter in part["chapters"]]
     found = []
     for chapter in chapters:
         files = [page["file"] for page in (chapter, *chapter.get("sections", ()))]
-        cells = {
-            file: json.loads((root / f"{file}.ipynb").read_text("utf8"))["cells"]
-            for file in files
-        }
-        found.append(
-            {
-                f: unquote("\n".join("".join(cell["source"]) for cell in cells[f]))
-                for f in files
-            }
-        )
+        cells = {file: json.loads((root / f"{file}.ipynb").read_text("utf8"))["cells"] for file in files}
+        found.append({f: unquote("\n".join("".join(cell["source"]) for cell in cells[f])) for f in files})
     return found
 
 
@@ -50,15 +37,8 @@ def cite(markdown: str, chapters: list[dict[str, str]]) -> str:
 
     def add_chapters(entry: re.Match) -> str:
         address = unquote(ADDRESS.search(entry[0])[1])
-        pages = {
-            i: [page for page in c if address in c[page]]
-            for i, c in enumerate(chapters, 1)
-        }
-        links = [
-            f"[{i}]({Path(p[0]).relative_to('book')}.ipynb)"
-            for i, p in pages.items()
-            if p
-        ]
+        pages = {i: [page for page in c if address in c[page]] for i, c in enumerate(chapters, 1)}
+        links = [f"[{i}]({Path(p[0]).relative_to('book')}.ipynb)" for i, p in pages.items() if p]
         if not links:
             raise ValueError(f"no chapter cites {address}")
         return f"{entry[0]} *Chapter{'s' * (len(links) > 1)} {', '.join(links)}*"

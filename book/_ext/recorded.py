@@ -38,18 +38,14 @@ PLACES = {
 }
 
 
-def correlation(
-    measure: str, against: str = "validation_loss", data: str = ""
-) -> float:
+def correlation(measure: str, against: str = "validation_loss", data: str = "") -> float:
     """Pearson's, over the hundred networks of a data set; "gap" is validation loss minus training loss."""
     networks = {k: np.array(v) for k, v in record(PLACES[data])["networks"].items()}
     networks["gap"] = networks["validation_loss"] - networks["train_loss"]
     return float(np.corrcoef(networks[measure], networks[against])[0, 1])
 
 
-def fisher(
-    measure: str, against: str = "validation_loss", data: str = ""
-) -> tuple[float, float, float]:
+def fisher(measure: str, against: str = "validation_loss", data: str = "") -> tuple[float, float, float]:
     """The same with its 95% interval by Fisher's transformation."""
     r, half = (
         correlation(measure, against, data),
@@ -72,9 +68,7 @@ def beyond(measure: str, data: str = "") -> float:
 def interval(differences: np.ndarray) -> tuple[float, float]:
     """Mean, and half the width of its 95% interval from Student's t."""
     n = len(differences)
-    return float(differences.mean()), float(
-        stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5
-    )
+    return float(differences.mean()), float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5)
 
 
 def minimum(name: str, arm: str, rule: str = "at_best") -> str:
@@ -82,15 +76,10 @@ def minimum(name: str, arm: str, rule: str = "at_best") -> str:
     runs = {(run["seed"], run["arm"]): run for run in record(name)["runs"]}
 
     def last(arm: str, key: str) -> np.ndarray:
-        curves = [
-            [curve[-1] for curve in runs[seed, arm][key]]
-            for seed in sorted({seed for seed, _ in runs})
-        ]
+        curves = [[curve[-1] for curve in runs[seed, arm][key]] for seed in sorted({seed for seed, _ in runs})]
         return np.array([[np.inf if v is None else v for v in row] for row in curves])
 
-    tables = [
-        last(a, key) for key in ("test_loss", "validation_loss") for a in (arm, "plain")
-    ]
+    tables = [last(a, key) for key in ("test_loss", "validation_loss") for a in (arm, "plain")]
     found = evidence.compare(
         *tables[:2],
         arm_validation=tables[2],
@@ -107,36 +96,21 @@ def ends(data: str, optimizer: str, arm: str, key: str) -> np.ndarray:
 
     def cells(arm: str) -> dict[tuple[int, float], float | None]:
         mine = (r for r in runs if r["arm"] == arm)
-        return {
-            (r["seed"], rate): c[-1]
-            for r in mine
-            for rate, c in zip(r["rates"], r[key], strict=True)
-        }
+        return {(r["seed"], rate): c[-1] for r in mine for rate, c in zip(r["rates"], r[key], strict=True)}
 
     found, published = (
         cells(arm),
         [cells(name).keys() for name in ("plain", "teleport", "paper")],
     )
     seeds, rates = (sorted({pair[k] for pair in published[0]}) for k in (0, 1))
-    rates = [
-        rate
-        for rate in rates
-        if all((seed, rate) in pairs for seed in seeds for pairs in published)
-    ]
+    rates = [rate for rate in rates if all((seed, rate) in pairs for seed in seeds for pairs in published)]
     rows = [[found[seed, rate] for rate in rates] for seed in seeds]
-    return np.array(
-        [[np.inf if value is None else value for value in row] for row in rows]
-    )
+    return np.array([[np.inf if value is None else value for value in row] for row in rows])
 
 
-def optimizer_effect(
-    optimizer: str, arm: str, data: str = "optimizers"
-) -> evidence.Comparison:
+def optimizer_effect(optimizer: str, arm: str, data: str = "optimizers") -> evidence.Comparison:
     """Final test loss of an arm against that without a teleport, by the rule of Chapter 9."""
-    tables = {
-        key: [ends(data, optimizer, a, key) for a in (arm, "plain")]
-        for key in ("test_loss", "validation_loss")
-    }
+    tables = {key: [ends(data, optimizer, a, key) for a in (arm, "plain")] for key in ("test_loss", "validation_loss")}
     valid = dict(
         zip(
             ("arm_validation", "base_validation"),
@@ -147,16 +121,12 @@ def optimizer_effect(
     return evidence.compare(*tables["test_loss"], **valid, ceiling=np.log(10))
 
 
-def optimizer_gain(
-    optimizer: str, arm: str, data: str = "optimizers"
-) -> tuple[float, float]:
+def optimizer_gain(optimizer: str, arm: str, data: str = "optimizers") -> tuple[float, float]:
     """The same, each at its best rate."""
     return optimizer_effect(optimizer, arm, data).at_best[:2]
 
 
-def optimizer_over_rates(
-    optimizer: str, arm: str, data: str = "optimizers"
-) -> tuple[float, float]:
+def optimizer_over_rates(optimizer: str, arm: str, data: str = "optimizers") -> tuple[float, float]:
     """The same, over all rates."""
     return optimizer_effect(optimizer, arm, data).over_rates[:2]
 
@@ -169,13 +139,8 @@ def learned_ratio(arm: str, base: str) -> tuple[float, float, float]:
             (r for r in record("learned")["runs"] if r["arm"] == name),
             key=lambda r: r["seed"],
         )
-        final = (
-            [np.inf if x is None else x for x in r["test"]["as trained"]["final"]]
-            for r in runs
-        )
-        ends[name] = [
-            float(np.quantile(values, 0.5, method="higher")) for values in final
-        ]
+        final = ([np.inf if x is None else x for x in r["test"]["as trained"]["final"]] for r in runs)
+        ends[name] = [float(np.quantile(values, 0.5, method="higher")) for values in final]
     mean, half = interval(np.log(ends[arm]) - np.log(ends[base]))
     return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half))
 
@@ -200,41 +165,27 @@ def long_runs(arm: str) -> dict[int, Any]:
         (r for r in runs if r["seed"] == 0),
         key=lambda r: r["tuning"]["loss"][-1] or np.inf,
     )["rate"]
-    return {
-        r["seed"]: r["test"]["as trained"]["loss"] for r in runs if r["rate"] == rate
-    }
+    return {r["seed"]: r["test"]["as trained"]["loss"] for r in runs if r["rate"] == rate}
 
 
 def long_ratio(arm: str, step: int) -> tuple[float, float, float]:
     """The loss of `learned_long` with a teleport over that without, after some steps, and its 95% interval."""
     with_it, without = long_runs(arm), long_runs("update")
-    logs = [
-        np.log(with_it[seed][step] / without[seed][step])
-        for seed in with_it.keys() & without.keys()
-    ]
+    logs = [np.log(with_it[seed][step] / without[seed][step]) for seed in with_it.keys() & without.keys()]
     mean, half = interval(np.array(logs))
     return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half))
 
 
-def gain(
-    network: str, radius: float = 1.0, key: str = "squared_gradient_gain"
-) -> float:
+def gain(network: str, radius: float = 1.0, key: str = "squared_gradient_gain") -> float:
     """What the steepest teleport of `mnist_teleport` multiplies, median over seeds."""
     moves = record("mnist_teleport")[network]["moves"]
-    return float(
-        np.median(
-            [m[key] for m in moves if m["arm"] == "teleport" and m["radius"] == radius]
-        )
-    )
+    return float(np.median([m[key] for m in moves if m["arm"] == "teleport" and m["radius"] == radius]))
 
 
 def mnist(network: str, key: str) -> tuple[list[str], np.ndarray]:
     """The arms of one network of `mnist_teleport`, and [seeds, arms, rates, epochs + 1]."""
     entry = record("mnist_teleport")[network]
-    runs = [
-        [[[np.inf if v is None else v for v in c] for c in arm] for arm in run[key]]
-        for run in entry["runs"]
-    ]
+    runs = [[[[np.inf if v is None else v for v in c] for c in arm] for arm in run[key]] for run in entry["runs"]]
     return list(entry["config"]["arms"]), np.array(runs)
 
 
@@ -242,10 +193,7 @@ def mnist_gain(network: str, arm: str, epoch: int) -> tuple[float, float]:
     """Test loss minus that of the plain arm, each at the rate that is best on the held-out images at that epoch."""
     arms, validation = mnist(network, "validation_loss")
     _, test = mnist(network, "test_loss")
-    ends = {
-        name: test[:, k, validation[:, k, :, epoch].mean(0).argmin(), epoch]
-        for k, name in enumerate(arms)
-    }
+    ends = {name: test[:, k, validation[:, k, :, epoch].mean(0).argmin(), epoch] for k, name in enumerate(arms)}
     return interval(ends[arm] - ends["plain"])
 
 
@@ -309,33 +257,21 @@ for measure in MEASURES:
 for data in PLACES:
     for measure in (*MEASURES, "curvature_published"):
         name = f"{data} {measure}".strip()
-        NUMBERS[f"interval {name}"] = partial(
-            so_far, ratio, fisher, measure, "validation_loss", data
-        )
-        NUMBERS[f"interval {name} gap"] = partial(
-            so_far, ratio, fisher, measure, "gap", data
-        )
-    NUMBERS[f"given {data} trace".replace("  ", " ")] = partial(
-        so_far, signed, beyond, "hessian_trace_exact", data
-    )
+        NUMBERS[f"interval {name}"] = partial(so_far, ratio, fisher, measure, "validation_loss", data)
+        NUMBERS[f"interval {name} gap"] = partial(so_far, ratio, fisher, measure, "gap", data)
+    NUMBERS[f"given {data} trace".replace("  ", " ")] = partial(so_far, signed, beyond, "hessian_trace_exact", data)
 for goal in ("flatter", "sharper", "more curved", "less curved"):
     for family in ("scaling", "published"):
         for data, name in (("mnist", "minima"), ("cifar", "minima-cifar10")):
-            NUMBERS[f"{data} {family}, {goal}"] = partial(
-                minimum, name, f"{family}, {goal}"
-            )
+            NUMBERS[f"{data} {family}, {goal}"] = partial(minimum, name, f"{family}, {goal}")
             over = partial(minimum, name, f"{family}, {goal}", "over_rates")
             NUMBERS[f"{data} {family}, {goal}, all rates"] = over
 for step in (10, 30, 100):
     for arm, base in LEARNED.items():
         NUMBERS[f"{arm} at {step}"] = partial(ratio, learned_along, arm, base, step)
     for kind in ("tele", "random tele", "exact tele"):
-        NUMBERS[f"long {kind} at {step}"] = partial(
-            ratio, long_ratio, f"update, {kind}", step
-        )
-NUMBERS["long seeds"] = lambda: str(
-    len(long_runs("update, tele").keys() & long_runs("update").keys())
-)
+        NUMBERS[f"long {kind} at {step}"] = partial(ratio, long_ratio, f"update, {kind}", step)
+NUMBERS["long seeds"] = lambda: str(len(long_runs("update, tele").keys() & long_runs("update").keys()))
 for data, title in {
     "optimizers": "",
     "optimizers-fashion_mnist": "Fashion-MNIST ",
@@ -343,9 +279,7 @@ for data, title in {
 }.items():
     for optimizer in ("sgd", "momentum", "adagrad", "rmsprop", "adam"):
         for arm in ("teleport", "reset", "random", "paper"):
-            NUMBERS[f"{title}{optimizer} {arm}"] = partial(
-                plus_minus, optimizer_gain, optimizer, arm, data
-            )
+            NUMBERS[f"{title}{optimizer} {arm}"] = partial(plus_minus, optimizer_gain, optimizer, arm, data)
             over = partial(plus_minus, optimizer_over_rates, optimizer, arm, data)
             NUMBERS[f"{title}{optimizer} {arm}, all rates"] = over
 for arm, base in LEARNED.items():
@@ -357,9 +291,7 @@ for network in ("784-16-10-10", "784-512-512-10"):
 LARGE = "784-512-512-10"
 for arm in ("teleport", "random"):
     for epoch in (1, 10):
-        NUMBERS[f"mnist {arm}, epoch {epoch}"] = partial(
-            plus_minus, mnist_gain, LARGE, arm, epoch
-        )
+        NUMBERS[f"mnist {arm}, epoch {epoch}"] = partial(plus_minus, mnist_gain, LARGE, arm, epoch)
 NUMBERS["mnist slow"] = lambda: f"{mnist_slow(LARGE):.2f}"
 NUMBERS["mnist change"] = lambda: f"{mnist_change():.0e}".replace("e-0", "e-")
 
@@ -370,11 +302,7 @@ STATUS = re.compile(rf"\*\*({'|'.join(STATUSES)})\*\*", re.I)
 
 def statuses() -> Counter[str]:
     """How many rows of the scorecard have each status; a row counts once, by the first that it names."""
-    rows = [
-        line
-        for line in (RESULTS.parent / "scorecard.md").read_text("utf8").split("\n")
-        if line[:2] == "| "
-    ]
+    rows = [line for line in (RESULTS.parent / "scorecard.md").read_text("utf8").split("\n") if line[:2] == "| "]
     return Counter(found[1].lower() for row in rows if (found := STATUS.search(row)))
 
 
@@ -397,9 +325,7 @@ def device_tables() -> str:
     for path in sorted(DEVICES.glob("*.json")):
         found = json.loads(path.read_text("utf8"))
         threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
-        tables.append(
-            f"**{found['device']}**, PyTorch {found['torch']}, {threads}; counted on {found['counted on']}."
-        )
+        tables.append(f"**{found['device']}**, PyTorch {found['torch']}, {threads}; counted on {found['counted on']}.")
         rows: dict[str, dict[str, Any]] = {}  # by call and model
         for row in found["rows"]:
             precision = "" if row["precision"] == "float32" else f", {row['precision']}"
@@ -409,10 +335,7 @@ def device_tables() -> str:
         for cost, title in COSTS.items():
             lines = [f"| {title} | {' | '.join(one)} |", "|---" * (len(one) + 1) + "|"]
             for call, by_model in rows.items():
-                numbers = [
-                    r[cost] / (one[m]["kernels"] if cost == "kernels" else 1)
-                    for m, r in by_model.items()
-                ]
+                numbers = [r[cost] / (one[m]["kernels"] if cost == "kernels" else 1) for m, r in by_model.items()]
                 cells = (f"{n:.2g}" if n < 100 else f"{n:.0f}" for n in numbers)
                 lines.append(f"| {call} | {' | '.join(cells)} |")
             tables.append("\n".join(lines))
@@ -422,9 +345,7 @@ def device_tables() -> str:
 NUMBERS["devices"] = device_tables
 
 
-INSIDE = re.compile(
-    r" (?=±|\[)|(?<=±) |(?<=\d,) (?=[−\d])"
-)  # the spaces of a number and its interval
+INSIDE = re.compile(r" (?=±|\[)|(?<=±) |(?<=\d,) (?=[−\d])")  # the spaces of a number and its interval
 
 
 def fill_in(markdown: str, space: str = " ") -> str:
@@ -447,18 +368,12 @@ def interval_strip(name: str, clear: bool) -> str:
     ''
     """
     low, none, high = next(scale for kind, *scale in SCALES if re.match(kind, name))
-    numbers = [
-        float(x)
-        for x in re.findall(r"[+-]?\d+\.\d+", NUMBERS[name]().replace("−", "-"))
-    ]
+    numbers = [float(x) for x in re.findall(r"[+-]?\d+\.\d+", NUMBERS[name]().replace("−", "-"))]
     if len(numbers) < 2:
         return ""
     mean, *ends = numbers
     ends = ends if len(ends) == 2 else [mean - ends[0], mean + ends[0]]
-    x = [
-        f"{4 + 112 * (min(max(v, low), high) - low) / (high - low):.1f}"
-        for v in (none, *ends, mean)
-    ]
+    x = [f"{4 + 112 * (min(max(v, low), high) - low) / (high - low):.1f}" for v in (none, *ends, mean)]
     return (
         f'<svg class="tl-strip{" tl-clear" * clear}" viewBox="0 0 120 14" aria-hidden="true"><path class="tl-none" '
         f'd="M{x[0]} 0V14"/><path d="M{x[1]} 7H{x[2]}"/><circle cx="{x[3]}" cy="7" r="3.2"/></svg>'
@@ -475,9 +390,7 @@ def draw_intervals(markdown: str) -> str:
             row,
         )
 
-    return "\n".join(
-        drawn(line) if line.startswith("| ") else line for line in markdown.split("\n")
-    )
+    return "\n".join(drawn(line) if line.startswith("| ") else line for line in markdown.split("\n"))
 
 
 def badges(markdown: str) -> str:

@@ -35,10 +35,7 @@ from sphinx.util.docutils import SphinxRole
 PACKAGE = "teleport_lite"
 SHORT = {
     "tl": PACKAGE,
-    **{
-        path.rpartition(".")[2]: f"{PACKAGE}.{path}"
-        for path in ("book.data", "book.plot", "geometry", "objectives")
-    },
+    **{path.rpartition(".")[2]: f"{PACKAGE}.{path}" for path in ("book.data", "book.plot", "geometry", "objectives")},
 }
 FENCE = re.compile(r"^```\{(api|modules)\} (\S+)\n(.*?)^```$", re.M | re.S)
 MENTION = re.compile(rf"((?:{PACKAGE}|{'|'.join(SHORT)})(?:\.\w+)+)(?:\(.*\))?")
@@ -90,9 +87,7 @@ def summary(thing: Any) -> str:
 
 def modules(package: str) -> list[str]:
     """A table of the modules of a package, each with its first sentence."""
-    found = pkgutil.walk_packages(
-        importlib.import_module(package).__path__, f"{package}."
-    )
+    found = pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}.")
     names = sorted(m.name for m in found if not m.ispkg)
     rows = [f"| `{n}` | {summary(importlib.import_module(n))} |" for n in names]
     return ["| Module | What it is |", "|---|---|", *rows]
@@ -114,12 +109,7 @@ class Place:
 def chapters(root: Path) -> dict[str, int]:
     """The notebooks of the book in their order, each with its number."""
     toc = yaml.safe_load((root / "_toc.yml").read_text("utf8"))
-    files = [
-        c["file"]
-        for part in toc["parts"]
-        if part.get("numbered", True)
-        for c in part["chapters"]
-    ]
+    files = [c["file"] for part in toc["parts"] if part.get("numbered", True) for c in part["chapters"]]
     return {name: i for i, name in enumerate(files, 1)}
 
 
@@ -137,14 +127,8 @@ def names_in_code(code: str, known: dict[str, str]) -> Iterator[str]:
     for node in ast.walk(tree):
         match node:
             case ast.Import(names=names):
-                known |= {
-                    a.asname or a.name: a.name
-                    for a in names
-                    if a.name.split(".")[0] == PACKAGE
-                }
-            case ast.ImportFrom(module=str(module), names=names) if (
-                module.split(".")[0] == PACKAGE
-            ):
+                known |= {a.asname or a.name: a.name for a in names if a.name.split(".")[0] == PACKAGE}
+            case ast.ImportFrom(module=str(module), names=names) if module.split(".")[0] == PACKAGE:
                 known |= {a.asname or a.name: f"{module}.{a.name}" for a in names}
     for node in ast.walk(tree):
         if id(node) in inner or not isinstance(node, ast.Attribute | ast.Name):
@@ -154,11 +138,7 @@ def names_in_code(code: str, known: dict[str, str]) -> Iterator[str]:
             chain.append(node.attr)
             node = node.value
             inner.add(id(node))
-        if (
-            isinstance(node, ast.Name)
-            and isinstance(node.ctx, ast.Load)
-            and node.id in known
-        ):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in known:
             yield ".".join([known[node.id], *reversed(chain)])
 
 
@@ -185,11 +165,7 @@ def described(path: str, index: dict[int, str]) -> str | None:
 
 def uses(root: Path, folder: Path) -> dict[str, list[Place]]:
     """By documented name, the places that use it: of each chapter the first section that does."""
-    index = {
-        id(thing): name
-        for name in documented(folder)
-        if (thing := resolve(name)) is not None
-    }
+    index = {id(thing): name for name in documented(folder) if (thing := resolve(name)) is not None}
     found: dict[str, list[Place]] = {name: [] for name in index.values()}
     for page, number in chapters(root).items():
         if not (path := root / f"{page}.ipynb").is_file():
@@ -249,9 +225,7 @@ def to_rst(lines: list[str], links: dict[str, str]) -> list[str]:
     text = re.sub(r"^([ \t]*)\$\$(.+?)\$\$[ \t]*$", display, text, flags=re.M | re.S)
     parts = re.split(r"(^[ \t]*\.\. math::\n\n(?:[ \t]+.*\n)+)", text, flags=re.M)
     pattern = re.compile(r"(?<![\\$\w])\$([^$]+?)\$|(?<![`:\w])`([^`\n]+)`(?!`)|\|")
-    text = "".join(
-        part if i % 2 else pattern.sub(inline, part) for i, part in enumerate(parts)
-    )
+    text = "".join(part if i % 2 else pattern.sub(inline, part) for i, part in enumerate(parts))
     return (text + tests).split("\n")
 
 
@@ -263,9 +237,7 @@ def link_names(folder: Path) -> dict[str, str]:
         for i in range(len(parts)):
             short = ".".join(parts[i:])
             if short not in links or links[short].count(".") > full.count("."):
-                links[short] = (
-                    full  # of two with the same name, the one nearer to the top
-                )
+                links[short] = full  # of two with the same name, the one nearer to the top
     return links
 
 
@@ -288,10 +260,7 @@ def expand(markdown: str, places: dict[str, list[Place]]) -> str:
         for name in (f"{module}.{name}" for name in names):
             if (thing := resolve(name)) is None:
                 raise ValueError(f"the reference names {name}, which does not exist")
-            where = ", ".join(
-                f"{{tl-section}}`{p.page}¦{p.number}¦{p.section}`"
-                for p in places.get(name, [])
-            )
+            where = ", ".join(f"{{tl-section}}`{p.page}¦{p.number}¦{p.section}`" for p in places.get(name, []))
             label = f"{{py:obj}}`{name.removeprefix(PACKAGE + '.')} <{name}>`"
             rows.append(f"| {label} | {summary(thing)} | {where} |")
             body += block(name, thing)
@@ -306,9 +275,7 @@ class SectionOfTheBook(SphinxRole):
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         """A link whose address is filled in when all pages are known."""
         page, text, section = self.text.split("¦")
-        return [
-            nodes.reference("", text, internal=True, tl_page=page, tl_section=section)
-        ], []
+        return [nodes.reference("", text, internal=True, tl_page=page, tl_section=section)], []
 
 
 class LinksToTheReference(SphinxTransform):
@@ -318,19 +285,12 @@ class LinksToTheReference(SphinxTransform):
 
     def apply(self, **kwargs) -> None:
         """Wrap these literals in references."""
-        if not self.env.docname.startswith("book/") or self.env.docname.startswith(
-            "book/reference/"
-        ):
+        if not self.env.docname.startswith("book/") or self.env.docname.startswith("book/reference/"):
             return
-        index = {
-            id(resolve(name)): name for name in documented(reference_folder(self.app))
-        }
+        index = {id(resolve(name)): name for name in documented(reference_folder(self.app))}
         seen: set[str] = set()
         for node in list(self.document.findall(nodes.literal)):
-            if any(
-                isinstance(p, nodes.title | nodes.reference | pending_xref)
-                for p in ancestors(node)
-            ):
+            if any(isinstance(p, nodes.title | nodes.reference | pending_xref) for p in ancestors(node)):
                 continue
             for path in names_in_text(f"`{node.astext()}`"):
                 if (name := described(path, index)) and name not in seen:
@@ -341,11 +301,7 @@ class LinksToTheReference(SphinxTransform):
                         "reftarget": name,
                         "refdoc": self.env.docname,
                     }
-                    node.replace_self(
-                        pending_xref(
-                            "", node.deepcopy(), refexplicit=True, refwarn=True, **facts
-                        )
-                    )
+                    node.replace_self(pending_xref("", node.deepcopy(), refexplicit=True, refwarn=True, **facts))
 
 
 def ancestors(node: nodes.Node) -> Iterator[nodes.Node]:
@@ -379,21 +335,15 @@ def on_source_read(app, docname: str, source: list[str]) -> None:
             app.env.note_dependency(str(Path(app.srcdir) / f"{page}.ipynb"))
 
 
-def on_docstring(
-    app, what: str, name: str, obj: Any, options: Any, lines: list[str]
-) -> None:
+def on_docstring(app, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Markdown in docstrings, before napoleon; where the book uses it, after."""
     lines[:] = to_rst(lines, app.tl_links)
 
 
-def after_docstring(
-    app, what: str, name: str, obj: Any, options: Any, lines: list[str]
-) -> None:
+def after_docstring(app, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """A field that names the sections of the book."""
     if places := app.tl_uses.get(name):
-        links = [
-            f":tl-section:`{p.page}¦{p.number} {p.title}¦{p.section}`" for p in places
-        ]
+        links = [f":tl-section:`{p.page}¦{p.number} {p.title}¦{p.section}`" for p in places]
         lines += ["", f":In the book: {' · '.join(links)}", ""]
 
 

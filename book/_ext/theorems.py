@@ -62,9 +62,7 @@ def outside_code(lines: list[str]) -> list[bool]:
 
 def box(head: re.Match, body: list[str]) -> list[str]:
     """The sphinx-proof directive of one statement or proof, its fence longer than any inside."""
-    fence = "~" * max(
-        [3, *(1 + len(run) for line in body for run in re.findall("~+", line))]
-    )
+    fence = "~" * max([3, *(1 + len(run) for line in body for run in re.findall("~+", line))])
     if not head["kind"]:
         return [
             fence + "{prf:proof}",
@@ -97,8 +95,7 @@ def transform(markdown: str) -> str:
     """
     lines = markdown.split("\n")
     heads = [
-        HEAD.fullmatch(line) if outside else None
-        for line, outside in zip(lines, outside_code(lines), strict=True)
+        HEAD.fullmatch(line) if outside else None for line, outside in zip(lines, outside_code(lines), strict=True)
     ]
     result, i = [], 0
     while i < len(lines):
@@ -108,9 +105,7 @@ def transform(markdown: str) -> str:
             continue
         while i < len(lines) and lines[i].startswith(">") and not heads[i]:
             i += 1
-        body = [
-            line.removeprefix(">").removeprefix(" ") for line in lines[start + 1 : i]
-        ]
+        body = [line.removeprefix(">").removeprefix(" ") for line in lines[start + 1 : i]]
         while body and not body[-1]:
             body.pop()
         result += box(head, body)
@@ -141,18 +136,12 @@ class Statements(SphinxTransform):
             title, content = node.children
             title["ids"] = []
             classes = [*node["classes"], "statement"]
-            node.replace_self(
-                nodes.admonition(
-                    "", title, *content.children, ids=node["ids"], classes=classes
-                )
-            )
+            node.replace_self(nodes.admonition("", title, *content.children, ids=node["ids"], classes=classes))
             anchors[node["label"]] = (node.line or 0, node["label"], title.astext())
         for node in list(self.document.findall(proof_node)):
             (inner,) = node.children
             inner[0].pop(0)  # its word "Proof.", before the author's own
-            node.replace_self(
-                nodes.admonition("", *inner.children, classes=inner["classes"])
-            )
+            node.replace_self(nodes.admonition("", *inner.children, classes=inner["classes"]))
         self.env.metadata[self.env.docname]["myst_slugs"] = anchors
 
 
@@ -164,11 +153,7 @@ class Equations(SphinxTransform):
     def apply(self, **kwargs) -> None:
         r"""Take the \[ and \] upon ourselves."""
         for node in self.document.findall(nodes.math_block):
-            if (
-                not node.get("nowrap")
-                and not node.get("label")
-                and r"\\" in node.astext()
-            ):
+            if not node.get("nowrap") and not node.get("label") and r"\\" in node.astext():
                 node[0] = nodes.Text(rf"\[{node.astext()}\]")
                 node["nowrap"] = True
 
