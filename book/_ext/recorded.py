@@ -373,10 +373,14 @@ def interval_strip(name: str, clear: bool) -> str:
         return ""
     mean, *ends = numbers
     ends = ends if len(ends) == 2 else [mean - ends[0], mean + ends[0]]
-    x = [f"{4 + 112 * (min(max(v, low), high) - low) / (high - low):.1f}" for v in (none, *ends, mean)]
+    place = [4 + 112 * (min(max(v, low), high) - low) / (high - low) for v in (none, *ends, mean)]
+    x = [f"{v:.1f}" for v in place]
+    mark = f'<circle cx="{x[3]}" cy="7" r="3.2"/>'
+    if not low < mean < high:  # beyond the scale
+        mark = f'<path class="tl-beyond" d="M{x[3]} 7l{-7 if mean > none else 7} -4v8z"/>'
     return (
         f'<svg class="tl-strip{" tl-clear" * clear}" viewBox="0 0 120 14" aria-hidden="true"><path class="tl-none" '
-        f'd="M{x[0]} 0V14"/><path d="M{x[1]} 7H{x[2]}"/><circle cx="{x[3]}" cy="7" r="3.2"/></svg>'
+        f'd="M{x[0]} 0V14"/><path d="M{x[1]} 7H{x[2]}"/>{mark}</svg>'
     )
 
 
