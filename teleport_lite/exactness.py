@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from teleport_lite import rounding
+from teleport_lite.discovery.dispatch import DispatchMode, leaves_of
 from teleport_lite.distributed import BITS
 from teleport_lite.errors import BatchError, LossError
 from teleport_lite.functional import Evaluation, check_finite
@@ -132,13 +133,13 @@ def why_refused(
         check_deterministic(problem, after, tol)
         if not (rounding.moves_the_loss(before, after, problem, product, xi) and seen):
             same = seen and product.exact and product.of == "outputs" and gap <= most
-            hint = _hint(problem, product, same) or _hint_at_autocast(gap, tol)
+            hint = _hint(problem, product, same) or _hint_at_autocast(gap, tol, problem)
             return f"{MOVED} from {before:.6g} to {after:.6g}, beyond the relative tolerance {tol:g}{hint}"
     wrong = false > math.sqrt(tol) and not rounding.moves_the_gradient(false, problem)
     if gap > most:
         beyond = f"{LARGEST} times the relative tolerance {tol:g}"
         beyond = beyond if most >= LARGEST * tol else f"the {most:.1e} that rounding explains"
-        return f"the outputs moved by {gap:.1e} of the largest, beyond {beyond}{_hint_at_autocast(gap, tol)}"
+        return f"the outputs moved by {gap:.1e} of the largest, beyond {beyond}{_hint_at_autocast(gap, tol, problem)}"
     if wrong:
         return (
             f"the gradient after the move is not the one that was carried along (off by {false:.1e}, relative): the "
@@ -150,8 +151,23 @@ def why_refused(
     return ""
 
 
-def _hint_at_autocast(gap: float, tol: float) -> str:
-    return "; if the model opens autocast itself, pass tol=5e-2" if tol == FINE and gap < HALF_PRECISION else ""
+def _hint_at_autocast(gap: float, tol: float, problem: Problem) -> str:
+    if tol != FINE or gap >= HALF_PRECISION or not isinstance(problem.local, Evaluation):
+        return ""
+    with _Halves() as mode:
+        problem.local(problem.params)
+    return "; if the model opens autocast itself, pass tol=5e-2" if mode.seen else ""
+
+
+class _Halves(DispatchMode):
+    """Whether anything is computed in 16 bits."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= any(isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) for x in leaves_of(out))
+        return out
 
 
 def _hint_at_one_side(product: Product) -> str:

@@ -121,8 +121,13 @@ def find_symmetries(model: nn.Module, example_inputs: object, of: str = "outputs
             step(f"{len(shifts) + len(sheared)} translations and shears hold")
             if check.thorough or check.confirm_together(factors, sheared, [*shifts]):
                 break
-        kept = keep_decisions([*factors, *sheared, *shifts], check)
-        reasons += [f"{s}: {s.group} moves what the model decides by" for s in (*factors, *sheared) if s not in kept]
+        held = check.hold_on_many([*factors, *sheared, *shifts])
+        kept = keep_decisions(held, check)
+        for gone, why in (
+            ({*factors, *sheared} - {*held}, "fails on more examples, or at the weights as given"),
+            ({*held} - {*kept}, "moves what the model decides by"),
+        ):
+            reasons += [f"{s}: {s.group} {why}" for s in (*factors, *sheared) if s in gone]
         found: list[Symmetry] = [s for s in (*factors, *sheared) if s in kept]
         shifts = {s: k for s, k in shifts.items() if s in kept}
         for shift in combine_translations(shifts):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from teleport_lite.runtime import Call
 
-ROWS = 3  # of the batch on which a symmetry is verified
+ROWS, MANY = 3, 64  # of the batch on which symmetries are tried, and of that on which what is found is tried again
 Leaves = list[Any]
 
 
@@ -151,6 +151,8 @@ def variations(call: Arguments, tables: dict[int, int], generator: torch.Generat
 
     def index_in_range(x: Tensor) -> Tensor:
         low, high = x.min().double(), x.max().double()
+        if low >= 0 and high <= 1:  # a mask
+            low, high = torch.zeros_like(low), torch.ones_like(high)
         return (low + draw_uniform(x) * (high + 1 - low)).floor().to(x.dtype)
 
     def keep_values(x: Tensor) -> Tensor:
@@ -172,11 +174,11 @@ def scale_inputs(call: Arguments, size: float) -> Arguments:
 
 
 def other_numbers(call: Arguments) -> Iterator[Arguments]:
-    """Other values for each Python integer among the arguments."""
+    """Other values for each Python integer and truth value among the arguments."""
     leaves = call.leaves()
     for i, n in enumerate(leaves):
-        if isinstance(n, int) and not isinstance(n, bool):
-            for value in dict.fromkeys([n + 1, *range(8), n - 1, 2 * n]):
+        if isinstance(n, int):
+            for value in [not n] if isinstance(n, bool) else dict.fromkeys([n + 1, *range(8), n - 1, 2 * n]):
                 if value != n:
                     yield call.with_leaves([*leaves[:i], value, *leaves[i + 1 :]])
 
@@ -197,6 +199,15 @@ def drop_optional(call: Arguments) -> Iterator[Arguments]:
 def batch_length(call: Arguments) -> int:
     """The length of the first axis of the first tensor that has one."""
     return next((len(x) for x in call.tensors() if x.ndim), ROWS)
+
+
+def many_rows(call: Arguments) -> int:
+    """How many examples are many: `MANY`, or less where an example has many positions, as words or pixels."""
+    x = next((x for x in call.tensors() if x.ndim and x.numel()), None)
+    if x is None:
+        return ROWS
+    features = x.shape[-1] if x.ndim > 1 and x.is_floating_point() else 1
+    return max(ROWS + 1, MANY * len(x) * features // x.numel())
 
 
 def few_rows(call: Arguments) -> Arguments | None:

@@ -45,7 +45,8 @@ class Trials:
         self.whole: list[Trial] = []
         self.far: list[Trial] = []
         self.limit = 1.0
-        self.calm = self._vary_calls(example.map(on_host))
+        self.example = example.map(on_host)
+        self.calm = self._vary_calls(self.example)
         self.trials = list(self.calm) if self.calm[0].repeats_exactly(REPEATED) else []
         self.even = list(self.trials)
         if not self.trials:
@@ -164,6 +165,17 @@ class Trials:
         for trials in (self.calm, self.trials, self.even) if found else ():
             trials.append(found[0])
         return bool(found)
+
+    def with_many_examples(self) -> list[Trial]:
+        """Trials with many examples: those given, as far as there are, and others in their place."""
+        count, given = inputs.many_rows(self.example), inputs.batch_length(self.example)
+        found: list[Trial] = []
+        if given > inputs.ROWS:
+            call = inputs.resize_axes(self.example, given, min(given, count), 0)
+            found += self._all_accepted([call])
+        base = self.calm[min(1, len(self.calm) - 1)].call
+        more = self._all_accepted([inputs.resize_axes(base, inputs.batch_length(base), count, 0)])
+        return [*found, *(varied for trial in more for varied in self._varied_values(trial))]
 
     def take_back(self) -> None:
         """Undo `add_wide_trial`."""

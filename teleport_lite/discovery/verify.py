@@ -191,14 +191,20 @@ class Verifier:
             return all(self._hold_in_parts(part, trials) for part in (symmetries[:half], symmetries[half:]))
         return not failure
 
-    def bisect_holding(self, symmetries: list[S], drop: Drop) -> list[S]:
-        """All at once; where that fails, by halves on the trial that shows it."""
-        while symmetries and (failure := self._first_failure(symmetries)):
+    def bisect_holding(self, symmetries: list[S], drop: Drop, turns: Sequence[Turn] = ()) -> list[S]:
+        """All at once; where that fails, by halves on the trial that shows it; in these `turns`, or in all."""
+        while symmetries and (failure := self._first_failure(symmetries, turns)):
             found = self._culprits(symmetries, *failure)
             for symmetry, error in found.items():
                 drop(symmetry, error)
             symmetries = [s for s in symmetries if s not in found]
         return symmetries
+
+    def hold_on_many(self, symmetries: list[S]) -> list[S]:
+        """Those that hold on many examples as well, and at the parameters of the model as it was given."""
+        trials = self.planned.with_many_examples()
+        held = self.bisect_holding(symmetries, lambda *_: None, [(0, trials)]) if trials else symmetries
+        return self.at_given(held)
 
     def _culprits(self, symmetries: Sequence[Symmetry], error: float, trial: Trial, turn: int) -> dict[Symmetry, float]:
         """Those that change one trial by themselves; where none does, the first that does so beside those before it."""

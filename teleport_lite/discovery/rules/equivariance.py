@@ -105,7 +105,8 @@ def _try_multiples(op: Operation, found: Operands, which: list[int]) -> Equivari
         if not isinstance(x, Tensor):
             return x
         if not is_inexact(x):
-            return torch.randint(0, 2, (64,), generator=draw).to(x.dtype)
+            low = int(x.dtype != torch.bool)  # a number may divide
+            return torch.randint(low, low + 2, (64,), generator=draw).to(x.dtype)
         if (number := _named_number(op, found, i)) is not None:
             return torch.full((64,), number, dtype=torch.result_type(x, 1.0))
         return (scale if i in which else 1.0) * draw_normal(x)
