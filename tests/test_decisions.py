@@ -122,7 +122,7 @@ class Masked(nn.Module):
         return self.two(self.one(x).masked_fill(~mask[..., None].bool(), 0).mean(1))
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
 def test_a_mask_of_ones_is_varied(dtype):
     torch.manual_seed(0)
     symmetry = tl.find_symmetries(Masked(), (torch.randn(4, 7, 5), torch.ones(4, 7, dtype=dtype)))
@@ -176,3 +176,25 @@ def test_integers_may_divide():
 
     torch.manual_seed(0)
     assert tl.find_symmetries(Mean(), (torch.randn(4, 7, 5), torch.rand(4, 7) > 0.3)).dim == 6
+
+
+def test_a_row_of_padding_only_is_tried():
+    class Words(nn.Module):
+        """The mean over words, of a bias too where there are any."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.one, self.two = nn.Embedding(12, 5, padding_idx=0), nn.Linear(5, 5), nn.Linear(5, 3)
+
+        def forward(self, i: Tensor) -> Tensor:
+            there = (i != 0).to(self.one.weight)[..., None]
+            return self.two((self.one(self.table(i)) * there).sum(1) / there.sum(1).clamp(min=1))
+
+    torch.manual_seed(0)
+    words, empty = torch.tensor([[1, 2, 0, 0], [3, 4, 5, 0], [6, 7, 8, 9]]), torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0]])
+    model = Words().double()
+    params, symmetry = params_of(model), tl.find_symmetries(model, words)
+    assert symmetry.dim
+    for factor in symmetry:
+        moved = factor.act(params, factor.sample(params, generator=torch.Generator().manual_seed(1)))
+        torch.testing.assert_close(functional_call(model, moved, empty), model(empty))

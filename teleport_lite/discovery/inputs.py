@@ -173,6 +173,24 @@ def scale_inputs(call: Arguments, size: float) -> Arguments:
     return _vary_leaves(call, lambda x: size * x, lambda x: x)
 
 
+def thinned(call: Arguments, generator: torch.Generator) -> Iterator[Arguments]:
+    """The same with half of each real mask, of zeros and ones beside other tensors, at zero; and with an empty row.
+
+    In that, integers and truth values are the smallest there are, as those of padding.
+    """
+
+    def halve(x: Tensor) -> Tensor:
+        mask = bool(((x == 0) | (x == 1)).all())
+        return (torch.rand(x.shape, generator=generator) < 0.5).to(x) if mask else x
+
+    def empty_first(x: Tensor) -> Tensor:
+        return torch.cat([torch.full_like(x[:1], x.min().item()), x[1:]]) if x.ndim else x
+
+    if len(call.tensors()) > 1:
+        yield _vary_leaves(call, halve, lambda x: x)
+    yield _vary_leaves(call, lambda x: x, empty_first)
+
+
 def other_numbers(call: Arguments) -> Iterator[Arguments]:
     """Other values for each Python integer and truth value among the arguments."""
     leaves = call.leaves()

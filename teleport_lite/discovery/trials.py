@@ -175,7 +175,8 @@ class Trials:
             found += self._all_accepted([call])
         base = self.calm[min(1, len(self.calm) - 1)].call
         more = self._all_accepted([inputs.resize_axes(base, inputs.batch_length(base), count, 0)])
-        return [*found, *(varied for trial in more for varied in self._varied_values(trial))]
+        found += [varied for trial in more for varied in self._varied_values(trial)]
+        return [*found, *self._all_accepted(inputs.thinned(self.calm[0].call, self.generator))]
 
     def take_back(self) -> None:
         """Undo `add_wide_trial`."""
