@@ -122,7 +122,7 @@ class Verifier:
             return any(SEEN < trial.output_gap(TOLERANCE) < float("inf") for trial in self.trials)
 
     def at_given(self, symmetries: list[S]) -> list[S]:
-        """Those that hold, but for rounding, at the parameters as given, where a neuron on for all inputs seems linear."""
+        """Those that hold at the parameters as given, too, where a neuron on for all inputs seems linear."""
         trial, given = self.planned.calm[min(1, len(self.planned.calm) - 1)], {**self.params, **self.probe.given}
 
         def gap_at(moved: Params) -> float:
